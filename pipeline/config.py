@@ -1,0 +1,230 @@
+"""RunConfig: everything that decides a training run, typed, validated, and stored beside its results."""
+
+import difflib
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigConflict, UsageError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are refused, values are never changed after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NetworkConfig(Section):
+    """The architecture (section 3 of the paper). Fixed for the life of a run."""
+
+    image_size: Literal[32, 64, 128] = 64
+    """Height and width in pixels."""
+    channels: Literal[1, 3] = 3
+    """1 grey, 3 RGB."""
+    width: int = Field(128, ge=4, le=1024)
+    """Channels of the largest feature maps; each halving of the size doubles them. 128 is the paper's at 64 px."""
+    kernel_size: Literal[4, 5] = 4
+    """4 divides the stride and avoids checkerboards; 5 is the paper's code."""
+    upsampling: Literal["transposed", "bilinear"] = "transposed"
+    """Transposed convolution (the paper's), or bilinear resizing followed by a convolution."""
+    head: Literal["convolution", "average"] = "convolution"
+    """D's last layer: one 4x4 convolution (the paper's), or global average pooling."""
+    latent_dim: int = Field(100, ge=1, le=4096)
+    """Values in z."""
+    latent_distribution: Literal["uniform", "normal"] = "uniform"
+    """U(-1, 1) (the paper's), or N(0, 1) (the tutorials')."""
+
+
+class RecipeConfig(Section):
+    """What decides the numbers. Fixed for the life of a run, but for `--allow-change`."""
+
+    seed: int = Field(0, ge=0, lt=2**64)
+    """Decides the weights, the order of images and every z."""
+    streams: int = Field(16, ge=1, le=65536)
+    """Independent streams of images; process counts must divide it, and it must divide the batch."""
+    batch: int = Field(128, ge=1)
+    """Images in one update over all processes together."""
+    learning_rate_g: float = Field(2e-4, gt=0)
+    """Adam's step size for the generator."""
+    learning_rate_d: float = Field(2e-4, gt=0)
+    """Adam's step size for the discriminator."""
+    beta1: float = Field(0.5, ge=0, lt=1)
+    """Adam's decay of the first moment (section 3.1 of the paper)."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Adam's decay of the second moment."""
+    ema_half_life_images: int = Field(10_000, ge=1)
+    """Half-life of G's exponential moving average, in images."""
+    ema_ramp_up: float = Field(0.05, gt=0)
+    """The half-life is at most this share of the images seen, so that early noise is forgotten."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over all processes (CUDA only). Wanted when a rank has fewer than 16 images."""
+
+
+class ScheduleConfig(Section):
+    """How long, and how often what. Every cadence is counted in images; free to change on resume."""
+
+    total_images: int = Field(2_000_000, ge=1)
+    """Images of real data to see, rounded up to whole log intervals."""
+    log_every_images: int = Field(6_400, ge=1)
+    """Metrics, the progress line and the agreement to stop. Rounded up to whole batches."""
+    grid_every_images: int = Field(64_000, ge=1)
+    """A picture of the same 64 samples. Rounded up to whole log intervals."""
+    checkpoint_every_images: int = Field(128_000, ge=1)
+    """A checkpoint. Rounded up to whole log intervals."""
+    checkpoint_minutes: float = Field(0, ge=0)
+    """Also save when so many minutes have passed since the last checkpoint; 0 turns this off."""
+    evaluate_every_images: int = Field(256_000, ge=1)
+    """SWD and MS-SSIM, on which `best` rests. Rounded up to whole checkpoints."""
+    evaluate_samples: int = Field(2_048, ge=64)
+    """Generated images, and as many real ones, in such an evaluation."""
+    keep_checkpoints: int = Field(3, ge=1)
+    """Checkpoints kept besides the best."""
+
+
+class RuntimeConfig(Section):
+    """How the work is done. None of it changes what is learned, beyond rounding; free to change on resume."""
+
+    accumulate: int = Field(1, ge=1)
+    """Cut a rank's share of the batch into so many parts, each with its own BatchNorm statistics."""
+    channels_last: bool = True
+    """Memory order of the feature maps: 1.1-1.3 times as fast on CPU, needed by tensor cores."""
+    fused_optimizer: bool = True
+    """One kernel for all of Adam's work."""
+    compile: bool = False
+    """torch.compile both networks: a minute of waiting, then 1.0-1.1 times as fast on CPU."""
+    loader_threads: int = Field(2, ge=1, le=256)
+    """Threads that decode jpg, webp or png in each process; packed shards need none."""
+
+    step_timeout_seconds: float = Field(60, ge=0)
+    """With several processes: exit when a step takes longer, since another process must be gone; 0 waits for ever."""
+
+
+class RunConfig(Section):
+    """A whole run. `identity` is what a resumed run must share with its checkpoint."""
+
+    network: NetworkConfig = NetworkConfig()
+    recipe: RecipeConfig = RecipeConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    IDENTITY: ClassVar[tuple[str, ...]] = ("network", "recipe")
+
+    @model_validator(mode="after")
+    def _streams_divide_batch(self) -> "RunConfig":
+        batch, streams = self.recipe.batch, self.recipe.streams
+        if batch % streams:
+            raise ValueError(
+                f"recipe.batch={batch} is not a multiple of recipe.streams={streams}; "
+                f"the nearest batch that is: {nearest_multiple(batch, streams)}"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide what is learned, as {"section.key": value}."""
+        return {f"{s}.{k}": v for s in self.IDENTITY for k, v in getattr(self, s).model_dump().items()}
+
+    def check_processes(self, num_processes: int) -> None:
+        """Raise ConfigConflict unless batch, streams and accumulation divide over `num_processes` ranks."""
+        batch, streams, parts = self.recipe.batch, self.recipe.streams, self.runtime.accumulate
+        if streams % num_processes:
+            counts = [n for n in range(1, streams + 1) if streams % n == 0]
+            near = min(counts, key=lambda n: abs(n - num_processes))
+            raise ConfigConflict(
+                f"{num_processes} processes do not divide recipe.streams={streams}; the nearest count that does: {near}"
+            )
+        if (batch // num_processes) % parts:
+            raise ConfigConflict(
+                f"runtime.accumulate={parts} does not divide the {batch // num_processes} images of a process "
+                f"(recipe.batch={batch} over {num_processes})"
+            )
+
+
+def nearest_multiple(value: int, of: int) -> int:
+    """Return the multiple of `of` nearest to `value`, at least `of`."""
+    return max(of, round(value / of) * of)
+
+
+def _leaves() -> dict[str, str]:
+    """Map every accepted spelling of a key (`section.key`, and `key` alone) to `section.key`."""
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    full = [f"{s}.{k}" for s, model in sections.items() for k in model.model_fields]  # type: ignore[union-attr]
+    return {spelling: name for name in full for spelling in (name, name.split(".")[1])}
+
+
+def preset_names() -> list[str]:
+    """Return the names that `--preset` accepts."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: list[str] | None = None,
+    *,
+    base: RunConfig | None = None,
+) -> RunConfig:
+    """Return a validated RunConfig: `base` or defaults, then the preset, the file, and `key=value` overrides.
+
+    Raises UsageError that names the file or override, the key, and the nearest valid one.
+    """
+    merged: dict[str, dict[str, Any]] = base.model_dump() if base is not None else {}
+    if preset is not None:
+        if preset not in preset_names():
+            raise UsageError(f"--preset {preset}: no such preset{_nearest(preset, preset_names())}")
+        _merge(merged, PRESETS / f"{preset}.yaml", f"preset {preset}")
+    if file is not None:
+        _merge(merged, file, f"--config {file}")
+    keys = _leaves()
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UsageError(f"{override!r} is not an override: expected key=value, such as recipe.batch=64")
+        if key not in keys:
+            raise UsageError(f"{override}: no such key {key!r}{_nearest(key, list(keys))}")
+        section, leaf = keys[key].split(".")
+        merged.setdefault(section, {})[leaf] = _scalar(text, override)
+    return validate(merged, "the configuration")
+
+
+def validate(values: dict[str, Any], origin: str) -> RunConfig:
+    """Return `values` as a RunConfig, or raise UsageError with every problem on one line."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{origin}: {'; '.join(_explain(e) for e in error.errors())}") from None
+
+
+def _explain(error: Any) -> str:
+    """Put one pydantic error into words that name the key, what was found and what was expected."""
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"no such key {key!r}{_nearest(key, list(_leaves()))}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}" if key else message
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1, 0.4)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _scalar(text: str, origin: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"{origin}: {text!r} is not a YAML value") from None
+
+
+def _merge(into: dict[str, dict[str, Any]], path: Path, origin: str) -> None:
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{origin}: cannot be read as YAML: {error}") from None
+    for section, values in (loaded or {}).items() if isinstance(loaded, dict | None) else [("", None)]:
+        if section not in RunConfig.model_fields or not isinstance(values, dict):
+            raise UsageError(f"{origin}: {section!r} is not one of the sections {', '.join(RunConfig.model_fields)}")
+        into.setdefault(section, {}).update(values)

@@ -1,0 +1,1 @@
+"""Images on disk to shards, shards to training batches."""

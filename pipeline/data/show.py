@@ -1,0 +1,67 @@
+"""`dcgan-data show`: a data set's numbers and a contact sheet."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.data.dataset import load_dataset
+from pipeline.data.shards import Columns, iterate
+from pipeline.errors import UsageError
+from pipeline.imaging import grid, save_png
+from pipeline.storage import is_url
+
+LABEL_IMAGES = 5_000
+"""Labels are summed up over the first so many images: they are shuffled, so these stand for all."""
+
+
+def show(location: str, sheet: Path | None, images: int) -> None:
+    """Print the numbers and write the sheet. Raises UserError."""
+    if sheet is None and is_url(location):
+        raise UsageError(f"{location}: a URL; say with --out where the contact sheet goes")
+    sheet = sheet or Path(location) / "sheet.png"
+    dataset = load_dataset(location)
+    batches: list[Any] = []
+    columns: Columns = {}
+    seen = 0
+    for batch, labels in iterate(location, dataset=dataset, labels=True):
+        if seen < images:
+            batches.append(batch[: images - seen])
+        for name, values in labels.items():
+            columns.setdefault(name, []).extend(values)
+        seen += len(batch)
+        if seen >= images and (seen >= LABEL_IMAGES or not dataset.labels):
+            break
+    table = Table(show_header=False, box=None)
+    shape = f"{dataset.image_size}x{dataset.image_size}x{dataset.channels}"
+    table.add_row("images", f"{dataset.images:,} of {shape}, {dataset.encoding}")
+    table.add_row("shards", f"{len(dataset.shards):,}, {dataset.bytes / 1e6:,.1f} MB")
+    table.add_row("source", ", ".join(f"{k}={v}" for k, v in dataset.source.items() if v not in (None, [], "")))
+    table.add_row("left out", f"{dataset.refused.count:,} {dataset.refused.reasons or ''}")
+    table.add_row("fingerprint", dataset.fingerprint())
+    for name, kind in dataset.labels.items():
+        table.add_row(f"label {name}", f"{kind}: {summary(columns[name], kind)}")
+    if dataset.labels and seen < dataset.images:
+        table.add_row("", f"(labels: the first {seen:,} images)")
+    Console().print(table)
+    width = max(1, int(np.ceil(np.sqrt(images * 1.5))))
+    save_png(sheet, grid(np.concatenate(batches), width))
+    print(f"contact sheet: {sheet}")
+
+
+def summary(values: list[Any], kind: str) -> str:
+    """Return one line about a label's values."""
+    present = [value for value in values if value is not None]
+    gaps = f", {len(values) - len(present):,} without" if len(present) < len(values) else ""
+    if not present:
+        return "no values"
+    if kind == "bool":
+        return f"{np.mean(present):.1%} true{gaps}"
+    common = Counter(present).most_common()
+    if kind == "str" or (kind == "int" and len(common) <= 20):
+        shown = ", ".join(f"{value} {count:,}" for value, count in common[:10])
+        return f"{shown}{f' and {len(common) - 10:,} more' if len(common) > 10 else ''}{gaps}"
+    return f"{min(present):.4g} to {max(present):.4g}, mean {np.mean(present):.4g}{gaps}"

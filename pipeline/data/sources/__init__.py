@@ -1,0 +1,1 @@
+"""One file a format, each behind the small interface of `interface.py`."""

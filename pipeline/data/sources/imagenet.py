@@ -1,0 +1,116 @@
+"""ImageNet: class folders, tars of classes, or the one tar of those tars; `class` is the WordNet name."""
+
+import io
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.data.sources.folder import SUFFIXES, Folder
+from pipeline.data.sources.interface import Item, Listing
+from pipeline.data.sources.tars import tar_members
+from pipeline.errors import DataError, UsageError
+from pipeline.storage import Store, is_url
+
+
+@dataclass(frozen=True)
+class ImageNet:
+    """A folder of class folders or of class tars (n01440764.tar), or ILSVRC2012_img_train.tar."""
+
+    location: str
+
+    def listing(self) -> Listing:
+        """Return the pictures with `class` and `label`, the number of the class in alphabetical order."""
+        tars = self._tars()
+        listing = self._from_tars(tars) if tars else self._from_folders()
+        classes = {name: number for number, name in enumerate(sorted({item.labels[0] for item in listing.items}))}
+        listing.labels = {"class": "str", "label": "int"}
+        listing.items = [
+            Item(item.key, (item.labels[0], classes[item.labels[0]]), item.where) for item in listing.items
+        ]
+        return listing
+
+    def read(self, item: Item) -> bytes:
+        """Return the JPEG."""
+        if not isinstance(item.where, tuple):
+            return Folder(self.location).read(item)
+        name, offset, size = item.where
+        folder = self.location.rpartition("/")[0] if self.location.endswith(".tar") else self.location
+        return Store(folder or ".").read_range(name, offset, size)
+
+    def _tars(self) -> list[tuple[str, str]]:
+        """Return (folder, name) of the tars to read."""
+        if self.location.endswith(".tar"):
+            folder, _, name = self.location.rpartition("/")
+            return [(folder or ".", name)]
+        if not is_url(self.location) and not Path(self.location).is_dir():
+            raise UsageError(f"{self.location}: no such folder or tar")
+        return [(self.location, name) for name in Store(self.location).names() if name.endswith(".tar")]
+
+    def _from_folders(self) -> Listing:
+        listing = Folder(self.location).listing()
+        if "class" not in listing.labels:
+            raise DataError(f"{self.location}: expected a folder or a tar for each class, such as n01440764")
+        flat = [item.key for item in listing.items if item.labels[0] is None]
+        if flat:
+            raise DataError(f"{self.location}: {flat[0]} lies in no class folder")
+        return listing
+
+    def _from_tars(self, tars: list[tuple[str, str]]) -> Listing:
+        listing = Listing({}, [])
+        for folder, name in tars:
+            for member, offset, size, file in tar_members(folder, name):
+                if member.endswith(".tar"):
+                    file.seek(offset)
+                    inner = _Window(file, offset, size)
+                    wnid = PurePosixPath(member).stem
+                    try:
+                        with tarfile.open(fileobj=inner, mode="r:") as tar:
+                            listing.items += [
+                                _item(wnid, m.name, name, offset + m.offset_data, m.size)
+                                for m in tar
+                                if m.isreg() and _is_image(m.name)
+                            ]
+                    except tarfile.TarError as error:
+                        raise DataError(f"{folder}/{name}: {member}: damaged tar: {error}") from None
+                elif _is_image(member):
+                    listing.items.append(_item(PurePosixPath(name).stem, member, name, offset, size))
+        if not listing.items:
+            raise DataError(f"{self.location}: its tars hold no images")
+        return listing
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
+
+
+def _item(wnid: str, member: str, tar: str, offset: int, size: int) -> Item:
+    """Return a picture under the key that it has in class folders, so that both forms build the same data set."""
+    return Item(f"{wnid}/{PurePosixPath(member).name}", (wnid,), (tar, offset, size))
+
+
+class _Window(io.RawIOBase):
+    """A part of an open file, as a file of its own."""
+
+    def __init__(self, file: Any, offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._at = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        self._at = position + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        self._file.seek(self._offset + self._at)
+        data: bytes = self._file.read(left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data

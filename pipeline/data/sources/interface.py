@@ -1,0 +1,96 @@
+"""What every source of images offers: a listing with labels, and any image of it at any time."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from pipeline.data.dataset import LabelType, Refusals
+from pipeline.imaging import Pixels
+
+EXAMPLES = 100
+"""Refused images that dataset.json names; refused.txt names all."""
+
+
+class Item(NamedTuple):
+    """One picture of a source."""
+
+    key: str
+    """Its name, unique in the source: what decides its place in the order."""
+    labels: tuple[Any, ...]
+    """Values in the order of `Listing.labels`; None where there is none."""
+    where: Any
+    """How the source finds it again. Small, and picklable: it travels to the process that reads the picture."""
+
+
+@dataclass
+class RefusalLog:
+    """Pictures that were left out, by name and reason."""
+
+    entries: list[tuple[str, str]] = field(default_factory=list)
+    unnamed: Counter[str] = field(default_factory=Counter)
+
+    def add(self, key: str, reason: str) -> None:
+        """Note a picture."""
+        self.entries.append((printable(key), reason))
+
+    def extend(self, other: "RefusalLog") -> None:
+        """Note all that another log holds."""
+        self.entries += other.entries
+        self.unnamed += other.unnamed
+
+    @property
+    def count(self) -> int:
+        """Pictures left out."""
+        return len(self.entries) + self.unnamed.total()
+
+    def summary(self) -> Refusals:
+        """Return what goes into dataset.json."""
+        reasons = Counter(reason for _, reason in self.entries) + self.unnamed
+        examples = [f"{key}: {reason}" for key, reason in self.entries[:EXAMPLES]]
+        return Refusals(count=self.count, reasons=dict(sorted(reasons.items())), examples=examples)
+
+
+@dataclass
+class Listing:
+    """All pictures of a source, before any is decoded."""
+
+    labels: dict[str, LabelType]
+    """Name and type of every label."""
+    items: list[Item]
+    refused: RefusalLog = field(default_factory=RefusalLog)
+    """Pictures that already the listing shows to be unusable."""
+    notes: list[str] = field(default_factory=list)
+    """What was passed over and is no picture, one line each."""
+    damaged: bool = False
+    """The source itself is broken and pictures are lost. Accepted only when the user says so."""
+
+
+class Source(Protocol):
+    """A kind of data set on disk. Small and picklable: every process that reads gets a copy."""
+
+    def listing(self) -> Listing:
+        """Find all pictures and their labels. Raises UserError when there is nothing to build from."""
+        ...
+
+    def read(self, item: Item) -> bytes | Pixels:
+        """Return a picture: its encoded bytes, or pixels (H, W, C). Raises BadImage or OSError."""
+        ...
+
+
+def printable(key: str) -> str:
+    """Return a name that any file can hold; undecodable bytes of file names are written as escapes."""
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def infer_type(values: Iterable[Any]) -> LabelType:
+    """Return the narrowest type that holds all values (None aside)."""
+    kinds = {type(value) for value in values if value is not None}
+    if not kinds <= {bool, int, float}:
+        return "str"
+    return "float" if float in kinds else "int" if int in kinds else "bool" if kinds else "str"
+
+
+def as_type(value: Any, kind: LabelType) -> Any:
+    """Return `value` as its label's type."""
+    return None if value is None else {"bool": bool, "int": int, "float": float, "str": str}[kind](value)

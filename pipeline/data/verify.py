@@ -1,0 +1,152 @@
+"""`dcgan-data verify`: every byte of a data set against dataset.json, naming shard, key and offset of each damage."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.dataset import FILE_NAME, Dataset, Shard, load_dataset
+from pipeline.data.shards import DamagedTar, checksum, members
+from pipeline.data.workers import available_cores, run_tasks
+from pipeline.errors import DataError
+from pipeline.imaging import BadImage, decode
+from pipeline.progress import Progress
+from pipeline.storage import Store, sha256_bytes
+
+SHOWN = 50
+"""Damages that are printed; the last line counts all."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something wrong in a shard."""
+
+    shard: str
+    what: str
+    key: str | None = None
+    offset: int | None = None
+
+    def __str__(self) -> str:
+        key = "" if self.key is None else f" key {self.key!r}"
+        offset = "" if self.offset is None else f" offset {self.offset}"
+        return f"{self.shard}:{key}{offset}{':' if key or offset else ''} {self.what}"
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Checks one shard. Travels to the workers, with all of dataset.json but the shards."""
+
+    location: str
+    dataset: Dataset
+
+    def check(self, shard: Shard) -> tuple[int, list[Damage]]:
+        """Return the shard's images and what is wrong with it."""
+        return shard.images, list(check_shard(Store(self.location), self.dataset, shard))
+
+
+def verify(location: str) -> None:
+    """Check all shards and print what is damaged. Raises DataError when anything is."""
+    dataset = load_dataset(location)
+    store = Store(location)
+    present = set(store.names())
+    damages = [Damage(s.name, "missing") for s in dataset.shards if s.name not in present]
+    stray = sorted(n for n in present if n.endswith(".tar") and n not in {s.name for s in dataset.shards})
+    for name in stray:
+        print(f"note: {store.path(name)} is not part of the data set")
+    there = [shard for shard in dataset.shards if shard.name in present]
+    checker = Checker(location, dataset.model_copy(update={"shards": []}))
+    with Progress("verifying", sum(shard.images for shard in there)) as progress:
+        for images, found in run_tasks(checker.check, there, available_cores()):
+            progress.advance(images)
+            damages += found
+    for damage in sorted(damages, key=lambda damage: (damage.shard, damage.offset or 0))[:SHOWN]:
+        print(damage)
+    if damages:
+        shards = len({damage.shard for damage in damages})
+        raise DataError(
+            f"{location}: {len(damages):,} damages in {shards:,} of {len(dataset.shards):,} shards; "
+            "copy those shards again, or build again with --overwrite"
+        )
+    print(f"{location}: {dataset.images:,} images in {len(dataset.shards):,} shards, all as {FILE_NAME} says")
+
+
+def check_shard(store: Store, dataset: Dataset, shard: Shard) -> Iterator[Damage]:
+    """Yield everything that is wrong with one shard."""
+    data = store.read(shard.name)
+    if len(data) != shard.bytes:
+        yield Damage(shard.name, f"{len(data):,} bytes, but {FILE_NAME} states {shard.bytes:,}")
+    elif sha256_bytes(data) == shard.sha256:
+        yield from _check_images(data, dataset, shard)
+        return
+    found = False
+    for damage in _check_images(data, dataset, shard):
+        found = True
+        yield damage
+    if not found and len(data) == shard.bytes:
+        yield Damage(shard.name, "its SHA-256 is not the stated one, though all its images and labels are intact")
+
+
+def _check_images(data: bytes, dataset: Dataset, shard: Shard) -> Iterator[Damage]:
+    """Yield what is wrong with the members of a shard."""
+    places = iter(zip(shard.offsets, shard.sizes, strict=True))
+    image: tuple[int, int] | None = None
+    images = 0
+    try:
+        for name, offset, size in members(data, shard.name):
+            if not name.endswith(".json"):
+                image = next(places, None)
+                if image is None or not offset <= image[0] or image[0] + image[1] != offset + size:
+                    yield Damage(shard.name, f"{name} is not where {FILE_NAME} places an image", offset=offset)
+                    return
+                continue
+            if image is None:
+                yield Damage(shard.name, f"{name} stands before its images", offset=offset)
+                return
+            entry = _entry(data[offset : offset + size], dataset)
+            if entry is None:
+                yield Damage(shard.name, f"{name}: the labels are damaged", offset=offset)
+            else:
+                images += len(entry)
+                yield from _check_entry(data, dataset, shard.name, image, entry)
+            image = None
+    except DamagedTar as damage:
+        yield Damage(shard.name, damage.what, offset=damage.offset)
+        return
+    if images != shard.images:
+        yield Damage(shard.name, f"{images:,} intact entries, but {FILE_NAME} states {shard.images:,} images")
+
+
+def _entry(content: bytes, dataset: Dataset) -> list[tuple[str, list[Any], int]] | None:
+    """Return (key, labels, checksum) of each image that a .json member describes, or None if it is damaged."""
+    try:
+        values = json.loads(content)
+        columns = [values["key"], *(values["labels"][name] for name in dataset.labels), values["crc32"]]
+        if dataset.encoding != "packed":
+            columns = [[value] for value in columns]
+        return [(key, labels, crc) for key, *labels, crc in zip(*columns, strict=True)]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_entry(
+    data: bytes, dataset: Dataset, shard: str, image: tuple[int, int], entry: list[tuple[str, list[Any], int]]
+) -> Iterator[Damage]:
+    """Yield what is wrong with the images that one .json member describes."""
+    start, size = image
+    each = size // max(1, len(entry))
+    if dataset.encoding == "packed" and each != dataset.image_bytes:
+        yield Damage(shard, f"{len(entry)} labels for {size // dataset.image_bytes} images", offset=start)
+        return
+    for index, (key, labels, crc) in enumerate(entry):
+        offset = start + index * each
+        piece = memoryview(data)[offset : offset + each]
+        if checksum(piece, key, labels) != crc:
+            yield Damage(shard, "the image, its name or its labels are damaged (CRC-32)", key, offset)
+        elif dataset.encoding != "packed":
+            try:
+                shape = decode(piece, dataset.channels).shape
+            except BadImage as error:
+                yield Damage(shard, str(error), key, offset)
+                continue
+            if shape != (dataset.image_size, dataset.image_size, dataset.channels):
+                yield Damage(shard, f"an image of {shape}", key, offset)

@@ -1,0 +1,91 @@
+"""Errors a user can cause: one line, an exit code, never a traceback."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what was found, what was expected, where, and what to do."""
+
+    exit_code = 2
+
+
+class UsageError(UserError):
+    """A wrong option or argument."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A data set, checkpoint or model that is missing, damaged or of another kind."""
+
+    exit_code = 65
+
+
+class UnavailableError(UserError):
+    """A device, driver, library or service that the command needs is not here."""
+
+    exit_code = 69
+
+
+class TryAgainError(UserError):
+    """A passing fault: a full disk, a store that does not answer, a run that another process trains."""
+
+    exit_code = 75
+
+
+class ConfigConflict(UserError):
+    """A configuration that contradicts itself or the run it should continue."""
+
+    exit_code = 78
+
+
+class Stopped(UserError):
+    """SIGTERM was received and the work so far is saved."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+class Interrupted(Stopped):
+    """SIGINT (Ctrl-C) was received and the work so far is saved."""
+
+    exit_code = 128 + signal.SIGINT
+
+
+_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.ESTALE}
+
+
+def describe_os_error(error: OSError) -> UserError:
+    """Turn an operating-system error into the one line and exit code that tell what to do about it."""
+    where = f"{error.filename}: " if error.filename else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TryAgainError(f"{where}{reason}. Free some space and run the same command again: it goes on")
+    if error.errno in _PASSING:
+        return TryAgainError(f"{where}{reason}. Run the same command again: it goes on")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return UsageError(f"{where}{reason}. Choose a path that this user may use")
+    return UsageError(f"{where}{reason}")
+
+
+def run_command(command: Callable[[], object]) -> None:
+    """Run a command line to its end and exit with our codes (DESIGN contract 6).
+
+    `UserError` and `OSError` become one line on standard error; anything else is a bug of ours and keeps
+    its traceback. Set `DCGAN_TRACEBACK=1` to see the traceback of user errors as well.
+    """
+    try:
+        command()
+    except (UserError, OSError) as error:
+        if os.environ.get("DCGAN_TRACEBACK"):
+            raise
+        known = describe_os_error(error) if isinstance(error, OSError) else error
+        line = " ".join(str(known).split())
+        print(f"{'stopped' if isinstance(known, Stopped) else 'error'}: {line}", file=sys.stderr)
+        sys.exit(known.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

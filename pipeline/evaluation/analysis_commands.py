@@ -1,0 +1,230 @@
+"""dcgan-eval's commands that look inside a generator and its discriminator."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import UsageError
+from pipeline.evaluation.options import (
+    Ckpt,
+    Classifier,
+    Count,
+    Data,
+    OptionalData,
+    Out,
+    Seed,
+    check_count,
+    show,
+)
+from pipeline.evaluation.results import output_folder
+
+commands = typer.Typer()
+
+
+@commands.command()
+def classifier(
+    data: Annotated[str, typer.Option(help="Labelled shards; a folder or URL.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the results.", show_default=False)],
+    seed: Seed = 0,
+    epochs: Annotated[int, typer.Option(help="Times through the data.", min=1)] = 12,
+) -> None:
+    """Train the judge: a small network that reads attributes off images; its accuracy on held-out ones is stated."""
+    from pipeline.evaluation.classifier import make_classifier
+
+    scores = {name: head.score for name, head in make_classifier(data, out, seed=seed, epochs=epochs).heads.items()}
+    show(scores, out, "classifier")
+
+
+@commands.command()
+def probe(
+    ckpt: Ckpt,
+    data: Data,
+    label: Annotated[str, typer.Option(help="The label to tell.", show_default=False)],
+    test_data: Annotated[str | None, typer.Option(help="Shards to test on; else the last fifth of --data.")] = None,
+    labels: Annotated[
+        int | None, typer.Option(help="Class-balanced labels a draw (SVHN: 1000); else all, once.")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Draws of --labels.", min=1)] = 100,
+    limit: Annotated[int | None, typer.Option(help="Use the first so many images of --data.")] = None,
+    out: Out = None,
+    seed: Seed = 0,
+) -> None:
+    """Linear SVM on the discriminator's features, against raw pixels and an untrained D (section 5)."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.probe import Protocol, run_probe
+
+    protocol = Protocol(labels, draws, seed)
+    numbers = run_probe(folder, ckpt=ckpt, data=data, label=label, test_data=test_data, limit=limit, protocol=protocol)
+    show(dict(numbers), folder, "probe")
+
+
+@commands.command()
+def interpolate(
+    ckpt: Ckpt,
+    out: Out = None,
+    rows: Annotated[int, typer.Option(help="Walks.", min=1)] = 10,
+    steps: Annotated[int, typer.Option(help="Images of a walk.", min=2)] = 9,
+    seed: Seed = 0,
+) -> None:
+    """Walks between random z, straight and along the sphere (Figure 4)."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.interpolate import run_interpolate
+
+    numbers = run_interpolate(folder, ckpt=ckpt, rows=rows, steps=steps, seed=seed)
+    show({f"unevenness, {name}": value for name, value in numbers.items()}, folder, "interpolate")
+
+
+@commands.command()
+def arithmetic(
+    ckpt: Ckpt,
+    expression: Annotated[
+        str, typer.Option(help="Terms of attributes (a & !b) or of indices (#3,7,9) joined by + and -.")
+    ] = "male & eyeglasses - male & !eyeglasses + !male & !eyeglasses",
+    classifier: Classifier = None,
+    data: OptionalData = None,
+    trials: Annotated[int, typer.Option(help="Draws of exemplars.", min=1)] = 200,
+    sheet: Annotated[int | None, typer.Option(help="Only write a contact sheet of so many numbered samples.")] = None,
+    out: Out = None,
+    seed: Seed = 0,
+) -> None:
+    """Man with glasses - man + woman: averaged exemplars added up, and how often it works (Figure 7)."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.arithmetic import run_arithmetic, write_contact_sheet
+
+    if sheet is not None:
+        written = write_contact_sheet(folder, ckpt=ckpt, count=check_count(sheet), seed=seed)
+        typer.echo(f"written: {written.with_suffix('.png')}; give indices as --expression '#3,7,9 - #1,2,4 + #5,6,8'")
+        return
+    numbers = run_arithmetic(
+        folder, ckpt=ckpt, expression=expression, classifier=classifier, data=data, trials=trials, seed=seed
+    )
+    show(dict(numbers), folder, "arithmetic")
+
+
+@commands.command()
+def turn(
+    ckpt: Ckpt,
+    attribute: Annotated[str, typer.Option(help="An attribute that the classifier reads.")] = "yaw",
+    classifier: Classifier = None,
+    data: OptionalData = None,
+    rows: Annotated[int, typer.Option(help="Samples that are shown.", min=1)] = 8,
+    steps: Annotated[int, typer.Option(help="Steps from one side to the other.", min=2)] = 9,
+    extreme: Annotated[int, typer.Option(help="Samples averaged at either extreme.", min=1)] = 64,
+    out: Out = None,
+    seed: Seed = 0,
+) -> None:
+    """A vector from averages at the extremes of an attribute, applied in steps to other samples (Figure 8)."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.turn import run_turn
+
+    numbers = run_turn(
+        folder,
+        ckpt=ckpt,
+        attribute=attribute,
+        classifier=classifier,
+        data=data,
+        rows=rows,
+        steps=steps,
+        extreme=extreme,
+        seed=seed,
+    )
+    show(dict(numbers), folder, "turn")
+
+
+@commands.command()
+def neighbors(
+    ckpt: Ckpt,
+    data: Data,
+    count: Count = 36,
+    limit: Annotated[int | None, typer.Option(help="Search the first so many images of --data.")] = None,
+    out: Out = None,
+    seed: Seed = 0,
+) -> None:
+    """Samples, and under each its nearest real images by pixels and by the discriminator's features."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.neighbors import run_neighbors
+
+    show(dict(run_neighbors(folder, ckpt=ckpt, data=data, count=count, limit=limit, seed=seed)), folder, "neighbors")
+
+
+@commands.command()
+def memorization(
+    ckpt: Ckpt,
+    data: Data,
+    held_out: Annotated[str | None, typer.Option(help="Shards that the run has never seen.")] = None,
+    most: Annotated[int, typer.Option(help="Largest number of samples (1,000, 10,000, 100,000).", min=100)] = 10_000,
+    limit: Annotated[int | None, typer.Option(help="Use the first so many images of --data.")] = None,
+    out: Out = None,
+    seed: Seed = 0,
+) -> None:
+    """Learned or memorised: held-out distances, hash collisions, smoothness of walks (sections 3 and 6.1)."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.memorization import run_memorization
+
+    numbers = run_memorization(folder, ckpt=ckpt, data=data, held_out=held_out, most=most, limit=limit, seed=seed)
+    show(numbers, folder, "memorization")
+
+
+@commands.command()
+def features(
+    ckpt: Ckpt,
+    data: Data,
+    layer: Annotated[int, typer.Option(help="Convolution of the discriminator, 1 being the first.", min=1)] = 4,
+    units: Annotated[int, typer.Option(help="Units that are shown.", min=1)] = 6,
+    images_each: Annotated[int, typer.Option(help="Images for each unit.", min=1)] = 8,
+    out: Out = None,
+    seed: Seed = 0,
+) -> None:
+    """What excites the discriminator's units: guided backpropagation and gradient ascent (Figure 5)."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.features import run_features
+
+    numbers = run_features(folder, ckpt=ckpt, data=data, layer=layer, units=units, images_each=images_each, seed=seed)
+    show({f"selectivity, {name}": value for name, value in numbers.items()}, folder, "features")
+
+
+@commands.command()
+def forget(
+    ckpt: Ckpt,
+    boxes: Annotated[
+        Path | None, typer.Option(help="CSV index,left,top,right,bottom of the object in samples.")
+    ] = None,
+    attribute: Annotated[str | None, typer.Option(help="The object as the classifier calls it.")] = None,
+    region: Annotated[str | None, typer.Option(help="Where it is in all samples: left,top,right,bottom.")] = None,
+    classifier: Classifier = None,
+    data: OptionalData = None,
+    samples: Annotated[int, typer.Option(help="Samples among which --attribute is looked for.", min=8)] = 512,
+    strength: Annotated[float, typer.Option(help="1 drops the maps, 0.5 halves them.", min=0, max=2)] = 1.0,
+    out: Out = None,
+    seed: Seed = 0,
+) -> None:
+    """Drop the feature maps of G that draw an object, and see what is left (Figure 6)."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.forget import run_forget
+
+    numbers = run_forget(
+        folder,
+        ckpt=ckpt,
+        boxes=boxes,
+        attribute=attribute,
+        region=_region(region),
+        classifier=classifier,
+        data=data,
+        samples=samples,
+        strength=strength,
+        seed=seed,
+    )
+    show(dict(numbers), folder, "forget")
+
+
+def _region(text: str | None) -> tuple[int, int, int, int] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdigit() for part in parts):
+        raise UsageError(f"--region {text}: expected four whole numbers, left,top,right,bottom, such as 12,22,52,36")
+    left, top, right, bottom = map(int, parts)
+    if not (left < right and top < bottom):
+        raise UsageError(f"--region {text}: left must be below right, and top below bottom")
+    return left, top, right, bottom

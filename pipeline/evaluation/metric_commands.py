@@ -1,0 +1,97 @@
+"""dcgan-eval's commands that measure how near samples are to real images."""
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.evaluation.options import Count, Data, OptionalCkpt, OptionalData, Out, Samples, Seed, show
+from pipeline.evaluation.results import output_folder
+
+commands = typer.Typer()
+
+
+@commands.command()
+def swd(
+    data: Data,
+    ckpt: OptionalCkpt = None,
+    samples: Samples = None,
+    out: Out = None,
+    count: Count = 16_384,
+    seed: Seed = 0,
+    patches: Annotated[int, typer.Option(help="Patches of an image on every level (128 is the published).")] = 128,
+    directions: Annotated[int, typer.Option(help="Random projections (512 is the published).")] = 512,
+) -> None:
+    """Sliced Wasserstein distance between samples and real images, level by level (Karras et al. 2018)."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.distances import measure_swd
+    from pipeline.evaluation.swd import Sampling
+
+    sampling = Sampling(seed, patches, directions)
+    numbers = measure_swd(folder, ckpt=ckpt, samples=samples, data=data, count=count, sampling=sampling)
+    show(numbers, folder, "swd")
+
+
+@commands.command()
+def ms_ssim(
+    ckpt: OptionalCkpt = None,
+    samples: Samples = None,
+    data: OptionalData = None,
+    out: Out = None,
+    count: Count = 16_384,
+    seed: Seed = 0,
+) -> None:
+    """How alike the samples are: MS-SSIM of random pairs, beside that of real images when --data is given."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.distances import measure_ms_ssim
+
+    show(measure_ms_ssim(folder, ckpt=ckpt, samples=samples, data=data, count=count, seed=seed), folder, "ms_ssim")
+
+
+class Metric(StrEnum):
+    """The distances that need features."""
+
+    fid = "fid"
+    kid = "kid"
+    inception_score = "is"
+    precision_recall = "precision-recall"
+
+
+def _feature_metric(metric: Metric) -> Callable[..., None]:
+    """Return the command of one metric: the four share all their options."""
+
+    def command(
+        data: OptionalData = None,
+        ckpt: OptionalCkpt = None,
+        samples: Samples = None,
+        out: Out = None,
+        count: Count = 10_000,
+        seed: Seed = 0,
+        extractor: Annotated[
+            str, typer.Option(help="Path or URL of a .pt (TorchScript), .onnx or classifier.safetensors; or fallback.")
+        ] = "fallback",
+        extractor_sha256: Annotated[str | None, typer.Option(help="What it must hash to; needed for a URL.")] = None,
+        resize: Annotated[int | None, typer.Option(help="Resize images to this before the extractor.")] = None,
+        cache: Annotated[Path | None, typer.Option(help="Keep the real images' statistics in this folder.")] = None,
+    ) -> None:
+        folder = output_folder(out, ckpt)
+        from pipeline.evaluation.feature_metrics import Request, measure, processes
+
+        request = Request(folder, ckpt, samples, data, count, seed, extractor, extractor_sha256, resize, cache)
+        with processes() as accelerator:
+            numbers = measure(metric.value, request, accelerator)
+            if accelerator is None or accelerator.is_main_process:
+                show(dict(numbers), folder, metric.value)
+
+    return command
+
+
+for _metric, _help in {
+    Metric.fid: "Fréchet distance between features of samples and of real images (Heusel et al. 2017).",
+    Metric.kid: "Kernel distance (MMD) between features of samples and of real images (Binkowski et al. 2018).",
+    Metric.inception_score: "Inception score: sure of each class, and all classes there (Salimans et al. 2016).",
+    Metric.precision_recall: "Samples inside the data's manifold, and the reverse (Kynkäänniemi et al. 2019).",
+}.items():
+    commands.command(_metric.value, help=_help)(_feature_metric(_metric))

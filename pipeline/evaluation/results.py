@@ -1,0 +1,113 @@
+"""What every command leaves behind: one JSON that says what was measured on what, and its pictures."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import DataError, UsageError
+from pipeline.storage import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Chart
+
+    from pipeline.evaluation.images import Pixels
+
+FOLDER = "evaluation"
+"""Where results go inside a run directory, and where the report looks for them."""
+
+
+@dataclass
+class Result:
+    """One command's outcome on its way to OUT/NAME.json and OUT/NAME*.png."""
+
+    name: str
+    out: Path
+    subject: dict[str, Any]
+    """What was measured: model or samples."""
+    data: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+    pictures: list[dict[str, str]] = field(default_factory=list)
+
+    def picture(self, image: "Pixels", caption: str, suffix: str = "") -> None:
+        """Write a picture (height, width, channels) beside the JSON."""
+        from pipeline.imaging import save_png
+
+        save_png(self._add(caption, suffix), image)
+
+    def chart(self, chart: "Chart", caption: str, suffix: str = "") -> None:
+        """Write a matplotlib figure beside the JSON."""
+        import io
+
+        buffer = io.BytesIO()
+        chart.savefig(buffer, format="png", dpi=110)
+        write_atomic(self._add(caption, suffix), buffer.getvalue())
+
+    def _add(self, caption: str, suffix: str) -> Path:
+        name = f"{self.name}{suffix}.png"
+        self.pictures.append({"file": name, "caption": caption})
+        return self.out / name
+
+    def write(
+        self,
+        results: dict[str, Any],
+        *,
+        summary: str = "",
+        note: str = "",
+        table: list[list[Any]] | None = None,
+        published: list[dict[str, Any]] | None = None,
+    ) -> Path:
+        """Write the JSON last, when all pictures are there, and return its path.
+
+        `summary` says the outcome in a sentence; `table` (first row: headings) is what a page should show of it.
+        """
+        content = {
+            "command": self.name,
+            "subject": self.subject,
+            "data": self.data,
+            "settings": self.settings,
+            "summary": summary,
+            "results": results,
+            "table": table or [],
+            "published": published or [],
+            "note": note,
+            "pictures": self.pictures,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "versions": {name: _version(name) for name in ("dcgan-pipeline", "torch", "numpy")},
+        }
+        path = self.out / f"{self.name}.json"
+        write_atomic(path, json.dumps(content, indent=1) + "\n")
+        return path
+
+
+def output_folder(out: Path | None, ckpt: str | None) -> Path:
+    """Return --out, or RUN/evaluation when `--ckpt` names a run directory on this disk."""
+    if out is not None:
+        return out
+    run = Path((ckpt or "").partition("@")[0])
+    if ckpt and (run / "config.json").is_file():
+        return run / FOLDER
+    raise UsageError("--out is missing: name a folder for the results (only a run directory has one of its own)")
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the results in `folder` by command; files that are not ours are passed over."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except (ValueError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: not JSON ({error}); remove it or run the command again") from None
+        if isinstance(content, dict) and {"command", "results", "pictures"} <= content.keys():
+            found[path.stem] = content
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

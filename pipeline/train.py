@@ -1,0 +1,156 @@
+"""Train a DCGAN on shards. Run the same command again to go on where it stopped.
+
+One machine, CPU or one GPU:
+    accelerate launch pipeline/train.py --data shards/ --out runs/faces --preset faces
+One machine, 8 GPUs, bf16:
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pipeline/train.py --data ... --out ...
+Two CPU processes:
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 pipeline/train.py --data ... --out ...
+Two machines with 8 GPUs each, on machine 0 and 1 (in containers: dcgan-launch, which finds the numbers itself):
+    accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank 0 \\
+        --main_process_ip 10.0.0.1 --main_process_port 29500 pipeline/train.py --data ... --out ...
+Without accelerate's launcher:
+    python pipeline/train.py --data ... --out ...
+"""
+
+import json
+import logging
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    # Launchers put pipeline/ itself first on the path, where its modules must not be found as top-level ones.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import typer
+
+from pipeline.config import RunConfig, load_config, preset_names, validate
+from pipeline.errors import ConfigConflict, DataError, TryAgainError, UnavailableError, UsageError, run_command
+from pipeline.telemetry import MetricsAddress, MetricsPort, PushGateway
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+class Resume(StrEnum):
+    """Whether a run that is already there is continued."""
+
+    auto = "auto"
+    never = "never"
+
+
+@app.command(help=(__doc__ or "").replace("\n\n", "\n\n\b\n", 1))
+def main(
+    out: Annotated[Path, typer.Option(help="Run directory: checkpoints, samples, metrics.")],
+    data: Annotated[
+        str | None, typer.Option(help="Folder or URL of shards made by dcgan-data; a run that is there knows its own.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"One of: {', '.join(preset_names())}.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings, over the preset's.")] = None,
+    resume: Annotated[
+        Resume, typer.Option(help="auto continues the newest checkpoint in --out; never refuses to.")
+    ] = Resume.auto,
+    allow_change: Annotated[
+        str, typer.Option(help="Settings of the run's identity that may differ from its checkpoint, with commas.")
+    ] = "",
+    mirror: Annotated[str | None, typer.Option(help="Object store URL that gets a copy of every checkpoint.")] = None,
+    metrics_port: MetricsPort = None,
+    metrics_address: MetricsAddress = "127.0.0.1",
+    push_gateway: PushGateway = None,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print the settings as JSON and exit.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Single settings, such as recipe.batch=64.")
+    ] = None,
+) -> None:
+    """Read the options into a RunConfig and train."""
+    settings, data = resolve(out, data, preset, config, overrides or [])
+    if show_config:
+        print(settings.model_dump_json(indent=1))
+        return
+    if data is None:
+        raise UsageError("--data: missing; expected a folder or URL of shards (make them with dcgan-data build)")
+    configure_logging()
+    from pipeline.loop import train
+
+    try:
+        train(
+            settings,
+            data=data,
+            out=out,
+            resume=resume.value,
+            allow_change=[name for name in allow_change.split(",") if name],
+            mirror=mirror,
+            metrics_port=metrics_port,
+            metrics_address=metrics_address,
+            push_gateway=push_gateway,
+        )
+    except RuntimeError as error:
+        if lost := lost_peer(error):
+            raise TryAgainError(lost) from error
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+            raise UnavailableError(
+                f"the device's memory is full ({str(error).splitlines()[0][:160]}); cut the batch of a process with "
+                "runtime.accumulate=2 or more, lower recipe.batch, or use more processes"
+            ) from error
+        raise
+
+
+def resolve(
+    out: Path, data: str | None, preset: str | None, config: Path | None, overrides: list[str]
+) -> tuple[RunConfig, str | None]:
+    """Return the settings and the data; without --preset and --config a run that is there keeps its own."""
+    stored = out / "config.json"
+    if preset is not None or config is not None or not stored.is_file():
+        return load_config(preset, config, overrides), data
+    try:
+        content = json.loads(stored.read_text())
+        settings = validate(content["config"], str(stored))
+        data = data or content["dataset"]["location"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{stored}: damaged; name --preset or --config and --data to do without it") from None
+    return load_config(None, None, overrides, base=settings), data
+
+
+def lost_peer(error: RuntimeError) -> str:
+    """Return one line for an error that means that another process is gone, '' for any other."""
+    import torch
+
+    text = str(error)
+    kinds = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
+    if not isinstance(error, torch.distributed.DistError) and not any(kind in text for kind in kinds):
+        return ""
+    rank = os.environ.get("RANK", "0")
+    return (
+        f"rank {rank} lost contact with the other processes ({text.strip().splitlines()[0][:160]}); "
+        "run it again on all of them: it goes on from the last checkpoint"
+    )
+
+
+def configure_logging() -> None:
+    """Let our own messages through: all of rank 0's, the warnings of the others."""
+    rank = os.environ.get("RANK", "0")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == "0" else f"rank {rank}: %(message)s"))
+    logger = logging.getLogger("pipeline")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+
+
+def run() -> None:
+    """Run the command line; what every rank would say alike is said once on each machine, which has its own log."""
+
+    def command() -> None:
+        try:
+            app()
+        except (UsageError, ConfigConflict) as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                raise
+            sys.exit(error.exit_code)
+
+    run_command(command)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,65 @@
+"""Small sets of pictures with a known relation to each other."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from planted import write_legible_run, write_planted, write_run
+
+from pipeline.evaluation.classifier import FILE_NAME, Classifier, load_classifier, make_classifier
+
+
+def scenes(count: int, seed: int, size: int = 64) -> NDArray[np.uint8]:
+    """Smooth colour gradients with a random disc: enough structure for every level of a pyramid."""
+    draw = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / size
+    images = np.empty((count, size, size, 3))
+    for image in images:
+        a, b, c = draw.uniform(-100, 100, (3, 3))
+        centre_y, centre_x, radius = draw.uniform(0.2, 0.8, 3)
+        disc = (y - centre_y) ** 2 + (x - centre_x) ** 2 < (radius / 3) ** 2
+        image[:] = 128 + a * (x[..., None] - 0.5) + b * (y[..., None] - 0.5) + c * disc[..., None]
+    return np.clip(images + draw.normal(0, 4, images.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def pictures() -> NDArray[np.uint8]:
+    return scenes(512, seed=1)
+
+
+@pytest.fixture(scope="session")
+def make_scenes() -> Callable[..., NDArray[np.uint8]]:
+    return scenes
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """480 labelled 32x32 pictures in two packed shards."""
+    return write_planted(tmp_path_factory.mktemp("planted") / "shards")
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with untrained networks for such pictures. Do not write into it."""
+    return write_run(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="session")
+def judge_file(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that has learned to read those pictures."""
+    folder: Path = tmp_path_factory.mktemp("judge")
+    make_classifier(str(labelled), folder, seed=0, epochs=20)
+    return folder / FILE_NAME
+
+
+@pytest.fixture(scope="session")
+def judge(judge_file: Path) -> Classifier:
+    return load_classifier(str(judge_file))
+
+
+@pytest.fixture(scope="session")
+def legible_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose generator paints what its z says. Do not write into it."""
+    return write_legible_run(tmp_path_factory.mktemp("legible") / "run")

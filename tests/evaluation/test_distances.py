@@ -1,0 +1,56 @@
+"""`dcgan-eval swd` and `ms-ssim` as users start them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from planted import write_planted
+from typer.testing import CliRunner
+
+from pipeline.errors import UsageError
+from pipeline.evaluation.cli import app
+
+FEW = ["--patches", "16", "--directions", "16"]
+
+
+def test_samples_equal_to_the_data_score_as_low_as_data_against_data(labelled: Path, tmp_path: Path) -> None:
+    out = str(tmp_path)
+    done = CliRunner().invoke(
+        app, ["swd", "--samples", str(labelled), "--data", str(labelled), "--out", out, *FEW], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    written = json.loads((tmp_path / "swd.json").read_text())
+    floor = written["results"]["real_against_real"]
+    assert written["results"]["swd"] < floor["swd"] * 1.5
+    assert written["settings"]["images"] == 480
+    assert written["published"] == []  # figures are for 64 pixels, these are 32
+    assert (tmp_path / "swd.png").stat().st_size > 5000
+
+
+def test_an_untrained_generator_is_far_from_the_data_and_repeats_itself(
+    run: Path, labelled: Path, tmp_path: Path
+) -> None:
+    both = ["--ckpt", str(run), "--data", str(labelled), "--out", str(tmp_path), "--count", "256"]
+    assert CliRunner().invoke(app, ["swd", *both, *FEW], catch_exceptions=False).exit_code == 0
+    assert CliRunner().invoke(app, ["ms-ssim", *both], catch_exceptions=False).exit_code == 0
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("swd", "ms_ssim")}
+    assert results["swd"]["swd"] > 3 * results["swd"]["real_against_real"]["swd"]
+    assert results["ms_ssim"]["ms_ssim"] > results["ms_ssim"]["ms_ssim_real"]
+
+
+def test_what_to_judge_must_be_said_once_and_fit_the_data(run: Path, labelled: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    out = ["--out", str(tmp_path)]
+    for arguments in ([], ["--ckpt", str(run), "--samples", str(labelled)]):
+        failed = runner.invoke(app, ["swd", "--data", str(labelled), *arguments, *out])
+        assert isinstance(failed.exception, UsageError)
+        assert "either --ckpt" in str(failed.exception)
+    failed = runner.invoke(app, ["swd", "--ckpt", str(run), "--data", str(labelled), "--count", "1", *out])
+    assert "expected at least 2" in str(failed.exception)
+
+
+@pytest.mark.parametrize("labels", [False])
+def test_unlabelled_data_will_do(tmp_path: Path, labels: bool) -> None:
+    data = write_planted(tmp_path / "data", 64, labels=labels)
+    arguments = ["ms-ssim", "--samples", str(data), "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0

@@ -1,0 +1,130 @@
+"""Two machines, as two network namespaces joined by one cable: training, a cut cable, a lost node, gang restarts.
+
+`make test-multinode`; needs root (`ip netns`), so it is no part of `make test`.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import ROOT, TINY
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2 for namespaces"
+    ),
+]
+
+NODES = ("dcgan-node0", "dcgan-node1")
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+OPTIONS = (
+    "schedule.log_every_images=32",
+    "schedule.checkpoint_every_images=320",
+    "schedule.evaluate_samples=64",
+    "runtime.step_timeout_seconds=8",
+)
+
+
+def ip(*words: str, check: bool = True) -> None:
+    subprocess.run(["ip", *words], check=check, capture_output=True)
+
+
+@pytest.fixture
+def cable() -> Iterator[None]:
+    """Two namespaces with one veth pair between them."""
+    for node in NODES:
+        ip("netns", "del", node, check=False)
+        ip("netns", "add", node)
+    ip("link", "add", "wire0", "netns", NODES[0], "type", "veth", "peer", "name", "wire1", "netns", NODES[1])
+    for index, node in enumerate(NODES):
+        ip("-n", node, "addr", "add", f"{ADDRESSES[index]}/24", "dev", f"wire{index}")
+        ip("-n", node, "link", "set", f"wire{index}", "up")
+        ip("-n", node, "link", "set", "lo", "up")
+    yield
+    for node in NODES:
+        ip("netns", "del", node, check=False)
+
+
+def start(node: int, data: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start one node's launcher inside its namespace, in a process group of its own."""
+    launch = str(Path(sys.executable).parent / "dcgan-launch")
+    command = ["ip", "netns", "exec", NODES[node], launch, "--nodes", "2", "--node-rank", str(node)]
+    command += ["--processes", "1", "--address", ADDRESSES[0], "--port", "29517", "--grace-seconds", "10"]
+    command += ["train", "--data", str(data), "--out", str(out), *TINY, *OPTIONS, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment |= {"GLOO_SOCKET_IFNAME": f"wire{node}"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def finish(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[int, str]]:
+    """Wait for all nodes; return their codes and messages."""
+    deadline = time.monotonic() + seconds
+    ends = []
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            ends.append((process.returncode, errors))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return ends
+
+
+def wait_for_checkpoint(out: Path, processes: list[subprocess.Popen[str]]) -> int:
+    """Wait until the run has saved, and return its position."""
+    for _ in range(1200):
+        if saved := sorted(out.glob("checkpoints/*/state.json")):
+            return int(saved[-1].parent.name)
+        assert all(process.poll() is None for process in processes), [p.communicate()[1] for p in processes]
+        time.sleep(0.1)
+    raise AssertionError("no checkpoint in two minutes")
+
+
+def train_together(data: Path, out: Path, total: int) -> None:
+    ends = finish([start(node, data, out, f"schedule.total_images={total}") for node in (0, 1)], 200)
+    assert [code for code, _ in ends] == [0, 0], ends
+    state = json.loads((out / "checkpoints" / f"{total:012d}" / "state.json").read_text())
+    assert state["world_size"] == 2
+
+
+def test_two_nodes_train(cable: None, faces32: Path, tmp_path: Path) -> None:
+    train_together(faces32, tmp_path / "run", 640)
+
+
+@pytest.mark.parametrize("accident", ["cut cable", "lost node 1", "lost node 0"])
+def test_an_accident_ends_both_and_the_gang_restart_goes_on(
+    cable: None, faces32: Path, tmp_path: Path, accident: str
+) -> None:
+    out = tmp_path / "run"
+    processes = [start(node, faces32, out, "schedule.total_images=1000000") for node in (0, 1)]
+    wait_for_checkpoint(out, processes)
+    begin = time.monotonic()
+    survivors = processes
+    if accident == "cut cable":
+        ip("-n", NODES[0], "link", "set", "wire0", "down")
+    else:
+        lost = int(accident[-1])
+        pids = subprocess.run(["ip", "netns", "pids", NODES[lost]], capture_output=True, text=True, check=True).stdout
+        for pid in pids.split():  # at once: a trainer that outlives its launcher would stop in good order
+            os.kill(int(pid), signal.SIGKILL)
+        processes[lost].communicate()
+        survivors = [processes[1 - lost]]
+    ends = finish(survivors, 90)
+    assert time.monotonic() - begin < 90
+    assert all(code == 75 for code, _ in ends), ends
+    assert all("goes on from the last checkpoint" in errors for _, errors in ends), ends
+    assert all("Traceback" not in errors for _, errors in ends), ends
+    ip("-n", NODES[0], "link", "set", "wire0", "up")
+    saved = int(sorted(out.glob("checkpoints/*/state.json"))[-1].parent.name)
+    train_together(faces32, out, saved + 320)

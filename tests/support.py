@@ -1,0 +1,53 @@
+"""What several tests need: small real data sets, and the trainer as a command."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.dataset import FILE_NAME, Dataset, Encoding
+from pipeline.data.shards import ShardWriter, write_shard
+from pipeline.imaging import encode
+from pipeline.storage import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("network.image_size=32", "network.width=4", "network.latent_dim=8", "recipe.batch=16", "recipe.streams=8")
+"""Overrides that make a run take seconds."""
+
+
+def write_dataset(
+    folder: Path, images: int = 200, size: int = 32, channels: int = 3, encoding: Encoding = "packed", shard: int = 60
+) -> Path:
+    """Write a data set of smooth random pictures, every one different, and return its folder."""
+    random = np.random.Generator(np.random.Philox(images))
+    coarse = random.integers(0, 256, (images, 4, 4, channels), np.uint8)
+    pixels = coarse.repeat(size // 4, 1).repeat(size // 4, 2)
+    store, shards = Store(folder), []
+    for start in range(0, images, shard):
+        writer = ShardWriter(f"{start:06d}", encoding, [])
+        for image in range(start, min(start + shard, images)):
+            data = pixels[image] if encoding == "packed" else encode(pixels[image], encoding)
+            writer.add(data, f"image{image:05d}", [])
+        shards.append(write_shard(store, f"shard-{start:06d}.tar", writer))
+    dataset = Dataset(
+        image_size=size,
+        channels=3 if channels == 3 else 1,
+        encoding=encoding,
+        source={"kind": "test"},
+        images=images,
+        bytes=sum(shard.bytes for shard in shards),
+        shards=shards,
+    )
+    store.write(FILE_NAME, dataset.model_dump_json().encode())
+    return folder
+
+
+Trainer = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def train_command(data: Path | str, out: Path, *overrides: str, options: Sequence[str] = ()) -> list[str]:
+    """Return the command that trains a tiny network on one process."""
+    script = str(ROOT / "pipeline" / "train.py")
+    return [sys.executable, script, "--data", str(data), "--out", str(out), *options, *TINY, *overrides]

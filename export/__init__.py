@@ -1,0 +1,1 @@
+"""Deploying a model: a checkpoint becomes ONNX, an engine, a measured sampler."""

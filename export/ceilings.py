@@ -1,0 +1,93 @@
+"""What this device could do at most, measured beside the benchmark, and what one image asks of it."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from export.card import ComputePrecision
+from export.graph import fold_batchnorm
+from pipeline.networks import Generator
+
+CPU_MATRIX, GPU_MATRIX = 2048, 8192
+CPU_COPY_BYTES, GPU_COPY_BYTES = 1 << 28, 1 << 30
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the arithmetic of one image and one block costs at least."""
+
+    flops_per_image: int
+    """A multiplication and an addition count as two."""
+    values_per_image: int
+    """Values of the feature maps, each written once and read once."""
+    weights: int
+    """Values of the weights, read once a block."""
+
+    def bytes_per_image(self, batch: int, value_bytes: int = 4) -> float:
+        """Return the least memory traffic of an image in a block of `batch`, caches aside."""
+        return value_bytes * (2 * self.values_per_image + self.weights / batch)
+
+
+def work_of(generator: Generator) -> Work:
+    """Count the work of `generator`, BatchNorm folded."""
+    layers = fold_batchnorm(generator)
+    values = 0
+
+    def count(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        nonlocal values
+        values += output.numel()
+
+    for layer in layers:
+        if not isinstance(layer, nn.ReLU | nn.Tanh):  # fused into the layer before by every good backend
+            layer.register_forward_hook(count)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layers(torch.zeros(1, generator.config.latent_dim, 1, 1))
+    return Work(counter.get_total_flops(), values, sum(weight.numel() for weight in layers.parameters()))
+
+
+def matrix_flops_per_second(device: str, precision: ComputePrecision = "fp32") -> float:
+    """Return the FLOP/s of a large square matrix product.
+
+    On the CPU the better of two libraries: PyTorch multiplies with MKL, which is half as quick as it could be on
+    other makers' processors, and convolves (a 1x1 convolution is the same product) with oneDNN.
+    """
+    size = CPU_MATRIX if device == "cpu" else GPU_MATRIX
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    left, right = (torch.ones((size, size), dtype=dtype, device=device) for _ in range(2))
+    result = torch.empty_like(left)
+    seconds = _seconds(lambda: torch.mm(left, right, out=result), device)
+    if device == "cpu":
+        pixels, weight = left[None, :, :, None].transpose(1, 2), right[:, :, None, None]
+        with torch.inference_mode():
+            seconds = min(seconds, _seconds(lambda: functional.conv2d(pixels, weight), device))
+    return 2.0 * size**3 / seconds
+
+
+def copy_bytes_per_second(device: str) -> float:
+    """Return the bytes read and written a second by a copy too large for the caches."""
+    size = CPU_COPY_BYTES if device == "cpu" else GPU_COPY_BYTES
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    return 2.0 * size / _seconds(lambda: target.copy_(source), device)
+
+
+def _seconds(action: object, device: str, repeats: int = 3) -> float:
+    """Return the median time of `action`, once for warming up and then `repeats` times."""
+    assert callable(action)
+    times = []
+    for _ in range(repeats + 1):
+        _wait(device)
+        began = time.perf_counter()
+        action()
+        _wait(device)
+        times.append(time.perf_counter() - began)
+    return sorted(times[1:])[repeats // 2]
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()

@@ -1,0 +1,232 @@
+"""dcgan-export: a checkpoint becomes an ONNX file or an engine, proven equal and measured."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import run_command
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Turn a checkpoint into an ONNX file or a TensorRT engine, proven equal and measured.",
+)
+
+
+class PrecisionOption(StrEnum):
+    """Choices of --precision for ONNX."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+
+
+class EnginePrecisionOption(StrEnum):
+    """Choices of --precision for engines."""
+
+    FP32 = "fp32"
+    TF32 = "tf32"
+    FP16 = "fp16"
+
+
+class RuntimeOption(StrEnum):
+    """Choices of --runtime."""
+
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+
+
+class OutputOption(StrEnum):
+    """Choices of --output."""
+
+    UINT8 = "uint8"
+    FLOAT = "float"
+
+
+Ckpt = Annotated[
+    str, typer.Option(help="A run, a checkpoint, or a weights file (.safetensors, netG_epoch_N.pth); path or URL.")
+]
+OptionalCkpt = Annotated[str | None, typer.Option(help="The weights it was made from, if they have moved.")]
+Out = Annotated[Path, typer.Option(help="Folder to write into.")]
+ParityImages = Annotated[int, typer.Option(min=1, help="Images compared with PyTorch at the largest batch.")]
+MaxBatch = Annotated[int, typer.Option(help="Largest batch that the file will ever be asked for.")]
+Model = Annotated[str, typer.Argument(help="A .onnx or .plan with its card beside it.")]
+
+
+@app.command()
+def onnx(
+    ckpt: Ckpt,
+    out: Out,
+    name: Annotated[str, typer.Option(help="File name; the card gets the same with .json.")] = "model.onnx",
+    precision: Annotated[PrecisionOption, typer.Option(help="Of weights and arithmetic.")] = PrecisionOption.FP32,
+    output: Annotated[
+        OutputOption, typer.Option(help="uint8 NHWC made in the graph, or the network's float NCHW in [-1, 1].")
+    ] = OutputOption.UINT8,
+    max_batch: MaxBatch = 256,
+    parity_images: ParityImages = 10_000,
+) -> None:
+    """Export a generator to one ONNX file with a dynamic batch; fails unless its images equal PyTorch's."""
+    from export.onnx_model import export_onnx
+    from export.parity import describe
+
+    card = export_onnx(
+        ckpt,
+        out,
+        name=name,
+        precision=precision.value,
+        output=output.value,
+        max_batch=max_batch,
+        parity_images=parity_images,
+    )
+    typer.echo(describe(card.parity[0]))
+    typer.echo(f"wrote {out / card.file} ({card.bytes / 1e6:.1f} MB) from {card.source.reference}, and its card")
+
+
+@app.command()
+def trt(
+    ckpt: Annotated[
+        str, typer.Option(help="A run, a checkpoint, a weights file, or a .onnx with its card; the ONNX file is made.")
+    ],
+    out: Out,
+    name: Annotated[str, typer.Option(help="File name; the card gets the same with .json.")] = "engine.plan",
+    runtime: Annotated[
+        RuntimeOption, typer.Option(help="tensorrt builds on the GPU it is for; tensorrt-rtx needs none to build.")
+    ] = RuntimeOption.TENSORRT,
+    precision: Annotated[EnginePrecisionOption, typer.Option(help="tf32: float32 with TF32 products.")] = (
+        EnginePrecisionOption.FP32
+    ),
+    output: Annotated[
+        OutputOption, typer.Option(help="uint8 NHWC made in the graph, or the network's float NCHW in [-1, 1].")
+    ] = OutputOption.UINT8,
+    max_batch: MaxBatch = 256,
+    optimization_level: Annotated[int, typer.Option(min=0, max=5, help="0 builds quickly, 5 searches longest.")] = 3,
+    timing_cache: Annotated[Path | None, typer.Option(help="Folder of measured kernels for quicker builds.")] = None,
+    parity_images: ParityImages = 10_000,
+) -> None:
+    """Build a TensorRT or TensorRT-RTX engine; where it can run, it is compared with PyTorch before it is kept."""
+    from export.parity import describe
+    from export.plan import export_plan
+    from export.tensorrt_engine import BuildOptions
+
+    card = export_plan(
+        ckpt,
+        out,
+        name=name,
+        precision=precision.value,
+        output=output.value,
+        max_batch=max_batch,
+        options=BuildOptions(runtime.value, optimization_level=optimization_level, timing_cache=timing_cache),
+        parity_images=parity_images,
+    )
+    assert card.engine is not None
+    typer.echo(
+        f"wrote {out / card.file} ({card.bytes / 1e6:.1f} MB, {card.engine.runtime} {card.engine.version}) "
+        f"from {card.engine.onnx}, and its card"
+    )
+    if card.parity:
+        typer.echo(describe(card.parity[0]))
+    else:
+        typer.echo(f"not run: no GPU here that it runs on; on one that does: dcgan-export verify {card.file}")
+
+
+@app.command()
+def triton(
+    model: Annotated[str, typer.Option(help="A .onnx or .plan with its card beside it.")],
+    out: Annotated[Path, typer.Option(help="The model repository, served with tritonserver --model-repository.")],
+    name: Annotated[str, typer.Option(help="Of the model in the repository.")] = "dcgan",
+    instances: Annotated[int, typer.Option(help="Copies that run at the same time, on each GPU.")] = 1,
+    queue_delay_microseconds: Annotated[int, typer.Option(help="How long a request may wait for others.")] = 500,
+) -> None:
+    """Write a Triton model repository with dynamic batching and warm-up, checked against the model's card."""
+    from export.card import read_card
+    from export.triton import check_config, export_repository
+
+    path = export_repository(
+        model, out, name=name, instances=instances, max_queue_delay_microseconds=queue_delay_microseconds
+    )
+    card = read_card(model)
+    checked = check_config(path.read_text(), card)
+    how = "parsed by Triton's schema, equal to the card" if checked else "not parsed: pip install tritonclient grpcio"
+    typer.echo(f"wrote {path} ({how}) and {path.parent / '1'}")
+    if card.engine:
+        typer.echo(f"serve it with a Triton image that has TensorRT {card.engine.version}, on {card.engine.gpu}")
+
+
+@app.command()
+def verify(model: Model, ckpt: OptionalCkpt = None, parity_images: ParityImages = 10_000) -> None:
+    """Check an exported file again: its card, its hash, its graph, and its images against PyTorch's."""
+    from export.parity import describe
+
+    if model.endswith(".plan"):
+        from export.plan import verify_plan
+
+        card, proven = verify_plan(model, reference=ckpt, images=parity_images)
+        what = "this machine is the one it was built for"
+    else:
+        from export.onnx_model import verify_onnx
+
+        card, proven = verify_onnx(model, reference=ckpt, images=parity_images)
+        what = "the graph is valid"
+    typer.echo(f"{model}: card and SHA-256 {card.sha256[:12]}... match, {what}")
+    typer.echo(describe(proven))
+
+
+@app.command()
+def publish(
+    model: Annotated[str, typer.Option(help="A .onnx or .plan with its card beside it; path or URL.")],
+    to: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) that gets both.")],
+) -> None:
+    """Copy a model and its card, checked against each other, to where other machines can read them."""
+    from export.card import copy_model
+
+    card = copy_model(model, to)
+    typer.echo(f"{to}/{card.file}: {card.bytes:,} bytes, SHA-256 {card.sha256[:12]}...")
+
+
+@app.command()
+def inspect(model: Model) -> None:
+    """Print what a file takes, makes, was made from, and how equal it was proven."""
+    from export.inspection import describe_model
+
+    for line in describe_model(model):
+        typer.echo(line)
+
+
+@app.command()
+def bench(
+    out: Out,
+    ckpt: Annotated[str | None, typer.Option(help="The weights; enables the PyTorch backends.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A .onnx or .plan to measure; repeatable. Made from --ckpt by default.")
+    ] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Only these backends; repeatable.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes; repeatable. 1, 8, 64, 256.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds; medians are over these.")] = 15,
+    quick: Annotated[bool, typer.Option("--quick", help="Few short rounds: a first impression in seconds.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
+) -> None:
+    """Measure every backend that runs here, interleaved, against this device's own ceilings."""
+    from export.benchmark import run_benchmark
+
+    run_benchmark(
+        out,
+        ckpt=ckpt,
+        models=model or [],
+        backends=backend or [],
+        batches=batch or [1, 8, 64, 256],
+        rounds=rounds,
+        quick=quick,
+        threads=threads,
+    )
+
+
+def main() -> None:
+    """Entry point of dcgan-export."""
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""How long the first images take and how much memory they need, measured in a process of its own.
+
+python -m export.cold_start '{"model": "model.onnx", "backend": "openvino", "batch": 64}'
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SECONDS_AT_MOST = 300
+
+
+def measure(model: str, backend: str, batch: int, threads: int | None, precision: str) -> dict[str, float] | None:
+    """Return "cold_start_seconds", "peak_bytes" and "device_bytes" of a fresh process, or None when it fails there."""
+    options = {"model": model, "backend": backend, "batch": batch, "threads": threads, "precision": precision}
+    command = [sys.executable, "-m", "export.cold_start", json.dumps(options)]
+    began = time.perf_counter()
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_AT_MOST, check=True)
+    except subprocess.SubprocessError:
+        return None
+    seconds = time.perf_counter() - began
+    return {"cold_start_seconds": seconds, **json.loads(result.stdout.splitlines()[-1])}
+
+
+def main(options: dict[str, Any]) -> None:
+    """Open a sampler, make one block, print the peak memory of the process and what the device has given out."""
+    import numpy as np
+
+    from export.samplers import open_sampler
+
+    with open_sampler(**options) as sampler:
+        sampler.sample(np.zeros((sampler.batch, sampler.latent_dim), np.float32))
+        used = {"peak_bytes": _peak_bytes()}
+        if sampler.device != "cpu":
+            import torch
+
+            free, total = torch.cuda.mem_get_info()
+            used["device_bytes"] = total - free
+    print(json.dumps(used))
+
+
+def _peak_bytes() -> int:
+    """Return the most memory that this program held. `getrusage` would count the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

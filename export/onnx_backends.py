@@ -1,0 +1,157 @@
+"""Sampling from an ONNX file: OpenVINO on the CPU; ONNX Runtime on the CPU, CUDA or TensorRT."""
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.card import Card
+from export.driver import driver_version
+from export.samplers import Sampler
+from pipeline.errors import DataError, UnavailableError
+
+PROVIDERS = {
+    "onnxruntime": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+# By default it times algorithms and takes the quickest, so that bytes differ from run to run, and uses TF32.
+PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}}
+
+
+def open_onnx(model: str, card: Card, data: bytes, backend: str, batch: int, threads: int) -> Sampler:
+    """Return a sampler of the ONNX bytes `data`, which belong to `card`; `model` is named in errors."""
+    if backend == "openvino":
+        return OpenVinoSampler(model, card, data, batch, threads)
+    return OnnxRuntimeSampler(model, card, data, backend, batch, threads)
+
+
+class _OnnxSampler(Sampler):
+    """What both share: the graph's output may be the network's float, and is then made uint8 here."""
+
+    def __init__(self, card: Card, batch: int) -> None:
+        super().__init__(card.network, batch, card.sha256)
+        self._float_output = card.output_kind == "float"
+
+    def _pixels(self, output: NDArray[Any]) -> NDArray[np.uint8]:
+        images: NDArray[np.uint8] = output
+        if self._float_output:
+            scaled = output.transpose(0, 2, 3, 1) * np.float32(127.5) + np.float32(128.0)  # as in graph.to_uint8
+            images = np.clip(scaled, 0.0, 255.0).astype(np.uint8)
+        return images
+
+
+class OnnxRuntimeSampler(_OnnxSampler):
+    """ONNX Runtime. It falls back to the CPU with a log line only, so the provider in use is asserted."""
+
+    def __init__(self, model: str, card: Card, data: bytes, backend: str, batch: int, threads: int) -> None:
+        super().__init__(card, batch)
+        self.backend = backend
+        self._session = create_session(model, data, PROVIDERS[backend], threads)
+        self.provider = self._session.get_providers()[0]
+        self.device = "cpu" if backend == "onnxruntime" else _gpu_name()
+
+    def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
+        return self._pixels(self._session.run(["image"], {"z": z})[0])
+
+
+def create_session(model: str, data: bytes, provider: str, threads: int) -> Any:
+    """Return an onnxruntime.InferenceSession of `data` whose first provider is `provider`.
+
+    Raises UnavailableError when the library, the provider or its libraries are missing, DataError when the
+    graph cannot be loaded.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UnavailableError(
+            f"{model}: needs ONNX Runtime: pip install onnxruntime (onnxruntime-gpu on a machine with an NVIDIA GPU)"
+        ) from None
+    if provider != "CPUExecutionProvider":
+        _prepare_cuda(onnxruntime, provider)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.use_deterministic_compute = True
+    chosen = (provider, PROVIDER_OPTIONS.get(provider, {}))
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=[chosen])
+    except Exception as error:  # pybind raises some ten types of its own
+        line = str(error).strip().splitlines()[0]
+        raise DataError(f"{model}: ONNX Runtime cannot load it: {line}; export it again") from None
+    used = session.get_providers()[0]
+    if used != provider:
+        raise UnavailableError(
+            f"{model}: ONNX Runtime fell back to {used}: the libraries of {provider} could not be loaded; "
+            "see https://onnxruntime.ai/docs/execution-providers for the CUDA, cuDNN and TensorRT versions it needs"
+        )
+    return session
+
+
+def _prepare_cuda(onnxruntime: Any, provider: str) -> None:
+    if driver_version() is None:
+        raise UnavailableError(f"{provider} needs an NVIDIA GPU and its driver; on the CPU use --backend openvino")
+    if provider not in onnxruntime.get_available_providers():
+        raise UnavailableError(
+            f"this ONNX Runtime has no {provider}: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+        )
+    onnxruntime.preload_dlls()  # CUDA and cuDNN from PyTorch's own packages
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cuda"
+
+
+class OpenVinoSampler(_OnnxSampler):
+    """OpenVINO on the CPU, compiled for exactly one batch size: that is what makes it quick.
+
+    Large blocks are cut into pieces that run side by side, a thread each: no thread waits for another within a
+    layer, and feature maps stay in the caches. The pieces' size does not depend on the number of threads, so
+    neither do the images.
+    """
+
+    backend = "openvino"
+    device = "cpu"
+    piece = 4
+    """Images in a piece, of blocks of at least four pieces; the quickest of 4, 8, 16 and 32 that were measured."""
+
+    def __init__(self, model: str, card: Card, data: bytes, batch: int, threads: int) -> None:
+        super().__init__(card, batch)
+        try:
+            import openvino
+        except ImportError:
+            raise UnavailableError(f"{model}: --backend openvino needs OpenVINO: pip install openvino") from None
+        self._rows = self.piece if batch >= 4 * self.piece else batch
+        pieces = -(-batch // self._rows)
+        core = openvino.Core()
+        try:
+            graph = core.read_model(io.BytesIO(data))
+            graph.reshape({"z": [self._rows, card.network.latent_dim]})
+            compiled = core.compile_model(
+                graph,
+                "CPU",
+                {
+                    "NUM_STREAMS": min(threads, pieces),
+                    "INFERENCE_NUM_THREADS": threads,
+                    "INFERENCE_PRECISION_HINT": "f32",  # else it takes bf16 where the processor has it
+                },
+            )
+        except RuntimeError as error:
+            line = str(error).strip().splitlines()[-1]
+            raise DataError(f"{model}: OpenVINO cannot load it: {line}; export it again") from None
+        self.provider = f"OpenVINO {compiled.get_property('EXECUTION_DEVICES')[0]}"
+        self._requests = [compiled.create_infer_request() for _ in range(pieces)]
+        self._block = np.zeros((pieces * self._rows, card.network.latent_dim), np.float32)
+
+    def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
+        self._block[: self.batch] = z
+        for index, request in enumerate(self._requests):
+            request.start_async({"z": self._block[index * self._rows : (index + 1) * self._rows]}, share_inputs=True)
+        for request in self._requests:
+            request.wait()
+        outputs = [request.get_output_tensor(0).data for request in self._requests]
+        # A copy: the requests own the tensors and write the next block into them.
+        return self._pixels(np.concatenate(outputs)[: self.batch])

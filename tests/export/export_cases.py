@@ -1,0 +1,54 @@
+"""Small generators whose samples differ, and what the export tests pass around."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from export.card import Card
+from pipeline.config import NetworkConfig
+from pipeline.latents import latents
+from pipeline.networks import Generator, initialise
+from pipeline.randomness import Purpose
+from pipeline.weights import serialise
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def make_generator(config: NetworkConfig, seed: int = 0) -> Generator:
+    """Return a generator in eval mode with measured BatchNorm statistics and full contrast.
+
+    Freshly initialised ones make nearly grey images, in which every backend would agree.
+    """
+    generator = Generator(config)
+    initialise(generator, seed, lane=0)
+    norms = [module for module in generator.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        images = generator(torch.from_numpy(latents(seed, Purpose.BATCHNORM, 0, 64, config.latent_dim)))
+        last = next(layer for layer in reversed(generator.layers) if hasattr(layer, "weight"))
+        last.weight *= 0.7 / images.std()
+    return generator.eval()
+
+
+def write_checkpoint(folder: Path, config: NetworkConfig, seed: int = 0) -> Path:
+    """Write a generator's .safetensors and return its path."""
+    path = folder / f"generator-{seed}.safetensors"
+    path.write_bytes(serialise(make_generator(config, seed), config, "ema", 1000 + seed))
+    return path
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported file and what it was made from."""
+
+    checkpoint: Path
+    model: Path
+    card: Card
+    generator: Generator
+
+
+SMALL = NetworkConfig(width=8, image_size=32)
+MAX_BATCH = 16

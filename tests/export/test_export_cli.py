@@ -1,0 +1,140 @@
+"""dcgan-export as users meet it: what it prints, and one line and a code for everything that is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from export_cases import Cli, Export
+
+from export.card import Card, card_name
+from pipeline.storage import sha256_file
+
+
+def assert_refused(result: tuple[int, str, str], code: int, *words: str) -> None:
+    found, output, error = result
+    assert found == code, error
+    assert output == ""
+    lines = [line for line in error.splitlines() if not line.startswith("parity:")]
+    assert len(lines) == 1, error
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def test_export_verify_inspect(cli: Cli, exported: Export, tmp_path: Path) -> None:
+    code, output, _ = cli(
+        "onnx", "--ckpt", exported.checkpoint, "--out", tmp_path, "--max-batch", 8, "--parity-images", 20
+    )
+    assert code == 0
+    assert "parity over 32 images at batch 1, 7, 8" in output
+    card = Card.model_validate_json((tmp_path / "model.json").read_text())
+    assert sha256_file(tmp_path / "model.onnx") == card.sha256
+    assert card.source.images_seen == 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.onnx"], "one file and its card"
+    assert "card and SHA-256" in cli("verify", tmp_path / "model.onnx", "--parity-images", 8)[1]
+    code, output, _ = cli("inspect", tmp_path / "model.onnx")
+    assert code == 0
+    assert "z float32 (batch, 100), U(-1, 1)" in output
+    assert "opset 20" in output
+
+
+def test_the_file_says_what_it_is_without_its_card(exported: Export) -> None:
+    model = onnx.load(exported.model)
+    notes = {entry.key: entry.value for entry in model.metadata_props}
+    assert notes["weights_sha256"] == exported.card.source.sha256
+    assert json.loads(notes["network"])["image_size"] == 32
+    assert b"site-packages" not in exported.model.read_bytes(), "no traces of the machine that exported"
+
+
+def test_help_loads_no_heavy_library() -> None:
+    heavy = "torch", "onnx", "onnxruntime", "openvino", "tensorrt", "matplotlib", "scipy", "numpy"
+    code = f"import sys, export.cli; print(*sorted(set({heavy!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_an_edited_file_is_refused_before_it_is_loaded(cli: Cli, copy: Path) -> None:
+    data = bytearray(copy.read_bytes())
+    data[len(data) // 2] ^= 1
+    copy.write_bytes(data)
+    assert_refused(cli("verify", copy), 65, "model.onnx", "SHA-256", "edited or damaged")
+
+
+def test_a_file_cut_short_is_refused(cli: Cli, copy: Path) -> None:
+    copy.write_bytes(copy.read_bytes()[:-100])
+    assert_refused(cli("inspect", copy), 65, "cut short", "its card says")
+
+
+def test_a_file_without_a_card_is_refused(cli: Cli, copy: Path) -> None:
+    copy.with_suffix(".json").unlink()
+    assert_refused(cli("verify", copy), 65, "has no card beside it", "dcgan-export")
+
+
+def test_another_files_card_is_refused(cli: Cli, copy: Path) -> None:
+    copy.rename(copy.with_name("other.onnx"))
+    copy.with_suffix(".json").rename(copy.with_name("other.json"))
+    assert_refused(cli("verify", copy.with_name("other.onnx")), 65, "is the card of model.onnx, not of other.onnx")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "not JSON"), ("[]", "version"), ('{"version": 99}', "version 99"), ('{"version": 1}', "required")],
+)
+def test_a_damaged_card_is_refused(cli: Cli, copy: Path, text: str, words: str) -> None:
+    copy.with_suffix(".json").write_text(text)
+    assert_refused(cli("inspect", copy), 65, "model.json", words)
+
+
+def replace_model(copy: Path, model: onnx.ModelProto) -> None:
+    """Put another graph in place of the file, with a card that has its hash: only the graph is wrong."""
+    onnx.save(model, copy)
+    card_path = copy.with_name(card_name(copy.name))
+    card = json.loads(card_path.read_text())
+    card_path.write_text(json.dumps({**card, "sha256": sha256_file(copy), "bytes": copy.stat().st_size}))
+
+
+def test_a_static_batch_is_refused(cli: Cli, copy: Path) -> None:
+    model = onnx.load(copy)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 8
+    replace_model(copy, model)
+    assert_refused(cli("verify", copy), 65, "its batch is fixed at 8", "expected a dynamic one")
+
+
+def test_a_graph_that_is_none_is_refused(cli: Cli, copy: Path) -> None:
+    model = onnx.load(copy)
+    model.graph.node[1].op_type = "NoSuchOperator"
+    replace_model(copy, model)
+    assert_refused(cli("verify", copy), 65, "not a valid ONNX graph")
+
+
+def test_weights_that_moved_can_be_named(cli: Cli, exported: Export, copy: Path, tmp_path: Path) -> None:
+    card = json.loads(copy.with_suffix(".json").read_text())
+    card["source"]["reference"] = str(tmp_path / "gone.safetensors")
+    copy.with_suffix(".json").write_text(json.dumps(card))
+    assert_refused(cli("verify", copy), 65, "gone.safetensors", "--ckpt")
+    assert cli("verify", copy, "--ckpt", exported.checkpoint, "--parity-images", 8)[0] == 0
+
+
+def test_checkpoints_of_others_are_refused(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert_refused(cli("onnx", "--ckpt", tmp_path / "run", "--out", tmp_path), 65, "no finished checkpoint")
+    assert_refused(cli("onnx", "--ckpt", tmp_path / "nothing", "--out", tmp_path), 65, "nothing there")
+    (tmp_path / "x.pth").write_bytes(b"PK\x03\x04 not a zip")
+    assert_refused(cli("onnx", "--ckpt", tmp_path / "x.pth", "--out", tmp_path), 65, "cannot be read")
+    (tmp_path / "x.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    assert_refused(cli("onnx", "--ckpt", tmp_path / "x.safetensors", "--out", tmp_path), 65, "not a whole safetensors")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_wrong_options_are_refused(cli: Cli, exported: Export, tmp_path: Path) -> None:
+    export = ("onnx", "--ckpt", exported.checkpoint, "--out")
+    assert_refused(cli(*export, tmp_path, "--max-batch", 1), 2, "--max-batch 1", "2 to 4096")
+    assert_refused(cli(*export, tmp_path, "--name", "model"), 2, "--name model", ".onnx")
+    (tmp_path / "file").write_text("")
+    assert_refused(cli(*export, tmp_path / "file"), 2, "file", "exists")
+    assert_refused(cli("bench", "--out", tmp_path), 2, "give --ckpt, --model, or both")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]

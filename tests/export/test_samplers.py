@@ -1,0 +1,123 @@
+"""Samplers: the same images however a range is cut, from every kind of model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from export_cases import Export
+
+from export.onnx_backends import OpenVinoSampler
+from export.samplers import Sampler, open_sampler
+from pipeline.errors import UsageError
+from pipeline.latents import latents
+from pipeline.randomness import Purpose
+
+SUBJECTS = [
+    ("checkpoint", "eager"),
+    ("checkpoint", "channels_last"),
+    ("model", "onnxruntime"),
+    ("model", "openvino"),
+]
+
+
+def collect(sampler: Sampler, start: int, count: int) -> np.ndarray:
+    parts = list(sampler.sample_range(3, start, count))
+    assert parts[0][0] == start
+    assert sum(len(images) for _, images in parts) == count
+    return np.concatenate([images for _, images in parts])
+
+
+@pytest.mark.parametrize(("kind", "backend"), SUBJECTS)
+def test_how_a_range_is_cut_never_shows(exported: Export, kind: str, backend: str) -> None:
+    with open_sampler(str(getattr(exported, kind)), backend=backend, batch=8, threads=1) as sampler:
+        assert (sampler.backend, sampler.batch, sampler.latent_dim) == (backend, 8, 100)
+        whole = collect(sampler, 5, 40)
+        cut = np.concatenate([collect(sampler, start, count) for start, count in ((5, 1), (6, 20), (26, 19))])
+    with open_sampler(str(getattr(exported, kind)), backend=backend, batch=8, threads=1) as another:
+        alone = collect(another, 44, 1)
+    assert np.array_equal(whole, cut)
+    assert np.array_equal(whole[-1:], alone)
+    assert len(np.unique(whole.reshape(40, -1), axis=0)) == 40
+
+
+def test_every_backend_makes_the_same_images(exported: Export) -> None:
+    z = latents(1, Purpose.SAMPLE, 0, 21, 100)
+    results = {}
+    for kind, backend in SUBJECTS:
+        with open_sampler(str(getattr(exported, kind)), backend=backend, batch=16) as sampler:
+            results[backend] = sampler.sample(z).astype(int)
+            assert results[backend].shape == (21, 32, 32, 3)
+    for backend, images in results.items():
+        assert np.abs(images - results["eager"]).max() <= 1, backend
+
+
+@pytest.mark.parametrize("piece", [4, 3])
+def test_threads_do_not_change_the_images(exported: Export, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are images lost in the last of OpenVINO's pieces when they do not divide the block."""
+    monkeypatch.setattr(OpenVinoSampler, "piece", piece)
+    z = latents(1, Purpose.SAMPLE, 0, 30, 100)
+    images = []
+    for threads in (1, 2, 3):
+        with open_sampler(str(exported.model), backend="openvino", batch=16, threads=threads) as sampler:
+            images.append(sampler.sample(z))
+    with open_sampler(str(exported.checkpoint), backend="eager", batch=16) as sampler:
+        assert np.abs(images[0].astype(int) - sampler.sample(z)).max() <= 1
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
+
+
+def test_images_may_be_kept(exported: Export) -> None:
+    """No backend hands out a buffer that it writes again."""
+    for kind, backend in SUBJECTS:
+        with open_sampler(str(getattr(exported, kind)), backend=backend, batch=4) as sampler:
+            blocks = [latents(1, Purpose.SAMPLE, start, 4, 100) for start in (0, 4, 8)]
+            kept = list(sampler.stream(blocks))
+            for block, images in zip(blocks, kept, strict=True):
+                assert np.array_equal(images, sampler.sample(block)), backend
+
+
+def test_a_missing_compiler_is_one_line(exported: Export, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "export.cli", "bench", "--ckpt", str(exported.checkpoint), "--out", str(tmp_path)]
+    environment = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    options = ["--model", str(exported.model), "--backend", "compiled", "--batch", "1", "--quick"]
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 69, done.stderr
+    assert "torch.compile fails here" in done.stderr
+    assert "channels_last" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_model_is_named_by_its_hash(exported: Export) -> None:
+    with open_sampler(str(exported.model), batch=4) as sampler:
+        assert sampler.model_sha256 == exported.card.sha256
+    with open_sampler(str(exported.checkpoint), batch=4) as sampler:
+        assert sampler.model_sha256 == exported.card.source.sha256
+
+
+def test_nothing_in_nothing_out(exported: Export) -> None:
+    with open_sampler(str(exported.model), batch=4) as sampler:
+        assert sampler.sample(np.empty((0, 100), np.float32)).shape == (0, 32, 32, 3)
+        assert list(sampler.sample_range(0, 10, 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("model", {"backend": "eager"}, "cannot run .*model.onnx, a ONNX file: expected auto, openvino"),
+        ("checkpoint", {"backend": "openvino"}, "a checkpoint: expected auto, eager"),
+        ("model", {"backend": "nonsense"}, "nonsense"),
+        ("model", {"batch": 17}, "takes at most 16 images"),
+        ("model", {"batch": 0}, "expected at least 1"),
+    ],
+)
+def test_what_cannot_be_is_said(exported: Export, kind: str, options: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        open_sampler(str(getattr(exported, kind)), **options)
+
+
+def test_z_of_another_network_is_refused(exported: Export) -> None:
+    with open_sampler(str(exported.model), batch=4) as sampler, pytest.raises(UsageError, match="100 values"):
+        sampler.sample(np.zeros((4, 99), np.float32))

@@ -1,0 +1,104 @@
+"""On an NVIDIA GPU with TensorRT: engines are built, run, proven equal, and refused where they do not belong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gpu_cases import Weights
+
+from export.card import read_card
+from export.driver import driver_version
+from export.plan import export_plan, rebuild_unless_it_fits, verify_plan
+from export.samplers import open_sampler
+from export.tensorrt_engine import BuildOptions, RuntimeName, load_module, this_gpu
+from export.tensorrt_runtime import RTX_CAPABILITIES
+from pipeline.errors import DataError, UnavailableError
+from pipeline.latents import latents
+from pipeline.randomness import Purpose
+
+FLOAT_BARS = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2}
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
+def runtime(request: pytest.FixtureRequest) -> RuntimeName:
+    """Each TensorRT that is installed and knows this GPU."""
+    try:
+        load_module(request.param)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    if request.param == "tensorrt-rtx" and this_gpu().compute_capability not in RTX_CAPABILITIES:
+        pytest.skip(f"needs an RTX GPU; TensorRT-RTX does not support {this_gpu()}")
+    return request.param
+
+
+@pytest.mark.parametrize("output", ["uint8", "float"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_engines_are_equal(weights: Weights, tmp_path: Path, runtime: RuntimeName, precision: str, output: str) -> None:
+    card = export_plan(
+        str(weights.path),
+        tmp_path,
+        precision=precision,
+        output=output,
+        options=BuildOptions(runtime, timing_cache=tmp_path / "cache" if runtime == "tensorrt" else None),
+        parity_images=1024,
+    )
+    (proven,) = card.parity
+    assert proven.batches == [1, 7, 256]
+    assert proven.max_uint8_error <= 1
+    assert (proven.max_float_error is None) == (output == "uint8")
+    assert (proven.max_float_error or 0) <= FLOAT_BARS[precision]
+
+    for batch in (1, 7, 256):
+        z = latents(5, Purpose.SAMPLE, 0, 3 * batch + 1, 100)
+        with torch.no_grad():
+            floats = weights.generator(torch.from_numpy(z)).numpy()
+        pixels = np.clip(floats.transpose(0, 2, 3, 1) * 127.5 + 128, 0, 255).astype(int)
+        with open_sampler(str(tmp_path / "engine.plan"), batch=batch) as sampler:
+            assert sampler.backend == "tensorrt"
+            images = sampler.sample(z)
+            assert np.abs(images - pixels).max() <= 1
+            assert np.array_equal(images, sampler.sample(z)), "the same bytes the second time"
+            assert len(sampler.time_launches(5)) == 5
+    assert verify_plan(str(tmp_path / "engine.plan"), images=256)[0] == card
+
+
+def test_an_engine_of_another_machine_is_refused_and_rebuilt(
+    weights: Weights, tmp_path: Path, runtime: RuntimeName
+) -> None:
+    export_plan(str(weights.path), tmp_path, max_batch=8, options=BuildOptions(runtime), parity_images=8)
+    plan, path = tmp_path / "engine.plan", tmp_path / "engine.json"
+    card = json.loads(path.read_text())
+    card["engine"]["version"] = "10.0.0.1"
+    path.write_text(json.dumps(card))
+    with pytest.raises(DataError, match=r"built by .* 10\.0\.0\.1, installed is .* Rebuild it here"):
+        open_sampler(str(plan))
+    assert rebuild_unless_it_fits(str(plan))
+    assert not rebuild_unless_it_fits(str(plan))
+    rebuilt = read_card(str(plan))
+    assert rebuilt.engine is not None
+    assert rebuilt.engine.version == load_module(runtime).__version__
+    assert rebuilt.engine.driver == driver_version()
+    open_sampler(str(plan)).close()
+
+
+def test_a_batch_outside_the_profile_is_refused(weights: Weights, tmp_path: Path, runtime: RuntimeName) -> None:
+    export_plan(str(weights.path), tmp_path, max_batch=8, options=BuildOptions(runtime), parity_images=8)
+    with pytest.raises(Exception, match="takes at most 8 images"):
+        open_sampler(str(tmp_path / "engine.plan"), batch=9)
+
+
+def test_plans_of_one_process_do_not_disturb_each_other(weights: Weights, tmp_path: Path, runtime: RuntimeName) -> None:
+    """Two samplers at once, each with its own context, streams and graph."""
+    export_plan(str(weights.path), tmp_path, max_batch=64, options=BuildOptions(runtime), parity_images=64)
+    z = latents(5, Purpose.SAMPLE, 0, 128, 100)
+    with open_sampler(str(tmp_path / "engine.plan"), batch=64) as one:
+        alone = one.sample(z)
+        with open_sampler(str(tmp_path / "engine.plan"), batch=1) as other:
+            blocks = (z[start : start + 64] for start in (0, 64))
+            mixed = []
+            for images in one.stream(blocks):
+                mixed.append(images)
+                other.sample(z[:2])
+    assert np.array_equal(np.concatenate(mixed), alone)

@@ -1,0 +1,1 @@
+"""Running at scale: launching, generating, watching."""

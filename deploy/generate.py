@@ -1,0 +1,298 @@
+"""dcgan-generate: a model makes any number of images, into shards that training and evaluation can read.
+
+    dcgan-generate --model model.onnx --count 1000000 --out samples/
+    dcgan-generate --model model.onnx --count 1000000 --out s3://bucket/samples --part 3/20
+    dcgan-generate merge s3://bucket/samples
+
+Image i depends on the model, the seed and i alone. Interrupted, the same command goes on.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.errors import DataError, Stopped, UnavailableError, UsageError, run_command
+from pipeline.telemetry import MetricsAddress, MetricsPort, PushGateway
+
+if TYPE_CHECKING:
+    from deploy.plan import Plan
+    from export.samplers import Sampler
+    from pipeline.storage import Store
+    from pipeline.telemetry import Telemetry
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Format(StrEnum):
+    """How the images are kept."""
+
+    webp = "webp"
+    jpg = "jpg"
+    png = "png"
+    packed = "packed"
+
+
+@app.callback(invoke_without_command=True)
+def generate(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="model.onnx, an engine, or anything --ckpt accepts.")] = "",
+    count: Annotated[int, typer.Option(help="Images to make.")] = 0,
+    out: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) for the shards.")] = "",
+    start: Annotated[int, typer.Option(help="Index of the first image.")] = 0,
+    seed: Annotated[int, typer.Option(help="Another seed gives other images.")] = 0,
+    format: Annotated[Format, typer.Option(help="packed is uncompressed uint8 blocks.")] = Format.webp,
+    quality: Annotated[int, typer.Option(help="Of jpg and webp, 1 to 100; webp loses nothing at 100.")] = 90,
+    part: Annotated[
+        str | None, typer.Option(help="i/N: make the i-th of N parts of the shards; N: i is JOB_COMPLETION_INDEX.")
+    ] = None,
+    shard_images: Annotated[
+        int | None, typer.Option(help="Images in a shard. Default: the power of two that stays under 32 MB.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, onnxruntime, eager, channels_last, compiled, ...")] = "auto",
+    batch: Annotated[int | None, typer.Option(help="Images at a time. Default: what suits the device.")] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build an engine of another machine again from the ONNX file beside it.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads of a sampler on the CPU. Default: all cores.")] = None,
+    encoders: Annotated[int | None, typer.Option(help="Processes that encode. Default: all cores.")] = None,
+    metrics_port: MetricsPort = None,
+    metrics_address: MetricsAddress = "127.0.0.1",
+    push_gateway: PushGateway = None,
+) -> None:
+    """Make images START to START + COUNT of a model; or `merge` parts that were made apart."""
+    if context.invoked_subcommand is not None:
+        return
+    for name, value in (("--model", model), ("--count", count), ("--out", out)):
+        if not value:
+            raise UsageError(f"{name} is missing; see dcgan-generate --help")
+    for name, number, low, high in (
+        ("--count", count, 1, 2**48),
+        ("--start", start, 0, 2**48),
+        ("--seed", seed, 0, 2**64 - 1),
+        ("--quality", quality, 1, 100),
+        ("--shard-images", shard_images, 1, 2**24),
+        ("--batch", batch, 1, 2**20),
+        ("--threads", threads, 1, 4096),
+        ("--encoders", encoders, 1, 4096),
+    ):
+        if number is not None and not low <= number <= high:
+            raise UsageError(f"{name} {number}: expected {low} to {high}")
+    from deploy.topology import count_cores
+    from pipeline.parts import parse_part
+    from pipeline.telemetry import Telemetry
+
+    mine = parse_part(part)
+    with Telemetry("generate", run=out, part=str(mine)) as telemetry:
+        telemetry.set("dcgan_generate_model_refused", 0)
+        telemetry.start(metrics_port, metrics_address, push_gateway)
+        with _stop_on_signals() as stop:
+            _generate(
+                model=model,
+                rebuild=rebuild,
+                out=out,
+                part=mine,
+                backend=backend,
+                batch=batch,
+                threads=threads,
+                encoders=encoders or count_cores(),
+                stop=stop,
+                telemetry=telemetry,
+                choices={
+                    "seed": seed,
+                    "start": start,
+                    "count": count,
+                    "format": format.value,
+                    "quality": quality if format in (Format.jpg, Format.webp) else None,
+                    "shard_images": shard_images,
+                },
+            )
+
+
+@app.command()
+def merge(
+    out: Annotated[str, typer.Argument(help="The --out of the parts.")],
+    quick: Annotated[
+        bool, typer.Option(help="Trust the hashes in the records instead of reading every shard.")
+    ] = False,
+) -> None:
+    """Check that all parts are there, whole and of one model; write manifest.json and dataset.json; tidy up.
+
+    The part that ends last has written both already: run this when no part runs any more, to be sure.
+    """
+    from deploy.manifest import MANIFEST, merge
+    from pipeline.storage import Store
+
+    store = Store(out)
+    manifest = merge(store, verify=not quick, tidy=True)
+    print(
+        f"{manifest.images:,} images in {len(manifest.shards):,} shards, {manifest.bytes:,} bytes, "
+        f"all of model {manifest.plan.model_sha256[:12]}: {store.path(MANIFEST)}"
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(app)
+
+
+def _generate(
+    *,
+    model: str,
+    out: str,
+    part: Any,
+    rebuild: bool,
+    backend: str,
+    batch: int | None,
+    threads: int | None,
+    encoders: int,
+    stop: threading.Event,
+    telemetry: "Telemetry",
+    choices: dict[str, Any],
+) -> None:
+    """Make this part's shards and, when no other part is missing, the manifest."""
+    from deploy.manifest import begin, finish_shard, merge, missing, unfinished
+    from deploy.production import produce
+    from export.samplers import open_sampler
+    from pipeline.progress import Progress
+    from pipeline.storage import Store
+
+    store = Store(out)
+    try:
+        if rebuild:
+            from export.plan import rebuild_unless_it_fits
+
+            rebuild_unless_it_fits(model)
+        sampler = open_sampler(model, backend=backend, batch=batch, threads=threads)
+    except (DataError, UnavailableError):
+        telemetry.set("dcgan_generate_model_refused", 1)
+        raise
+    with sampler:
+        plan = _plan(sampler, choices)
+        if begin(store, plan):
+            return _report(store, plan, 0, 0.0)
+        shards = plan.shards()
+        mine = [shards[position] for position in part.slice(len(shards))]
+        todo = unfinished(store, plan, mine)
+        total, left = sum(shard.images for shard in mine), sum(shard.images for shard in todo)
+        telemetry.set("dcgan_generate_info", 1, backend=sampler.backend, provider=sampler.provider, format=plan.format)
+        telemetry.set("dcgan_generate_target_images", total)
+        telemetry.add("dcgan_generate_skipped_images_total", total - left)
+        telemetry.set("dcgan_generate_last_shard_timestamp_seconds", time.time())
+        maker = _maker(sampler)
+        finished: list[int] = []
+
+        def finish(shard: Any, writer: Any) -> None:
+            record = finish_shard(store, plan, shard, writer, maker)
+            finished.append(shard.images)
+            telemetry.add("dcgan_generate_written_bytes_total", record.shard.bytes)
+            telemetry.set("dcgan_generate_last_shard_timestamp_seconds", time.time())
+
+        def made(images: int) -> None:
+            progress.advance(images)
+            telemetry.add("dcgan_generate_images_total", images)
+
+        what = f"part {part}" if part.count > 1 else "generating"
+        began = time.monotonic()
+        with Progress(what, total, done=total - left) as progress:
+            produce(
+                sampler,
+                plan,
+                todo,
+                finish,
+                encoders=encoders,
+                stop=stop,
+                spent=lambda phase, seconds: telemetry.add("dcgan_generate_phase_seconds_total", seconds, phase=phase),
+                made=made,
+            )
+    if sum(finished) < left:
+        raise Stopped(f"{store.location}: what is finished is kept; run the same command again to go on")
+    if not missing(store, plan):
+        merge(store)  # nothing is tidied away: another try at the same part may be writing
+    _report(store, plan, left, time.monotonic() - began)
+
+
+def _plan(sampler: "Sampler", choices: dict[str, Any]) -> "Plan":
+    """Return what `sampler` and the command line's choices decide."""
+    from deploy.plan import Plan, default_shard_images
+
+    image_bytes = sampler.image_size**2 * sampler.channels
+    shard_images = choices["shard_images"] or default_shard_images(image_bytes, choices["format"])
+    return Plan.model_validate(
+        choices
+        | {
+            "shard_images": shard_images,
+            "model_sha256": sampler.model_sha256,
+            "backend": sampler.backend,
+            "block_images": sampler.batch,
+            "latent_dim": sampler.latent_dim,
+            "latent_distribution": sampler.latent_distribution,
+            "image_size": sampler.image_size,
+            "channels": sampler.channels,
+        }
+    )
+
+
+def _maker(sampler: "Sampler") -> Any:
+    """Return what the records say about this process."""
+    from deploy.manifest import Maker
+    from export.card import versions
+
+    return Maker(
+        device=sampler.device,
+        provider=sampler.provider,
+        versions=versions("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "pillow", "simplejpeg"),
+    )
+
+
+def _report(store: "Store", plan: "Plan", images: int, seconds: float) -> None:
+    """Say what is there now."""
+    from deploy.manifest import MANIFEST, read_manifest
+
+    made = (
+        f"{images:,} images in {seconds:.1f} s ({images / seconds:,.0f} a second)" if images else "nothing left to do"
+    )
+    if read_manifest(store) is not None:
+        print(f"{made}; all {plan.count:,} are there: {store.path(MANIFEST)}")
+    else:
+        print(f"{made}; other parts are not finished yet: {store.location}")
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM and Ctrl-C set; a second one ends the program at once."""
+    stop = threading.Event()
+    interrupted = threading.Event()
+
+    def note(number: int, frame: object) -> None:
+        signal.signal(number, previous[signal.Signals(number)])
+        print("stopping: shards being written are finished first", file=sys.stderr, flush=True)
+        if number == signal.SIGINT:
+            interrupted.set()
+        stop.set()
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    except Stopped:
+        if interrupted.is_set():
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    main()

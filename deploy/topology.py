@@ -1,0 +1,148 @@
+"""Which machine this is among how many: read from options and from what schedulers put into the environment."""
+
+import ctypes
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import ConfigConflict, UsageError
+
+PORT = 29500
+
+# Names under which schedulers say the same thing; the first that is set counts. Kubeflow Trainer's PET_*, torchrun's
+# own, the PyTorchJob operator's RANK and WORLD_SIZE (of machines, there), an Indexed Job's completion index.
+_NAMES = {
+    "nodes": ("PET_NNODES", "NNODES", "WORLD_SIZE"),
+    "node_rank": ("PET_NODE_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "JOB_COMPLETION_INDEX"),
+    "processes": ("PET_NPROC_PER_NODE", "NPROC_PER_NODE"),
+    "address": ("PET_MASTER_ADDR", "MASTER_ADDR"),
+    "port": ("PET_MASTER_PORT", "MASTER_PORT"),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where the processes of one machine stand among all."""
+
+    nodes: int = 1
+    """Machines."""
+    node_rank: int = 0
+    """Which of them this is."""
+    processes: int = 1
+    """Processes on each machine."""
+    address: str = "127.0.0.1"
+    """Where rank 0 listens."""
+    port: int = PORT
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines together."""
+        return self.nodes * self.processes
+
+    def environment(self, local_rank: int) -> dict[str, str]:
+        """Return the variables by which torch.distributed and accelerate know a process; none if it is alone."""
+        if self.world_size == 1:
+            return {}
+        return {
+            "RANK": str(self.node_rank * self.processes + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.processes),
+            "GROUP_RANK": str(self.node_rank),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def free_port() -> int:
+    """Return a port of this machine on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def count_gpus() -> int:
+    """Return the NVIDIA GPUs that this process may use, asked of the driver: importing torch takes seconds."""
+    with suppress(OSError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        count = ctypes.c_int(0)
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+            return count.value
+    return 0
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use: its affinity, or the container's CPU limit where that is lower."""
+    cores = len(os.sched_getaffinity(0))
+    groups = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        quota, period = (groups / "cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    with suppress(OSError, ValueError):  # the same before version 2 of cgroups, -1 where there is no limit
+        quota, period = ((groups / f"cpu/cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))
+        cores = min(cores, max(1, int(quota) // int(period))) if int(quota) > 0 else cores
+    return cores
+
+
+def discover(
+    options: Mapping[str, int | str | None],
+    environment: Mapping[str, str],
+    *,
+    hostname: Callable[[], str] = socket.getfqdn,
+    devices: Callable[[], int] = count_gpus,
+) -> Topology:
+    """Return the topology that `options` (nodes, node_rank, processes, address, port) and the environment give.
+
+    Raises UsageError for a value that is not a number, ConfigConflict when the numbers contradict each other.
+    """
+    if "LOCAL_RANK" in environment:
+        raise ConfigConflict("LOCAL_RANK is set: this runs inside another launcher already; start the trainer itself")
+    found: dict[str, tuple[str, str]] = {}  # what -> (value, where it was found)
+    for what, names in _NAMES.items():
+        if options.get(what) is not None:
+            found[what] = str(options[what]), f"--{what.replace('_', '-')}"
+        elif name := next((name for name in names if environment.get(name)), None):
+            found[what] = environment[name], name
+    gpus = devices()
+
+    def number(what: str, default: int, low: int) -> int:
+        value, where = found.get(what, (str(default), ""))
+        if what == "processes" and value in ("auto", "gpu", "cpu"):  # torchrun's words
+            return max(1, gpus) if value != "cpu" else 1
+        if not value.isdigit() or int(value) < low:
+            raise UsageError(f"{where}={value}: expected a whole number from {low}")
+        return int(value)
+
+    nodes, processes = number("nodes", 1, 1), number("processes", max(1, gpus), 1)
+    if nodes == 1:
+        return Topology(processes=processes, port=number("port", PORT, 1) if "port" in found else free_port())
+    if "node_rank" not in found:
+        raise ConfigConflict(
+            f"{found['nodes'][1]}={nodes} machines, but which one is this? Set --node-rank or NODE_RANK"
+        )
+    rank = number("node_rank", 0, 0)
+    if rank >= nodes:
+        raise ConfigConflict(
+            f"{found['node_rank'][1]}={rank}, but {found['nodes'][1]}={nodes}: ranks count from 0 to {nodes - 1}"
+        )
+    address = found["address"][0] if "address" in found else first_host(hostname(), rank)
+    return Topology(nodes, rank, processes, address, number("port", PORT, 1))
+
+
+def first_host(host: str, rank: int) -> str:
+    """Return the name of the pod with index 0, given this pod's: `train-3.ranks.ns.svc` gives `train-0.ranks.ns.svc`.
+
+    Raises ConfigConflict when `host` does not end in `-rank`, as hosts of an Indexed Job do.
+    """
+    name, dot, domain = host.partition(".")
+    base, found = re.subn(rf"-{rank}$", "-0", name)
+    if not found:
+        raise ConfigConflict(
+            f"several machines, but no address: set --address or MASTER_ADDR (this host, {host}, "
+            f"is not named like pod {rank} of an Indexed Job)"
+        )
+    return base + dot + domain

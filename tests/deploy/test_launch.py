@@ -1,0 +1,138 @@
+"""dcgan-launch: codes come back, signals go through, no process is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+STAND_IN = Path(__file__).parent / "trainer_stand_in.py"
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def events(folder: Path, rank: int = 0) -> list[str]:
+    file = folder / f"rank-{rank}"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 65, 69, 75, 78, 143])
+def test_returns_the_trainers_code(start: Start, tmp_path: Path, code: int) -> None:
+    process = start("dcgan-launch", STAND_IN, "exit", tmp_path, code)
+    assert process.wait(90) == code
+    assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_forwards_signals_to_every_process(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+    process = start("dcgan-launch", "--processes", 2, STAND_IN, "wait", tmp_path)
+    wait_until(lambda: len(events(tmp_path, 0)) == len(events(tmp_path, 1)) == 2)
+    process.send_signal(number)
+    wait_until(lambda: all(f"got {number.name}" in events(tmp_path, rank) for rank in (0, 1)))
+    if number == signal.SIGUSR1:  # only passed on: nothing ends
+        time.sleep(0.2)
+        assert process.poll() is None
+    else:
+        assert process.wait(90) == 128 + number
+    if number == signal.SIGTERM:
+        assert "saved" in events(tmp_path, 0)
+        assert "saved" in events(tmp_path, 1)
+
+
+def test_ctrl_c_leaves_the_process_that_saves_in_peace(start: Start, tmp_path: Path) -> None:
+    """The others are done before it; ending with 130 is no failure of theirs."""
+    process = start("dcgan-launch", "--processes", 2, STAND_IN, "rank-0-saves", tmp_path)
+    wait_until(lambda: len(events(tmp_path, 0)) == len(events(tmp_path, 1)) == 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(90) == 130
+    assert "got SIGTERM" not in events(tmp_path, 0)
+
+
+@pytest.mark.parametrize(("what", "code"), [("rank-1-fails", 65), ("rank-1-is-killed", 137)])
+def test_one_failing_process_ends_the_others(start: Start, tmp_path: Path, what: str, code: int) -> None:
+    process = start("dcgan-launch", "--processes", 3, STAND_IN, what, tmp_path)
+    assert process.wait(90) == code
+    assert "saved" in events(tmp_path, 0)
+    assert "saved" in events(tmp_path, 2)
+
+
+def test_processes_that_do_not_end_are_killed(start: Start, tmp_path: Path) -> None:
+    process = start("dcgan-launch", "--processes", 2, "--grace-seconds", 1, STAND_IN, "deaf", tmp_path)
+    assert process.wait(90) == 69
+    assert not psutil.pid_exists(int(events(tmp_path, 0)[0].split()[1]))
+
+
+def test_a_killed_launcher_leaves_no_trainer_behind(start: Start, tmp_path: Path) -> None:
+    process = start("dcgan-launch", STAND_IN, "wait", tmp_path)
+    wait_until(lambda: len(events(tmp_path)) == 2)
+    process.kill()
+    wait_until(lambda: "saved" in events(tmp_path))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a process-id namespace")
+def test_as_the_first_process_of_a_container(tmp_path: Path) -> None:
+    launcher = [str(Path(sys.executable).with_name("dcgan-launch")), str(STAND_IN)]
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc", *launcher]
+    orphan = subprocess.run([*unshare, "orphan", str(tmp_path)], timeout=90, check=False)
+    assert orphan.returncode == 0
+    process = subprocess.Popen([*unshare, "wait", str(tmp_path / ".")])
+    try:
+        wait_until(lambda: len(events(tmp_path)) == 4)
+        (first,) = psutil.Process(process.pid).children()
+        first.send_signal(signal.SIGTERM)  # the kernel drops it for a first process that has no handler
+        assert process.wait(90) == 143
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_two_processes_make_one_accelerate_world(start: Start, tmp_path: Path) -> None:
+    script = tmp_path / "world.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from accelerate import Accelerator\n"
+        "accelerator = Accelerator()\n"
+        "ranks = accelerator.gather(torch.tensor([accelerator.process_index])).tolist()\n"
+        "if accelerator.is_main_process:\n"
+        "    print(accelerator.num_processes, ranks, accelerator.mixed_precision, torch.get_num_threads())\n"
+        "accelerator.end_training()\n"
+    )
+    process = start("dcgan-launch", "--processes", 2, "--mixed_precision", "bf16", script)
+    out, error = process.communicate(timeout=120)
+    assert (process.returncode, out.strip()) == (0, "2 [0, 1] bf16 1"), error
+
+
+def test_any_command_runs_once_whatever_the_environment_says(start: Start) -> None:
+    process = start("dcgan-launch", "sh", "-c", "echo $RANK.; exit 3", env={"PET_NNODES": "4", "PET_NODE_RANK": "1"})
+    assert process.communicate(timeout=20)[0] == ".\n"
+    assert process.returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nosuchcommand"], 2, "not found"),
+        (["nosuch.py"], 2, "not found"),
+        (["--nodes", 2, STAND_IN], 78, "which one is this"),
+        (["--nodes", 2, "--node-rank", 2, STAND_IN], 78, "0 to 1"),
+        (["--nodes", "two", STAND_IN], 2, "--nodes"),
+        (["--mixed-precision", "fp8", STAND_IN], 2, "fp8"),
+    ],
+)
+def test_mistakes_are_one_line(start: Start, arguments: list[object], code: int, words: str) -> None:
+    process = start("dcgan-launch", *arguments)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert words in error
+    assert "Traceback" not in error

@@ -1,0 +1,237 @@
+"""Does the pipeline train a better generator than the loop of the tutorials, given as many images?
+
+    python benchmarks/quality.py --work demo/quality        # CPU: hours; goes on where it was interrupted
+
+Both arms: the same networks (64x64, width 32), the same batch, Adam and learning rates, the same training images of
+the bundled faces, three seeds. Judged by SWD and MS-SSIM against faces that neither arm has seen, at the same counts
+of images, on as many samples. "ours" is what a user gets: `pipeline/train.py --preset demo`, the EMA generator of its
+checkpoints; "ours, not averaged" is the generator that the average is taken over. "tutorial" is the PyTorch DCGAN
+tutorial's: normal z, a DataLoader that reshuffles, the last generator, its samples drawn in training mode as the
+tutorial draws them (BatchNorm over the samples).
+Writes benchmarks/results/quality.{json,png} and a grid of the same z over time for both.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hardware import describe  # benchmarks/hardware.py
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pipeline.checkpoint import load_generator
+from pipeline.config import RunConfig, load_config
+from pipeline.data.shards import iterate
+from pipeline.evaluation.images import ArrayImages, GeneratedImages, Images
+from pipeline.evaluation.ms_ssim import ms_ssim
+from pipeline.evaluation.swd import Sampling, distances, project
+from pipeline.imaging import encode, labelled_sheet
+from pipeline.networks import Discriminator, Generator, initialise
+from pipeline.randomness import Purpose
+from pipeline.snapshots import sample
+from pipeline.storage import write_atomic
+
+ROOT = Path(__file__).parents[1]
+SEEDS = (0, 1, 2)
+TOTAL, EVERY = 307_200, 38_400
+STEPS = list(range(EVERY, TOTAL + 1, EVERY))
+SAMPLES = 4_096
+
+
+def config(seed: int) -> RunConfig:
+    """Return the demo preset, made longer, with every checkpoint kept and no evaluation of its own."""
+    schedule = f"total_images={TOTAL} checkpoint_every_images={EVERY} keep_checkpoints=99 grid_every_images={TOTAL}"
+    evaluation = f"evaluate_every_images={TOTAL} evaluate_samples=1024 seed={seed}"
+    return load_config("demo", overrides=f"{schedule} {evaluation}".split())
+
+
+def train_ours(seed: int, data: Path, out: Path) -> None:
+    """Run the trainer; it continues what it finds."""
+    from pipeline.loop import train
+
+    train(config(seed), data=str(data), out=out)
+
+
+def train_tutorial(seed: int, data: Path, out: Path) -> None:
+    """Run the tutorial's loop and keep a generator at every EVERY images; continue from the last of them."""
+    network, batch = tutorial_network(seed), config(seed).recipe.batch
+    torch.manual_seed(seed)
+    generator, discriminator = Generator(network), Discriminator(network)
+    initialise(generator, seed, lane=0)
+    initialise(discriminator, seed, lane=1)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    criterion = nn.BCEWithLogitsLoss()
+    pixels = torch.from_numpy(np.concatenate(list(iterate(data)))).permute(0, 3, 1, 2).contiguous()
+    loader = DataLoader(TensorDataset(pixels), batch, shuffle=True, drop_last=True)
+    parts = {"generator": generator, "discriminator": discriminator, "g": optimizer_g, "d": optimizer_d}
+    seen = 0
+    for path in sorted(out.glob("*.pt"))[-1:]:
+        states = torch.load(path, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(states[name])
+        torch.set_rng_state(states["rng"])
+        seen = int(path.stem)
+    while seen < TOTAL:
+        for (piece,) in loader:
+            real = piece.float() / 127.5 - 1
+            discriminator.zero_grad()
+            label = torch.full((batch,), 1.0)
+            criterion(discriminator(real), label).backward()
+            fake = generator(torch.randn(batch, network.latent_dim))
+            criterion(discriminator(fake.detach()), label.fill_(0.0)).backward()
+            optimizer_d.step()
+            generator.zero_grad()
+            criterion(discriminator(fake), label.fill_(1.0)).backward()
+            optimizer_g.step()
+            seen += batch
+            if seen % EVERY == 0:
+                states = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
+                torch.save(states, out / f"{seen:09d}.partial")
+                (out / f"{seen:09d}.partial").rename(out / f"{seen:09d}.pt")
+                print(f"{out.name}: {seen:,} of {TOTAL:,} images", flush=True)
+            if seen >= TOTAL:
+                break
+
+
+def tutorial_network(seed: int) -> Any:
+    """Return the network of the demo with the tutorial's z."""
+    return config(seed).network.model_copy(update={"latent_distribution": "normal"})
+
+
+TRAIN = {"ours": train_ours, "tutorial": train_tutorial}
+
+
+JUDGED = {"ours": "ours", "ours, not averaged": "ours", "tutorial": "tutorial"}
+"""What is compared, and whose runs it is taken from."""
+
+
+def generator_at(name: str, seed: int, seen: int, out: Path) -> Generator:
+    """Return the generator that would be sampled with after `seen` images."""
+    if name != "tutorial":
+        weights = "generator_ema" if name == "ours" else "generator"
+        return load_generator(str(out / "checkpoints" / f"{seen:012d}" / f"{weights}.safetensors")).generator
+    generator = Generator(tutorial_network(seed))
+    generator.load_state_dict(torch.load(out / f"{seen:09d}.pt", weights_only=True)["generator"])
+    return generator.train()
+
+
+def swd(held_out: Images, images: Images) -> float:
+    """Return the sliced Wasserstein distance at the published setting, times 1000."""
+    sampling = Sampling()
+    return distances(project(held_out, sampling, real=True), project(images, sampling, real=False))["swd"]
+
+
+def judge(generator: Generator, held_out: Images, seed: int) -> dict[str, float]:
+    """Return the distance of fresh samples from the held-out images, and their diversity."""
+    with torch.no_grad():
+        samples = ArrayImages(np.concatenate([b for _, b in GeneratedImages(generator, SAMPLES, seed).blocks()]))
+    return {"swd": swd(held_out, samples), "ms_ssim": ms_ssim(samples)}
+
+
+def judged(name: str, seed: int, out: Path, held_out: Images) -> list[dict[str, float]]:
+    """Judge the generators of a run at each of STEPS; what is found is kept beside the run."""
+    path = out / f"judged, {name}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for seen in STEPS:
+        if str(seen) not in known:
+            known[str(seen)] = judge(generator_at(name, seed, seen, out), held_out, seed)
+            write_atomic(path, json.dumps(known, indent=1) + "\n")
+    return [known[str(seen)] for seen in STEPS]
+
+
+def main() -> None:
+    """Train what is missing, judge all of it, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("demo/quality"))
+    parser.add_argument("--faces", default="data/faces")
+    parser.add_argument(
+        "--parallel", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, a core each"
+    )
+    parser.add_argument("--train", nargs=2, metavar=("ARM", "SEED"), help="only this run, in this process")
+    options = parser.parse_args()
+    data = options.work / "data"
+    runs = {(arm, seed): options.work / f"{arm}-{seed}" for seed in SEEDS for arm in TRAIN}
+    if options.train:
+        arm, seed = options.train[0], int(options.train[1])
+        runs[arm, seed].mkdir(parents=True, exist_ok=True)
+        TRAIN[arm](seed, data / "train", runs[arm, seed])
+        (runs[arm, seed] / "done").touch()
+        return
+    if not (data / "val" / "dataset.json").exists():
+        build = ["build", "webdataset", options.faces, str(data), "--size", "64", "--val-fraction", "0.2"]
+        subprocess.run([Path(sys.executable).with_name("dcgan-data"), *build], check=True)
+    waiting = [key for key, out in runs.items() if not (out / "done").exists()]
+    running: list[subprocess.Popen[bytes]] = []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    while waiting or running:
+        while waiting and len(running) < options.parallel:
+            arm, seed = waiting.pop(0)
+            command = [sys.executable, __file__, "--work", str(options.work), "--train", arm, str(seed)]
+            running.append(subprocess.Popen(command, env=environment))
+        time.sleep(1)
+        if any(process.poll() for process in running):
+            raise SystemExit("a run failed; run it again to go on")
+        running = [process for process in running if process.poll() is None]
+    report(runs, data / "val")
+
+
+def report(runs: dict[tuple[str, int], Path], val: Path) -> None:
+    """Judge every kept generator, write the numbers, the curves and the grids."""
+    held_out = ArrayImages(np.concatenate(list(iterate(val))))
+    curves: dict[str, Any] = {}
+    for name, arm in JUDGED.items():
+        for seed in SEEDS:
+            found = judged(name, seed, runs[arm, seed], held_out)
+            for measure in ("swd", "ms_ssim"):
+                curves.setdefault(name, {}).setdefault(measure, {})[seed] = [round(row[measure], 4) for row in found]
+            print(f"{name}, seed {seed}: swd {curves[name]['swd'][seed]}", flush=True)
+    results = ROOT / "benchmarks" / "results"
+    result = describe() | {
+        "setting": f"64x64, width 32, batch 32, {held_out.count} held-out faces, {SAMPLES} samples",
+        "images": STEPS,
+        "curves": curves,
+        "final_median": {
+            name: {measure: statistics.median(row[-1] for row in rows.values()) for measure, rows in measures.items()}
+            for name, measures in curves.items()
+        },
+    }
+    seen_set = ArrayImages(np.concatenate(list(iterate(val.parent / "train")))[:SAMPLES])
+    result["swd_of_training_images"] = round(swd(held_out, seen_set), 4)
+    result["ms_ssim_of_held_out"] = round(ms_ssim(held_out), 4)
+    (results / "quality.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, results / "quality.png")
+    rows = []
+    for name, arm in JUDGED.items():
+        for seen in (STEPS[0], STEPS[1], STEPS[3], STEPS[-1]):
+            pixels = sample(generator_at(name, 0, seen, runs[arm, 0]), 0, Purpose.GRID, 0, 64)[:12]
+            rows.append((f"{name}, {seen // 1000:,}k images", pixels))
+    write_atomic(results / "quality_grids.webp", encode(labelled_sheet(rows), "webp"))
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Plot SWD against images, a line a seed."""
+    from pipeline.evaluation import charts
+
+    figure, area = charts.axes(6)
+    for color, name in zip(("tab:blue", "lightblue", "tab:orange"), JUDGED, strict=True):
+        for index, values in enumerate(result["curves"][name]["swd"].values()):
+            area.plot(result["images"], values, color=color, label=name if index == 0 else None)
+    area.axhline(result["swd_of_training_images"], color="gray", linestyle=":", label="training images")
+    area.set_xlabel("images seen")
+    area.set_ylabel("SWD ×10³ to held-out faces")
+    area.set_ylim(bottom=0)
+    area.legend(frameon=False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

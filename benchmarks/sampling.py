@@ -1,0 +1,124 @@
+"""How fast a generator samples on this CPU, every backend in turn; whether `auto` is the one to pick.
+
+    python benchmarks/sampling.py
+
+Width 64, 64x64 pixels, float32, images in host memory as uint8. Baseline: eager PyTorch in inference mode. All
+backends take turns in random order, 15 rounds, medians of the rounds' ratios; "eager, again" is the A/A control.
+Writes benchmarks/results/sampling.{json,png}; ends with 1 when a bar is missed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from hardware import describe  # benchmarks/hardware.py
+
+from export import ceilings
+from export.benchmark import BASELINE, CONTROL, Effort, Subject, Timing, choose_subjects, measure
+from export.benchmark_report import draw, make_rows
+from export.onnx_model import export_onnx
+from export.samplers import available_threads, open_sampler
+from pipeline.config import NetworkConfig
+from pipeline.networks import Generator, initialise
+from pipeline.weights import serialise
+
+RESULTS = Path(__file__).parent / "results"
+BATCHES = [1, 8, 64, 256]
+AT_LEAST_TIMES_EAGER = {1: 2.4, 64: 1.4, 256: 1.4}
+WITHIN_OF_BEST = 0.95
+
+
+def main() -> None:
+    """Make a generator, measure, write the result, judge it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--turn-seconds", type=float, default=0.3)
+    options = parser.parse_args()
+    threads = available_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = write_generator(Path(folder))
+        card = export_onnx(str(checkpoint), Path(folder), parity_images=512)
+        model = str(Path(folder) / card.file)
+        with open_sampler(model) as sampler:
+            auto = sampler.backend
+        subjects, left_out = choose_subjects(str(checkpoint), [model], [], quick=False)
+        limits = measure_limits()
+        timings = measure(subjects, BATCHES, Effort(options.rounds, options.turn_seconds, 3), threads)
+        again = measure_limits()
+        limits = {name: max(value, again[name]) for name, value in limits.items()}
+        work = ceilings.work_of(Generator(card.network).eval())
+    rows = make_rows(timings, work, limits)
+    verdicts = judge(timings, subjects, auto)
+    content = {
+        "title": "Sampling on a CPU, width 64, 64x64",
+        **describe("onnxruntime", "openvino"),
+        "threads": threads,
+        "rounds": options.rounds,
+        "auto": auto,
+        "verdicts": verdicts,
+        "rows": rows,
+        "ceilings": limits,
+        "left_out": left_out,
+        "parity": [proven.model_dump() for proven in card.parity],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "sampling.json").write_text(json.dumps(content, indent=1) + "\n")
+    draw(rows, RESULTS / "sampling.png")
+    for row in rows:
+        print(
+            f"{row['batch']:4} {row['backend']:14} {row['images_per_second']:8,.0f}/s  x{row['times_eager']:.2f}  "
+            f"p50 {row['p50_ms']:8.2f} ms  p99 {row['p99_ms']:8.2f} ms  {row['percent_of_compute']:3} % of the ceiling"
+        )
+    for verdict in verdicts:
+        print(("held   " if verdict["held"] else "MISSED ") + verdict["claim"] + f": {verdict['measured']:.2f}")
+    sys.exit(not all(verdict["held"] for verdict in verdicts))
+
+
+def write_generator(folder: Path) -> Path:
+    """Write the tutorials' generator with random weights and measured BatchNorm statistics."""
+    config = NetworkConfig(width=64)
+    generator = Generator(config)
+    initialise(generator, 0, lane=0)
+    with torch.no_grad():
+        for _ in range(10):
+            generator(torch.rand(64, config.latent_dim) * 2 - 1)
+    path = folder / "generator.safetensors"
+    path.write_bytes(serialise(generator.eval(), config, "raw", 0))
+    return path
+
+
+def measure_limits() -> dict[str, float]:
+    """Return what the processor can do at most just now."""
+    return {
+        "flops_per_second": ceilings.matrix_flops_per_second("cpu"),
+        "copy_bytes_per_second": ceilings.copy_bytes_per_second("cpu"),
+    }
+
+
+def judge(timings: dict[tuple[str, int], Timing], subjects: list[Subject], auto: str) -> list[dict[str, object]]:
+    """Compare `auto` with its bars, round by round: medians of ratios, not ratios of medians."""
+
+    def ratio(one: str, other: str, batch: int) -> float:
+        pairs = zip(timings[one, batch].rates, timings[other, batch].rates, strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    others = [subject.label for subject in subjects if subject.label not in (auto, CONTROL)]
+    verdicts: list[dict[str, object]] = []
+    for batch, bar in AT_LEAST_TIMES_EAGER.items():
+        measured = ratio(auto, BASELINE, batch)
+        claim = f"auto ({auto}) at batch {batch} is at least {bar} times eager"
+        verdicts.append({"claim": claim, "measured": round(measured, 3), "held": measured >= bar})
+    for batch in BATCHES:
+        rival = min(others, key=lambda label: ratio(auto, label, batch))
+        measured = ratio(auto, rival, batch)
+        claim = f"auto ({auto}) at batch {batch} is within 5 % of the best other, {rival}"
+        verdicts.append({"claim": claim, "measured": round(measured, 3), "held": measured >= WITHIN_OF_BEST})
+    return verdicts
+
+
+if __name__ == "__main__":
+    main()

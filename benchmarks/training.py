@@ -1,0 +1,272 @@
+"""How fast is an update, and what does everything around it cost?
+
+Two questions, each a ratio of interleaved rounds in one run (medians of 15, with an A/A control):
+
+1. `step`: our update against the loop of every DCGAN tutorial, same networks, batch 64, 64x64, width 64, fp32.
+2. `loop`: the whole trainer (stream, EMA, gradient norms, metrics, checkpoints) against a bare update on a tensor
+   in memory, at the demo preset; and the share of /metrics alone.
+
+    python benchmarks/training.py --data demo/data        # CPU, some 8 minutes; writes benchmarks/results/training.json
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from hardware import describe  # benchmarks/hardware.py
+from torch import nn
+
+from pipeline.config import RunConfig, load_config
+from pipeline.latents import latents
+from pipeline.networks import Discriminator, Generator, initialise
+from pipeline.objective import discriminator_loss, generator_loss
+from pipeline.randomness import Purpose
+from pipeline.step import AdversarialStep
+
+Update = Callable[[], None]
+
+
+def tutorial(config: RunConfig) -> Update:
+    """The loop of the PyTorch DCGAN tutorial on our networks: default memory order, Adam, five reads a step."""
+    generator, discriminator = Generator(config.network), Discriminator(config.network)
+    initialise(generator, 0, lane=0)
+    initialise(discriminator, 0, lane=1)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    criterion = nn.BCEWithLogitsLoss()
+    batch, network = config.recipe.batch, config.network
+    real = torch.rand(batch, network.channels, network.image_size, network.image_size) * 2 - 1
+
+    def update() -> None:
+        discriminator.zero_grad()
+        label = torch.full((batch,), 1.0)
+        output = discriminator(real)
+        loss_real = criterion(output, label)
+        loss_real.backward()
+        output.mean().item()
+        fake = generator(torch.randn(batch, network.latent_dim))
+        label.fill_(0.0)
+        output = discriminator(fake.detach())
+        loss_fake = criterion(output, label)
+        loss_fake.backward()
+        output.mean().item()
+        optimizer_d.step()
+        generator.zero_grad()
+        label.fill_(1.0)
+        output = discriminator(fake)
+        loss = criterion(output, label)
+        loss.backward()
+        output.mean().item()
+        optimizer_g.step()
+        (loss_real + loss_fake).item()
+        loss.item()
+
+    return update
+
+
+def ours(config: RunConfig, accelerator: Accelerator) -> Update:
+    """AdversarialStep on a batch in memory."""
+    step = AdversarialStep(config, accelerator)
+    network, count = config.network, config.recipe.batch
+    reals = np.random.default_rng(0).integers(0, 256, (count, network.image_size, network.image_size, 3), np.uint8)
+    position = 0
+
+    def update() -> None:
+        nonlocal position
+        z = latents(0, Purpose.BENCHMARK, position, count, network.latent_dim)
+        position += count
+        step(reals, z, position)
+
+    return update
+
+
+def bare(config: RunConfig) -> Update:
+    """Our levers and nothing else: no average, no statistics, no norms, data and z in memory."""
+    networks = Generator(config.network), Discriminator(config.network)
+    for lane, network in enumerate(networks):
+        initialise(network, 0, lane=lane)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator, discriminator = networks
+    optimizer_g = torch.optim.Adam(generator.parameters(), 2e-4, (0.5, 0.999), fused=True)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), 2e-4, (0.5, 0.999), fused=True)
+    size, count = config.network.image_size, config.recipe.batch
+    real = (torch.rand(count, 3, size, size) * 2 - 1).contiguous(memory_format=torch.channels_last)
+    z = torch.rand(count, config.network.latent_dim) * 2 - 1
+
+    def update() -> None:
+        fake = generator(z)
+        discriminator_loss(discriminator(real), discriminator(fake.detach())).backward()
+        optimizer_d.step()
+        optimizer_d.zero_grad()
+        generator_loss(discriminator(fake)).backward(inputs=list(generator.parameters()))
+        optimizer_g.step()
+        optimizer_g.zero_grad()
+
+    return update
+
+
+def compare(arms: dict[str, Update], updates: int, images: int, rounds: int) -> dict[str, list[float]]:
+    """Run the arms in turn, a round each, and return images/s by arm and round."""
+    for update in arms.values():
+        for _ in range(2):
+            update()
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    for index in range(rounds):
+        names = list(arms) if index % 2 == 0 else list(reversed(arms))
+        for name in names:
+            start = time.perf_counter()
+            for _ in range(updates):
+                arms[name]()
+            rates[name].append(updates * images / (time.perf_counter() - start))
+        print(f"round {index + 1}/{rounds}: " + ", ".join(f"{name} {rates[name][-1]:.1f}" for name in arms), flush=True)
+    return rates
+
+
+def summarise(rates: dict[str, list[float]], against: str) -> dict[str, dict[str, float]]:
+    """Return median rates, and the median and quartiles of the ratio within a round."""
+    summary = {}
+    for name, values in rates.items():
+        ratios = [mine / base for mine, base in zip(values, rates[against], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        summary[name] = {
+            "images_per_second": round(statistics.median(values), 1),
+            f"ratio_to_{against}": round(middle, 3),
+            "quartile_low": round(low, 3),
+            "quartile_high": round(high, 3),
+        }
+    return summary
+
+
+def trainer_rounds(config: RunConfig, data: str, rounds: int, updates: int) -> dict[str, list[float]]:
+    """Interleave the whole trainer, with and without a scraped endpoint's cost, and the bare update.
+
+    Every round continues the same run by `updates` steps; starting up is not counted, saving is: the measured time
+    of a checkpoint is spread over the images between two of them.
+    """
+    from pipeline.loop import train
+    from pipeline.resume import Saver
+
+    logging.disable(logging.INFO)
+    plain = bare(config)
+    batch = config.recipe.batch
+    every = config.schedule.checkpoint_every_images
+    rates: dict[str, list[float]] = {"bare": [], "bare again": [], "trainer": []}
+    save_seconds: list[float] = []
+    original = Saver.save
+
+    def timed_save(self: Saver, *arguments: object) -> None:
+        start = time.perf_counter()
+        original(self, *arguments)  # type: ignore[arg-type]
+        save_seconds.append(time.perf_counter() - start)
+
+    Saver.save = timed_save  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(rounds):
+            for name in ("bare", "trainer", "bare again") if index % 2 == 0 else ("bare again", "trainer", "bare"):
+                if name != "trainer":
+                    for _ in range(2):
+                        plain()
+                    start = time.perf_counter()
+                    for _ in range(updates):
+                        plain()
+                    rates[name].append(updates * batch / (time.perf_counter() - start))
+                    continue
+                times: list[float] = []
+                schedule = config.schedule.model_copy(
+                    update={
+                        "total_images": (index + 1) * (updates + 3) * batch,
+                        "evaluate_samples": 64,
+                        "grid_every_images": 10**9,
+                        "evaluate_every_images": 10**9,
+                        "checkpoint_every_images": 10**9,
+                    }
+                )
+                train(
+                    config.model_copy(update={"schedule": schedule}),
+                    data=data,
+                    out=Path(folder) / "run",
+                    metrics_port=0,
+                    on_batch=lambda *_, times=times: times.append(time.perf_counter()),
+                )
+                seconds = times[-1] - times[2]  # the first two updates warm up
+                images = (len(times) - 3) * batch
+                rates[name].append(images / (seconds + save_seconds[-1] * images / every))
+            print(
+                f"round {index + 1}/{rounds}: " + ", ".join(f"{name} {rates[name][-1]:.1f}" for name in rates),
+                flush=True,
+            )
+    print(f"a checkpoint holds up the loop for {statistics.median(save_seconds) * 1e3:.0f} ms")
+    rates["save_milliseconds"] = [1e3 * seconds for seconds in save_seconds]
+    return rates
+
+
+def telemetry_share(config: RunConfig, rounds: int) -> dict[str, float]:
+    """Return what telemetry costs one step, and one log interval, in microseconds."""
+    from pipeline.interval import Report
+    from pipeline.observer import Observer
+    from pipeline.telemetry import Telemetry
+
+    observer = Observer(config, None, Telemetry("train", run="benchmark"))
+    names = ("loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "diversity")
+    report = Report(dict.fromkeys(names, 0.5), 6400, 100, 0, 0, False, 10.0, 0.1, 9.9)
+    work = {
+        "microseconds_a_step": lambda: observer.step(0.1),
+        "microseconds_an_interval": lambda: observer.interval(report, 6400),
+    }
+    costs: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, call in work.items():
+            start = time.perf_counter()
+            for _ in range(1000):
+                call()
+            costs[name].append((time.perf_counter() - start) / 1000 * 1e6)
+    return {name: round(statistics.median(values), 2) for name, values in costs.items()}
+
+
+def main() -> None:
+    """Run both comparisons and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="demo/data", help="shards of 64x64 images")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=["step", "loop"])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
+    options = parser.parse_args()
+    accelerator = Accelerator()
+    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    result.update(describe())
+    if options.only != "loop":
+        config = load_config("tutorial64", overrides=["recipe.batch=64"])
+        levers = config.model_copy(update={"runtime": config.runtime.model_copy(update={"compile": True})})
+        arms = {
+            "tutorial": tutorial(config),
+            "tutorial again": tutorial(config),
+            "ours": ours(config, accelerator),
+            "ours, compiled": ours(levers, accelerator),
+        }
+        rates = compare(arms, updates=2, images=64, rounds=options.rounds)
+        result["step"] = {"setting": "64x64, width 64, batch 64, fp32", "rounds": options.rounds} | summarise(
+            rates, "tutorial"
+        )
+        print(json.dumps(result["step"], indent=1))
+    if options.only != "step":
+        config = load_config("demo")
+        rates = trainer_rounds(config, options.data, options.rounds, updates=24)
+        saves = rates.pop("save_milliseconds")
+        result["loop"] = {"setting": "preset demo", "rounds": options.rounds} | summarise(rates, "bare")
+        result["loop"]["checkpoint_milliseconds"] = round(statistics.median(saves), 1)
+        result["loop"]["telemetry"] = telemetry_share(config, options.rounds)
+        print(json.dumps(result["loop"], indent=1))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -85,7 +86,21 @@ def run_command(command: Callable[[], object]) -> None:
         known = describe_os_error(error) if isinstance(error, OSError) else error
         line = " ".join(str(known).split())
         print(f"{'stopped' if isinstance(known, Stopped) else 'error'}: {line}", file=sys.stderr)
-        sys.exit(known.exit_code)
+        leave(known.exit_code)
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        leave(128 + signal.SIGINT)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit with a code that nothing can change.
+
+    A process group that an error left open has threads, and Python's teardown then now and then ends in
+    std::terminate (code 134). Closing the group first is no way out: NCCL waits for peers that are gone.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

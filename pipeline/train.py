@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import typer
 
 from pipeline.config import RunConfig, load_config, preset_names, validate
-from pipeline.errors import ConfigConflict, DataError, TryAgainError, UnavailableError, UsageError, run_command
+from pipeline.errors import ConfigConflict, DataError, TryAgainError, UnavailableError, UsageError, leave, run_command
 from pipeline.telemetry import MetricsAddress, MetricsPort, PushGateway
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -147,7 +147,7 @@ def run() -> None:
         except (UsageError, ConfigConflict) as error:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 raise
-            sys.exit(error.exit_code)
+            leave(error.exit_code)
 
     run_command(command)
 

@@ -113,11 +113,12 @@ def containers_have_bounds(objects: list[Object]) -> Iterator[str]:
 
 @rule
 def gpu_pods_tolerate_gpu_nodes(objects: list[Object]) -> Iterator[str]:
-    for name, spec, container in containers(objects):
-        if GPU in container["resources"]["limits"] and not any(
-            toleration["key"] == GPU for toleration in spec.get("tolerations", [])
-        ):
-            yield f"{name}: asks for a GPU but not for the taint of GPU nodes"
+    """All of them: those without a GPU may have to follow their volume to a node with one."""
+    if not any(GPU in container["resources"]["limits"] for _, _, container in containers(objects)):
+        return
+    for name, template in pods(objects):
+        if not any(toleration["key"] == GPU for toleration in template["spec"].get("tolerations", [])):
+            yield f"{name}: does not tolerate the taint of GPU nodes"
 
 
 @rule
@@ -139,11 +140,6 @@ def jobs_follow_the_rules_of_their_fields(objects: list[Object]) -> Iterator[str
             yield f"{name}: podFailurePolicy needs restartPolicy: Never"
         if spec.get("podReplacementPolicy") != "Failed":
             yield f"{name}: podFailurePolicy needs podReplacementPolicy: Failed"
-        indexed = spec.get("completionMode") == "Indexed"
-        if ("backoffLimitPerIndex" in spec or "maxFailedIndexes" in spec) and not indexed:
-            yield f"{name}: limits per index without indices"
-        if "maxFailedIndexes" in spec and "backoffLimitPerIndex" not in spec:
-            yield f"{name}: maxFailedIndexes needs backoffLimitPerIndex"
         for policy in spec["podFailurePolicy"]["rules"]:
             if policy["action"] == "FailIndex" and "backoffLimitPerIndex" not in spec:
                 yield f"{name}: FailIndex needs backoffLimitPerIndex"
@@ -151,10 +147,23 @@ def jobs_follow_the_rules_of_their_fields(objects: list[Object]) -> Iterator[str
                 yield f"{name}: action {policy['action']}"
             if 0 in policy.get("onExitCodes", {}).get("values", []):
                 yield f"{name}: a rule about exit code 0"
-        if indexed and not spec.get("completions"):
-            yield f"{name}: indexed, without completions"
         if not pod.get("terminationGracePeriodSeconds", 30) >= 30:
             yield f"{name}: no time to save"
+
+
+@rule
+def indexed_jobs_follow_the_rules_of_their_fields(objects: list[Object]) -> Iterator[str]:
+    """As the API server checks them, which schemas do not."""
+    for name, spec, _ in jobs(objects):
+        indexed = spec.get("completionMode") == "Indexed"
+        if ("backoffLimitPerIndex" in spec or "maxFailedIndexes" in spec) and not indexed:
+            yield f"{name}: limits per index without indices"
+        if "maxFailedIndexes" in spec and "backoffLimitPerIndex" not in spec:
+            yield f"{name}: maxFailedIndexes needs backoffLimitPerIndex"
+        if spec.get("maxFailedIndexes", 0) > spec.get("completions", 0):
+            yield f"{name}: maxFailedIndexes {spec['maxFailedIndexes']} of {spec['completions']} completions"
+        if indexed and not spec.get("completions"):
+            yield f"{name}: indexed, without completions"
 
 
 @rule
@@ -221,9 +230,19 @@ def numbers_of_pods_are_the_settings(objects: list[Object]) -> Iterator[str]:
             yield f"{name}: {spec['completions']} pods, but {key}={values[key]}"
         if key and not any(f"$({key})" in argument for argument in spec["template"]["spec"]["containers"][0]["args"]):
             yield f"{name}: the program is not told {key}"
-    batch, nodes = int(values["BATCH"]), int(values["NODES"])
-    if batch % nodes:
-        yield f"BATCH={batch} cannot be split over NODES={nodes}"
+
+
+@rule
+def the_trainer_accepts_the_numbers(objects: list[Object]) -> Iterator[str]:
+    """What pipeline/config.py asks for: every process owns some of the streams, and every stream some of the batch."""
+    values = settings(objects)
+    batch, streams = int(values["BATCH"]), int(values["STREAMS"])
+    for _, container in [(n, c) for n, _, c in containers(objects) if n == "train/train"]:
+        processes = int(values["NODES"]) * int(container["resources"]["limits"].get(GPU, 1))
+        if streams % processes:
+            yield f"STREAMS={streams} cannot be split over {processes} processes"
+    if batch % streams:
+        yield f"BATCH={batch} cannot be split over STREAMS={streams}"
 
 
 @rule
@@ -340,6 +359,10 @@ def networks_are_closed_but_for_what_is_needed(objects: list[Object]) -> Iterato
                 block and block["cidr"] == "0.0.0.0/0" and "169.254.0.0/16" not in block.get("except", [])
             ):
                 yield f"NetworkPolicy {name}: reaches the metadata service"
+        for way in spec.get("egress", []):
+            of_the_node = [p for p in way.get("to", []) if p.get("ipBlock", {}).get("cidr", "").startswith("169.254.")]
+            if of_the_node and {port["port"] for port in way.get("ports", [{"port": None}])} != {53}:
+                yield f"NetworkPolicy {name}: reaches more than names at the node's own addresses"
     labels = [template["metadata"]["labels"] for name, template in pods(objects) if name == "train"]
     ranks = policies["ranks"]
     for peers in (ranks["ingress"][0]["from"], ranks["egress"][0]["to"]):
@@ -365,6 +388,10 @@ def metrics_are_served_where_they_are_scraped(objects: list[Object]) -> Iterator
                 yield f"{name}: serves metrics on another port than it declares"
             if serves and "--metrics-address=0.0.0.0" not in container["args"]:
                 yield f"{name}: serves metrics to itself only"
+            if serves and "--push-gateway=$(PUSH_GATEWAY)" not in container["args"]:
+                yield f"{name}: has no last word"
+            if serves and "POD_NAMESPACE" not in {variable["name"] for variable in container.get("env", [])}:
+                yield f"{name}: what it pushes has no namespace, and is of another series than what is scraped"
     for monitor in of(objects, "PodMonitor"):
         chosen = monitor["spec"]["selector"]["matchLabels"]
         for name, template in pods(objects):
@@ -413,3 +440,5 @@ def hand_overs_meet(objects: list[Object]) -> Iterator[str]:
                 yield "generation samples a model that is on another node"
             if values["MODEL"].endswith(".plan") and GPU not in container["resources"]["limits"]:
                 yield "generation runs an engine without a GPU"
+        if "trt" in container.get("args", []) and "--ckpt=$(CKPT)" not in container["args"]:
+            yield "the engine is made from a graph, whose precision is its own"

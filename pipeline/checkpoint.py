@@ -120,20 +120,25 @@ class CheckpointStore:
             )
         return None
 
-    def best(self, metric: str) -> str | None:
-        """Return the complete checkpoint with the lowest `metric`, or None if none was evaluated."""
-        values: dict[str, float] = {}
+    def best(self) -> str | None:
+        """Return the complete checkpoint with the lowest `schedule.best_metric`, or None if none was evaluated.
+
+        The newest checkpoint says which metric that is; those that were not evaluated by it do not count.
+        """
+        states: dict[str, dict[str, Any]] = {}
         for name in self.names():
             try:
-                value = self.state(name).get("metrics", {}).get(metric)
+                states[name] = self.state(name)
             except DataError as error:
                 log.warning("%s", error)
-                continue
-            if value is not None:
-                values[name] = float(value)
-        return min(values, key=lambda name: values[name]) if values else None
+        if not states:
+            return None
+        metric = states[max(states)].get("config", {}).get("schedule", {}).get("best_metric", "swd")
+        values = {name: state.get("metrics", {}).get(metric) for name, state in states.items()}
+        evaluated = {name: float(value) for name, value in values.items() if value is not None}
+        return min(evaluated, key=lambda name: evaluated[name]) if evaluated else None
 
-    def choose(self, choice: str = "", metric: str = "swd") -> str | None:
+    def choose(self, choice: str = "") -> str | None:
         """Return the checkpoint that `best`, `last`, a number of images, or '' (best, else last) means."""
         names = self.names()
         if choice.isdigit():
@@ -141,13 +146,14 @@ class CheckpointStore:
         last = names[-1] if names else None
         if choice == "last":
             return last
-        best = self.best(metric)
+        best = self.best()
         return best if choice == "best" else best or last
 
     def save(self, images_seen: int, files: Mapping[str, bytes], state: Mapping[str, Any]) -> str:
         """Write a checkpoint and return its name. It counts only when everything in it has reached the disk."""
         name = f"{images_seen:012d}"
         self.store.delete(self._name(name, STATE))  # a damaged one at this position must not commit half new files
+        self.store.remove_abandoned(self._name(name))
         for file, data in files.items():
             self.store.write(self._name(name, file), data)
         hashes = {file: sha256_bytes(data) for file, data in files.items()}
@@ -167,10 +173,10 @@ class CheckpointStore:
         kept = {key: value for key, value in checkpoint.state.items() if key not in ("version", "images_seen", "files")}
         self.save(checkpoint.images_seen, checkpoint.files, kept)
 
-    def retain(self, keep: int, metric: str = "swd") -> None:
+    def retain(self, keep: int) -> None:
         """Delete all but the newest `keep` complete checkpoints and the best one; older unfinished ones as well."""
         names = self.names()
-        kept = {*names[-keep:], self.best(metric)}
+        kept = {*names[-keep:], self.best()}
         newest = names[-1] if names else ""
         for name in self.store.names(self.folder):
             if name.isdigit() and name not in kept and name < newest:

@@ -81,6 +81,12 @@ class ScheduleConfig(Section):
     """SWD and MS-SSIM, on which `best` rests. Rounded up to whole checkpoints."""
     evaluate_samples: int = Field(2_048, ge=64)
     """Generated images, and as many real ones, in such an evaluation."""
+    extractor: str = ""
+    """Also FID and KID, by this extractor: a path, or a URL with its SHA-256, as dcgan-eval fid takes them."""
+    extractor_sha256: str = ""
+    """Of the extractor's file."""
+    best_metric: Literal["swd", "fid", "kid_x1000"] = "swd"
+    """The checkpoint with the smallest is kept as the best."""
     keep_checkpoints: int = Field(3, ge=1)
     """Checkpoints kept besides the best."""
 
@@ -112,6 +118,15 @@ class RunConfig(Section):
     runtime: RuntimeConfig = RuntimeConfig()
 
     IDENTITY: ClassVar[tuple[str, ...]] = ("network", "recipe")
+
+    @model_validator(mode="after")
+    def _best_metric_is_measured(self) -> "RunConfig":
+        schedule = self.schedule
+        if schedule.best_metric != "swd" and not schedule.extractor:
+            raise ValueError(
+                f"schedule.best_metric={schedule.best_metric} needs schedule.extractor: the path or URL of an extractor"
+            )
+        return self
 
     @model_validator(mode="after")
     def _streams_divide_batch(self) -> "RunConfig":

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+SCALER_PATIENCE_STEPS = 32
+"""A scale that begins at 2^16 and is halved at every overflow has no business below 2^-16."""
+
+
 @dataclass(frozen=True)
 class Report:
     """An interval, equal on all ranks but for `seconds` and `step_seconds`."""
@@ -24,6 +28,8 @@ class Report:
     images: int
     steps: int
     nonfinite_steps: int
+    hopeless_steps: int
+    """Updates that fp16's loss scaler skipped, if it skipped all of an interval longer than any search for a scale."""
     stop: int
     """The signal that asked any rank to stop, or 0."""
     save: bool
@@ -74,7 +80,7 @@ class Interval:
         reduced: list[float] = self.accelerator.reduce(both, "sum").tolist()
         means = {name: total / (self._steps * ranks) for name, total in zip(STATISTICS, reduced, strict=False)}
         terminated, interrupted, save, *waits = reduced[len(STATISTICS) :]
-        nonfinite = means.pop("nonfinite") * self._steps
+        nonfinite, skipped = means.pop("nonfinite") * self._steps, round(means.pop("skipped") * self._steps)
         means["diversity"] = means.pop("deviation_fake") / max(means.pop("deviation_real"), 1e-8)
         now = time.monotonic()
         report = Report(
@@ -82,6 +88,7 @@ class Interval:
             images=self._images,
             steps=self._steps,
             nonfinite_steps=round(nonfinite) or int(nonfinite > 0),
+            hopeless_steps=skipped if skipped == self._steps >= SCALER_PATIENCE_STEPS else 0,
             stop=signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0,
             save=save > 0,
             seconds=now - self._start,

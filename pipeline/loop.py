@@ -56,11 +56,12 @@ def train(
     DataError or UsageError before the first step for what cannot work; DataError when training diverges.
     """
     # Processes, devices, precision; what was asked for must divide over them.
-    requests = Requests()
     accelerator = make_accelerator()
+    requests = Requests()  # not earlier: while the others are waited for there is nothing to save, and no Python runs
     rank, world_size, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     recipe, schedule, network = config.recipe, config.schedule, config.network
     config.check_processes(world_size)
+    check_gpus(accelerator)
     if recipe.sync_batchnorm and world_size > 1 and accelerator.device.type != "cuda":
         raise ConfigConflict("recipe.sync_batchnorm=true works on CUDA only; this run is on the CPU: leave it false")
     dataset = load_dataset(data)
@@ -95,9 +96,9 @@ def train(
     observer.begin(seen=seen, world_size=world_size, precision=accelerator.mixed_precision, device=step.device.type)
     if telemetry is not None:
         telemetry.start(metrics_port, metrics_address, push_gateway if main else None)
-    meter = QualityMeter(data, schedule.evaluate_samples, recipe.seed, accelerator)
+    meter = QualityMeter(data, dataset, schedule, recipe.seed, accelerator)
     if run is not None:
-        run.write_config(saver.description)
+        observer.started(run.write_config(saver.description))
         run.open_board(seen)
         warn_about_batch(config, world_size)
         warn_about_threads(accelerator)
@@ -122,7 +123,9 @@ def train(
         while seen < schedule.total_images and not stop:
             # One update on images [seen, seen + batch) of the run; this rank has every world_size-th of them.
             start = time.perf_counter()
+            watchdog.waits_for_data = True
             reals = stream.next_batch()
+            watchdog.waits_for_data = False
             drawn = (recipe.seed, Purpose.TRAIN, seen, recipe.batch, network.latent_dim, network.latent_distribution)
             z = latents(*drawn, rows=slice(rank, None, world_size))
             if on_batch is not None:
@@ -141,9 +144,9 @@ def train(
             boundary = seen
             report = interval.agree(data_wait_seconds=stream.wait_seconds, save_due=saver.due())
             observer.interval(report, seen, mirror_failures=saver.mirror_failures)
-            if report.nonfinite_steps:
+            if lost := report.nonfinite_steps or report.hopeless_steps:
                 raise DataError(
-                    f"{report.nonfinite_steps} of the last {report.steps} updates had NaN or infinite gradients; "
+                    f"{lost} of the last {report.steps} updates had NaN or infinite gradients; "
                     f"the last good checkpoint is {saver.last_path or 'none'}: "
                     "continue from it with a smaller learning rate (recipe.learning_rate_g, recipe.learning_rate_d)"
                 )
@@ -153,8 +156,9 @@ def train(
             picture = last or crossed(schedule.grid_every_images, previous, seen)
             evaluate = last or crossed(schedule.evaluate_every_images, previous, seen)
             save = evaluate or stop or report.save or crossed(schedule.checkpoint_every_images, previous, seen)
-            if picture or save:
-                watchdog.beat(boundary=True)
+            kind = "evaluation" if evaluate else "checkpoint" if save else "picture" if picture else ""
+            if kind:
+                watchdog.begin(kind)
             if picture:
                 grid(seen)
             quality: dict[str, float] = {}
@@ -165,12 +169,10 @@ def train(
             if save:
                 with observer.phase("checkpoint"):
                     saver.save(step, seen, run, quality)
-            if picture or save:
+            if kind:
                 # Rank 0 alone writes, and comes last; on GPUs the others would run on into a step that seems to hang.
-                if main:
-                    watchdog.beat()
-                accelerator.wait_for_everyone()
-                watchdog.beat()
+                wait_for_all(accelerator)
+                watchdog.end(kind)
 
         # All ranks together: NCCL waits for the others here, so one that fails alone must not come by.
         accelerator.end_training()
@@ -184,7 +186,7 @@ def train(
     finally:
         watchdog.close()
         stream.close()
-        saver.close()
+        saver.close(hurry=bool(stop))
         if telemetry is not None:
             telemetry.close()
         if run is not None:
@@ -207,6 +209,24 @@ def make_accelerator() -> Accelerator:
     if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
         raise UnavailableError("--mixed_precision fp16: accelerate would train in float32 on the CPU; use bf16, or no")
     return accelerator
+
+
+def check_gpus(accelerator: Accelerator) -> None:
+    """Raise ConfigConflict where two processes would share a GPU over NCCL, which refuses that only later."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if accelerator.device.type != "cuda" or accelerator.num_processes == 1:
+        return
+    if torch.distributed.get_backend() == "nccl" and here > (gpus := torch.cuda.device_count()):
+        raise ConfigConflict(f"{here} processes on a machine with {gpus} GPUs: each needs one of its own; start {gpus}")
+
+
+def wait_for_all(accelerator: Accelerator) -> None:
+    """Return when all processes have come here.
+
+    Not accelerate's `wait_for_everyone`: it names a GPU by local rank to `barrier`, even for processes on the CPU, or
+    that share one.
+    """
+    accelerator.reduce(torch.zeros(1, device=accelerator.device), "sum").item()
 
 
 def crossed(every: int, before: int, now: int) -> bool:

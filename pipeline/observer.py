@@ -1,7 +1,6 @@
 """Tells people and machines how a run goes: metrics.jsonl, TensorBoard, /metrics, and the progress line."""
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,12 +29,16 @@ class Observer:
             return
         metrics.set("dcgan_train_info", 1, precision=precision, device=device)
         metrics.set("dcgan_train_processes", world_size)
-        metrics.set("dcgan_train_restarts", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
         metrics.set("dcgan_train_target_images", self.target)
         metrics.set("dcgan_train_seen_images", seen)
         # A start that never reaches its first step or checkpoint is to be seen as well.
         metrics.set("dcgan_train_last_step_timestamp_seconds", time.time())
         metrics.set("dcgan_train_checkpoint_timestamp_seconds", time.time())
+
+    def started(self, starts: int) -> None:
+        """Say how often this run has been started by now."""
+        if self.telemetry is not None:
+            self.telemetry.set("dcgan_train_restarts", starts - 1)
 
     def step(self, seconds: float) -> None:
         """Note one update and its host time."""

@@ -17,7 +17,7 @@ from pipeline.checkpoint import Checkpoint, CheckpointStore
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset
 from pipeline.errors import ConfigConflict, DataError, UsageError
-from pipeline.mirror import Mirror
+from pipeline.mirror import HURRIED_SECONDS, PATIENCE_SECONDS, Mirror
 from pipeline.run_directory import RunDirectory
 from pipeline.step import AdversarialStep
 from pipeline.storage import Store, is_url
@@ -62,7 +62,8 @@ class Saver:
         found: list[Checkpoint | None] = [None]
         if self.accelerator.is_main_process:
             if self._mirror is not None:
-                self._mirror.restore()
+                where = self._mirror.store.location
+                self._mirror.restore(lambda there: check_identity(there.state, self.description, allow_change, where))
             found = [self.store.load_latest()]
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
@@ -110,10 +111,10 @@ class Saver:
         """Checkpoints that did not reach the mirror."""
         return self._mirror.failures if self._mirror is not None else 0
 
-    def close(self) -> None:
+    def close(self, *, hurry: bool = False) -> None:
         """Wait for the mirror."""
         if self._mirror is not None:
-            self._mirror.close()
+            self._mirror.close(HURRIED_SECONDS if hurry else PATIENCE_SECONDS)
 
 
 def describe_run(config: RunConfig, data: str, dataset: Dataset) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.errors import TryAgainError
-from pipeline.storage import write_atomic
+from pipeline.storage import make_directory, remove_abandoned, write_atomic
 
 LOCK_PATIENCE_SECONDS = 30.0
 
@@ -26,16 +26,24 @@ class RunDirectory:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.timing = path / "timing.jsonl"
-        path.mkdir(parents=True, exist_ok=True)
+        make_directory(path)
         self._lock = _lock(path / ".lock")
+        for folder in (path, path / "samples"):
+            remove_abandoned(folder)
         self._log = logging.FileHandler(path / "log.txt")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("pipeline").addHandler(self._log)
         self._board: Any = None
 
-    def write_config(self, content: dict[str, Any]) -> None:
-        """Write config.json."""
-        write_atomic(self.path / "config.json", json.dumps(content, indent=1) + "\n")
+    def write_config(self, content: dict[str, Any]) -> int:
+        """Write config.json, which also counts how often the run was started; return that."""
+        path = self.path / "config.json"
+        try:
+            starts = 1 + int(json.loads(path.read_text())["starts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            starts = 1
+        write_atomic(path, json.dumps({**content, "starts": starts}, indent=1) + "\n")
+        return starts
 
     def restore_metrics(self, content: bytes) -> None:
         """Put metrics.jsonl back to what it was at a checkpoint."""

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.config import ScheduleConfig
+from pipeline.data.dataset import Dataset
 from pipeline.imaging import grid, save_png
 from pipeline.latents import latents
 from pipeline.networks import Generator
@@ -41,19 +43,30 @@ def save_grid(generator: Generator, seed: int, path: Path) -> None:
 class QualityMeter:
     """SWD and MS-SSIM of a generator against the first images of the data set, the work shared by all ranks.
 
-    The data set's own order is already shuffled, so its first images are a fair draw. The reals' share is
-    computed once.
+    With `schedule.extractor`, FID and KID as well. The data set's own order is already shuffled, so its first images
+    are a fair draw. The reals' share is computed once.
     """
 
-    def __init__(self, data: str, samples: int, seed: int, accelerator: "Accelerator") -> None:
+    def __init__(
+        self, data: str, dataset: Dataset, schedule: ScheduleConfig, seed: int, accelerator: "Accelerator"
+    ) -> None:
+        """Raises what `pipeline.evaluation.extractors.load_extractor` raises, before the first step."""
         self.data = data
-        self.samples = samples
+        self.samples = min(schedule.evaluate_samples, dataset.images)
         self.seed = seed
         self.accelerator = accelerator
         self._reference: Any = None
+        self._features: Any = None
+        if schedule.extractor:
+            from pipeline.evaluation.feature_meter import FeatureMeter
+
+            self._features = FeatureMeter(schedule.extractor, schedule.extractor_sha256 or None, seed, accelerator)
 
     def measure(self, generator: Generator) -> dict[str, float]:
-        """Return the numbers that `pipeline.evaluation.quality.quality` describes, equal on all ranks."""
+        """Return the numbers that `pipeline.evaluation.quality.quality` describes, equal on all ranks.
+
+        With an extractor also {"fid", "kid_x1000"}.
+        """
         from pipeline.evaluation.quality import quality, reference
 
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -65,7 +78,8 @@ class QualityMeter:
         }
         if self._reference is None:
             reals = self._reals()
-            self.samples = len(reals)
+            if self._features is not None:
+                self._features.see_reals(reals)
             self._reference = reference(reals, **shared)
         share = -(-self.samples // world_size)
         start = min(rank * share, self.samples)
@@ -73,7 +87,9 @@ class QualityMeter:
         mine = np.zeros((share, *self._image_shape(generator)), np.uint8)
         mine[:count] = sample(generator, self.seed, Purpose.EVALUATE, start, count)
         gathered = self.accelerator.gather(torch.from_numpy(mine).to(self.accelerator.device))
-        return quality(self._reference, gathered.cpu().numpy()[: self.samples], **shared)
+        fakes = gathered.cpu().numpy()[: self.samples]
+        more = self._features.measure(fakes) if self._features is not None else {}
+        return {**quality(self._reference, fakes, **shared), **more}
 
     def _reals(self) -> NDArray[np.uint8]:
         from pipeline.data.shards import iterate

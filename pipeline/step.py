@@ -24,6 +24,7 @@ STATISTICS = (
     "grad_norm_d",
     "grad_norm_g",
     "nonfinite",
+    "skipped",
     "deviation_real",
     "deviation_fake",
 )
@@ -111,10 +112,10 @@ class AdversarialStep:
 
         loss_d_mean, d_real, d_fake, deviation_real, deviation_fake = torch.stack(outputs).mean(0).unbind()
         loss_g_mean = torch.stack(losses_g).mean()
-        # A scaler's overflows are its ordinary search for a scale; only a broken loss is worth a report there.
-        counted = self.accelerator.scaler is None
-        bad = torch.maximum(bad_d, bad_g) if counted else ~torch.isfinite(loss_d_mean + loss_g_mean)
-        values = (loss_d_mean, loss_g_mean, d_real, d_fake, norm_d, norm_g, bad, deviation_real, deviation_fake)
+        bad, broken = torch.maximum(bad_d, bad_g), ~torch.isfinite(loss_d_mean + loss_g_mean)
+        # A scaler's overflows are its ordinary search for a scale: updates that it skips, until it skips all.
+        lost = (bad, torch.zeros_like(bad)) if self.accelerator.scaler is None else (broken, bad)
+        values = (loss_d_mean, loss_g_mean, d_real, d_fake, norm_d, norm_g, *lost, deviation_real, deviation_fake)
         return torch.stack([value.detach().float() for value in values])
 
     def to_device(self, images: NDArray[np.uint8]) -> Tensor:

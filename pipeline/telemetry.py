@@ -1,6 +1,7 @@
 """The one list of metrics (DESIGN contract 7), and how Prometheus gets them: served at /metrics, pushed at the end."""
 
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ METRICS: dict[Program, tuple[Metric, ...]] = {
     "train": (
         Metric("dcgan_train_info", "gauge", INFO, {"precision": (), "device": ()}, final=True),
         Metric("dcgan_train_processes", "gauge", "Processes that train together."),
-        Metric("dcgan_train_restarts", "gauge", "Times that the launcher has restarted this trainer."),
+        Metric("dcgan_train_restarts", "gauge", "Times that this run was started again; known where rank 0 is."),
         Metric("dcgan_train_target_images", "gauge", "Real images after which the run is done.", final=True),
         Metric("dcgan_train_seen_images", "gauge", "Real images seen since the run began, over resumes.", final=True),
         Metric(
@@ -84,8 +85,8 @@ METRICS: dict[Program, tuple[Metric, ...]] = {
         Metric(
             "dcgan_train_quality",
             "gauge",
-            "The last evaluation: SWD (by resolution too) and MS-SSIM, lower is better.",
-            {"metric": ("swd", "swd_128", "swd_64", "swd_32", "swd_16", "ms_ssim", "ms_ssim_real")},
+            "The last evaluation, lower is better: SWD (by resolution too), MS-SSIM, and what schedule.extractor adds.",
+            {"metric": ("swd", "swd_128", "swd_64", "swd_32", "swd_16", "ms_ssim", "ms_ssim_real", "fid", "kid_x1000")},
             final=True,
         ),
         Metric(
@@ -197,7 +198,7 @@ class Telemetry:
         """
         from prometheus_client import start_http_server
 
-        self._gateway = gateway
+        self._gateway = gateway or None  # '' stands for none, as an unset setting of a Job does
         self._push()
         if port is None:
             return None
@@ -229,9 +230,11 @@ class Telemetry:
 
         from prometheus_client import push_to_gateway
 
+        # What is scraped gets its namespace from Prometheus; what is pushed must bring it, or the two are strangers.
+        namespace = {"namespace": name} if (name := os.environ.get("POD_NAMESPACE")) else {}
         final: Any = self.registry.restricted_registry([m.name for m in METRICS[self.program] if m.final])
         try:
-            push_to_gateway(self._gateway, f"dcgan-{self.program}", final, self.identity, timeout=10)
+            push_to_gateway(self._gateway, f"dcgan-{self.program}", final, self.identity | namespace, timeout=10)
         except (OSError, HTTPException, ValueError) as error:
             log.warning("--push-gateway %s: the metrics were not pushed: %s", self._gateway, error)
 

@@ -13,10 +13,13 @@ Without accelerate's launcher:
     python pipeline/train.py --data ... --out ...
 """
 
+import ctypes
 import json
 import logging
 import os
+import signal
 import sys
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -119,6 +122,8 @@ def lost_peer(error: RuntimeError) -> str:
 
     text = str(error)
     kinds = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
+    if "Duplicate GPU" in text:  # nothing is lost: this never works
+        return ""
     if not isinstance(error, torch.distributed.DistError) and not any(kind in text for kind in kinds):
         return ""
     rank = os.environ.get("RANK", "0")
@@ -126,6 +131,16 @@ def lost_peer(error: RuntimeError) -> str:
         f"rank {rank} lost contact with the other processes ({text.strip().splitlines()[0][:160]}); "
         "run it again on all of them: it goes on from the last checkpoint"
     )
+
+
+def end_with_accelerate() -> None:
+    """Be stopped as well when `accelerate launch` is: it ends at SIGTERM and leaves its trainer behind.
+
+    Linux only. Not for other parents: a shell's end must not stop what it put into the background.
+    """
+    with suppress(OSError, AttributeError):
+        if b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def configure_logging() -> None:
@@ -140,6 +155,9 @@ def configure_logging() -> None:
 
 def run() -> None:
     """Run the command line; what every rank would say alike is said once on each machine, which has its own log."""
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to save that comes too early must not end us
+    end_with_accelerate()
 
     def command() -> None:
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import STATE, CheckpointStore
+from pipeline.checkpoint import STATE, Checkpoint, CheckpointStore
 from pipeline.errors import ConfigConflict, DataError
 from pipeline.mirror import Mirror
 from pipeline.storage import Store
@@ -126,20 +126,73 @@ def test_the_mirror_brings_a_run_back_on_an_empty_disk(store: CheckpointStore, t
     assert checkpoint.state["metrics"] == {"swd": 2.0}
 
 
+def mirrored(store: CheckpointStore, tmp_path: Path, **options: bool) -> list[int]:
+    """Start with the mirror as a run does, and copy; return what the mirror holds then."""
+    mirror = Mirror(f"file://{tmp_path}/mirror", store, 2)
+    if options.get("restore", True):
+        mirror.restore()
+    mirror.push()
+    mirror.close()
+    return [int(name) for name in mirror.checkpoints.names()]
+
+
 def test_the_mirror_follows_a_run_that_went_back(store: CheckpointStore, tmp_path: Path) -> None:
     """Otherwise its later checkpoints, of a course that was given up, would be the ones to come back."""
-    location = f"file://{tmp_path}/mirror"
     for images in (64, 128):
         save(store, images)
-    mirror = Mirror(location, store, 2)
-    mirror.push()
-    mirror.close()
+    assert mirrored(store, tmp_path) == [128]
+    for where in (tmp_path / "mirror", tmp_path / "run"):  # the last one is damaged everywhere
+        (where / f"checkpoints/{128:012d}/a.bin").write_bytes(b"")
+    assert not Mirror(f"file://{tmp_path}/mirror", store, 2).restore()
     store.discard_after(64)
     save(store, 96)
-    mirror = Mirror(location, store, 2)
-    mirror.push()
-    mirror.close()
-    assert [int(name) for name in mirror.checkpoints.names()][-1] == 96
+    assert mirrored(store, tmp_path) == [96]
+
+
+def test_a_run_that_moves_back_goes_on_from_the_newer_mirror(store: CheckpointStore, tmp_path: Path) -> None:
+    """Not from what it left on this disk, which would then take the place of all that was done elsewhere."""
+    elsewhere = CheckpointStore(Store(tmp_path / "elsewhere"))
+    save(elsewhere, 4000, 1.0)
+    save(elsewhere, 5000, 2.0)
+    mirrored(elsewhere, tmp_path)
+    save(store, 128)
+    mirror = Mirror(f"file://{tmp_path}/mirror", store, 2)
+
+    def refuse(checkpoint: Checkpoint) -> None:
+        raise ConfigConflict(f"{checkpoint.images_seen} is of another run")
+
+    with pytest.raises(ConfigConflict, match="5000 is of another run"):
+        mirror.restore(refuse)
+    assert mirror.restore()
+    checkpoint = store.load_latest()
+    assert checkpoint is not None
+    assert checkpoint.images_seen == 5000
+
+
+def test_a_mirror_that_was_away_at_the_start_loses_nothing(
+    store: CheckpointStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere = CheckpointStore(Store(tmp_path / "elsewhere"))
+    save(elsewhere, 4000)
+    mirrored(elsewhere, tmp_path)
+    save(store, 128)
+    assert mirrored(store, tmp_path, restore=False) == [4000]
+    assert "holds checkpoint 4000, but did not answer" in caplog.text
+
+
+def test_one_damaged_checkpoint_keeps_no_other_from_the_mirror(store: CheckpointStore, tmp_path: Path) -> None:
+    (save(store, 64, 1.0) / "a.bin").write_bytes(b"")  # the best one
+    save(store, 128, 2.0)
+    assert mirrored(store, tmp_path) == [128]
+
+
+def test_the_run_says_which_metric_is_the_best_ones(store: CheckpointStore) -> None:
+    for images, swd, fid in ((64, 1.0, 9.0), (128, 2.0, 8.0), (192, 3.0, None)):
+        metrics = {"swd": swd} | ({} if fid is None else {"fid": fid})
+        store.save(images, {}, {"config": {"schedule": {"best_metric": "fid"}}, "metrics": metrics})
+    assert store.best() == f"{128:012d}"
+    store.retain(1)
+    assert [int(name) for name in store.names()] == [128, 192]
 
 
 def test_the_mirror_helps_where_all_local_checkpoints_are_damaged(store: CheckpointStore, tmp_path: Path) -> None:

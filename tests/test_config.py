@@ -37,6 +37,7 @@ def test_overrides_win_over_file_and_preset(tmp_path: Path) -> None:
         (None, ["recipe.batch=many"], ["recipe.batch", "'many'", "integer"]),
         (None, ["network.image_size=48"], ["network.image_size=48", "32, 64 or 128"]),
         (None, ["recipe.batch=100"], ["recipe.batch=100", "recipe.streams=16", "96"]),
+        (None, ["best_metric=fid"], ["schedule.best_metric=fid", "schedule.extractor"]),
         (None, ["recipe.batch=[1"], ["recipe.batch=[1", "YAML"]),
     ],
 )

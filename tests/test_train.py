@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from support import TINY, Trainer, train_command, write_dataset
+
+from pipeline.checkpoint import CheckpointStore
+from pipeline.storage import Store
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 SCHEDULE = (
@@ -123,6 +127,25 @@ def test_a_stop_signal_saves_and_the_run_goes_on(
     assert done.returncode == 0, done.stderr
     assert "continuing at image" in done.stderr
     assert hashes(out, 256) == hashes(whole_run, 256)
+
+
+def test_accelerate_launch_does_not_leave_its_trainer_behind(faces32: Path, tmp_path: Path) -> None:
+    """The launcher ends at SIGTERM without a word to its child, which then saves and ends as well."""
+    out = tmp_path / "run"
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--num_processes", "1"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    settings = (*SCHEDULE, "schedule.total_images=1000000", "schedule.checkpoint_every_images=1000000")
+    command = [*launch, *train_command(faces32, out, *settings, "schedule.evaluate_every_images=1000000")[1:]]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_lines(out, 1)
+        (trainer,) = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        assert psutil.wait_procs([trainer], timeout=60)[1] == []
+    finally:
+        process.kill()
+    assert len(list(out.glob("checkpoints/*/state.json"))) == 1
 
 
 def test_a_finished_run_says_so_at_once(whole_run: Path, faces32: Path, trainer: Trainer) -> None:
@@ -338,6 +361,40 @@ def test_fp16_on_the_cpu_is_refused(
     done = trainer(faces32, tmp_path / "run", "schedule.total_images=64")
     assert done.returncode == 69
     assert "--mixed_precision fp16" in done.stderr.strip().splitlines()[-1]
+
+
+def test_an_extractor_adds_fid_and_kid_and_may_choose_the_best(faces32: Path, tmp_path: Path, trainer: Trainer) -> None:
+    settings = [*SCHEDULE, "schedule.extractor=fallback", "schedule.best_metric=fid", "schedule.keep_checkpoints=1"]
+    done = trainer(faces32, tmp_path / "run", *settings)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = {line["images"]: line["fid"] for line in lines if "fid" in line}
+    assert set(found) == {128, 256}
+    assert all("kid_x1000" in line and "swd" in line for line in lines if "fid" in line)
+    assert f"{min(found, key=found.__getitem__):012d}" == CheckpointStore(Store(tmp_path / "run")).best()
+
+
+def test_a_missing_extractor_is_told_before_the_first_step(faces32: Path, tmp_path: Path, trainer: Trainer) -> None:
+    done = trainer(faces32, tmp_path / "run", *SCHEDULE, f"schedule.extractor={tmp_path}/inception.pt")
+    assert done.returncode == 65
+    assert "inception.pt" in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+def test_every_start_is_counted(faces32: Path, tmp_path: Path, trainer: Trainer) -> None:
+    for starts in (1, 2):
+        assert trainer(faces32, tmp_path / "run", *SCHEDULE, f"schedule.total_images={64 * starts}").returncode == 0
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["starts"] == starts
+
+
+def test_what_a_killed_save_left_is_removed(faces32: Path, tmp_path: Path, trainer: Trainer) -> None:
+    run = tmp_path / "run"
+    left = [run / ".config.json.1.tmp", run / "samples" / ".a.png.1.tmp", run / f"checkpoints/{64:012d}/.o.pt.1.tmp"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    assert trainer(faces32, run, *SCHEDULE, "schedule.total_images=64").returncode == 0
+    assert not any(path.exists() for path in left)
 
 
 def test_grey_and_encoded_shards_train_too(tmp_path: Path, trainer: Trainer) -> None:

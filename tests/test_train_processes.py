@@ -12,6 +12,8 @@ import psutil
 import pytest
 from support import ROOT, TINY, Trainer
 
+from deploy.prometheus.servers import free_port
+
 OPTIONS = (
     "schedule.total_images=1000000",
     "schedule.log_every_images=32",
@@ -19,6 +21,13 @@ OPTIONS = (
     "schedule.evaluate_samples=64",
     "runtime.step_timeout_seconds=6",
 )
+
+
+def wait_for_children(process: int) -> list[psutil.Process]:
+    """Return the children of a process, as soon as it has any."""
+    while not (children := psutil.Process(process).children()):
+        time.sleep(0.05)
+    return children
 
 
 @pytest.fixture
@@ -81,6 +90,26 @@ def test_a_rank_that_dies_or_hangs_takes_the_other_down(
         assert "no step has finished for" in errors
     assert "Traceback" not in errors
     assert sorted(out.glob("checkpoints/*/state.json")), "the last checkpoint is still there"
+
+
+def test_sigterm_while_the_other_machine_is_waited_for(faces32: Path, tmp_path: Path) -> None:
+    """A pod whose peer was not scheduled yet has nothing to save: it ends at once, and not by SIGKILL."""
+    launch = str(Path(sys.executable).parent / "dcgan-launch")
+    where = ["--nodes", "2", "--node-rank", "0", "--address", "127.0.0.1", "--port", str(free_port())]
+    command = [launch, *where, "train", "--data", str(faces32), "--out", str(tmp_path / "run"), *TINY, *OPTIONS]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        (rank,) = wait_for_children(process.pid)
+        while not rank.net_connections():  # it waits for the other one there
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 143, errors
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_ranks_with_different_settings_are_refused_at_once(faces32: Path, tmp_path: Path) -> None:

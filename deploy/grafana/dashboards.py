@@ -122,7 +122,7 @@ TRAINING = Dashboard(
                 {
                     f"max by (run) (dcgan_train_nonfinite_steps_total{RUN})": "updates left out for NaN",
                     f"max by (run) (dcgan_train_mirror_failures_total{RUN})": "checkpoints not mirrored",
-                    f"max by (run) (dcgan_train_restarts{RUN})": "restarts by the launcher",
+                    f"max by (run) (dcgan_train_restarts{RUN})": "starts again",
                 },
             ),
             Panel(

@@ -14,7 +14,6 @@ from queue import SimpleQueue
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipeline.data.arena import Arena, Images
 from pipeline.data.background import Workers
@@ -222,13 +221,15 @@ class Stream:
 
     def _empty(self, count: int) -> Images:
         """Return an uninitialised batch, which torch's caching allocator pins when CUDA is there."""
-        size = count * self.dataset.image_bytes + MISALIGNMENT
+        size = count * self.dataset.image_bytes
         if self._pinned:
-            flat: NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-        else:
-            flat = np.empty(size, np.uint8)
+            # From the block's beginning: by that address alone does torch's allocator know, when the caller copies
+            # the batch to the GPU and lets go of it, that its memory must not be given away before the copy is done.
+            pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            return pinned.numpy().reshape(count, *self._shape)
+        flat = np.empty(size + MISALIGNMENT, np.uint8)
         skip = (MISALIGNMENT // 2 - flat.ctypes.data) % MISALIGNMENT
-        return flat[skip : skip + size - MISALIGNMENT].reshape(count, *self._shape)
+        return flat[skip : skip + size].reshape(count, *self._shape)
 
 
 class _Lookahead:

@@ -97,9 +97,12 @@ def read_moments(images: Images, extractor: Extractor, shared: Shared, what: str
 
 
 def read_features(
-    images: Images, extractor: Extractor, shared: Shared, what: str
+    images: Images, extractor: Extractor, shared: Shared, what: str | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Return a set's features (N, F), and class probabilities where there are any, whole on every rank."""
+    """Return a set's features (N, F), and class probabilities where there are any, whole on every rank.
+
+    Shows how far it is under the name `what`; None shows nothing.
+    """
     found = list(_blocks(images, extractor, shared, what))
     features = [(block, values) for block, values, _ in found]
     probabilities = [(block, values) for block, _, values in found if values is not None]
@@ -122,10 +125,11 @@ def _working(images: Images, shared: Shared) -> int:
 
 
 def _blocks(
-    images: Images, extractor: Extractor, shared: Shared, what: str
+    images: Images, extractor: Extractor, shared: Shared, what: str | None
 ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32] | None]]:
     """Yield (block, features, probabilities or None) of this rank's blocks."""
-    for block, pixels in Watched(images, what).blocks(shared.rank, shared.size):
+    watched = images if what is None else Watched(images, what)
+    for block, pixels in watched.blocks(shared.rank, shared.size):
         read = extractor.read(pixels)
         yield block, read.features, read.probabilities
 

@@ -103,6 +103,23 @@ def test_the_end_is_pushed_under_its_run_and_part(gateway: tuple[str, list[tuple
     assert "process_" not in last
 
 
+def test_what_is_pushed_names_the_namespace_of_its_pod(
+    gateway: tuple[str, list[tuple[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prometheus gives it to what it scrapes; without it the two would be series of different runs."""
+    monkeypatch.setenv("POD_NAMESPACE", "dcgan")
+    with Telemetry("build", run="faces") as telemetry:
+        telemetry.start(None, "127.0.0.1", gateway[0])
+    assert "/namespace/dcgan" in gateway[1][-1][0]
+
+
+def test_an_empty_gateway_is_none() -> None:
+    """As the settings of a Job leave it; to push to '' would cost a warning a start."""
+    telemetry = Telemetry("build", run="faces")
+    telemetry.start(None, "127.0.0.1", "")
+    assert telemetry._gateway is None
+
+
 @pytest.mark.parametrize(
     ("error", "failed"), [(UnavailableError("no GPU"), 1), (KeyError("a bug"), 1), (Stopped("saved"), 0)]
 )

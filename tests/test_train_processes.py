@@ -32,7 +32,7 @@ def wait_for_children(process: int) -> list[psutil.Process]:
 
 @pytest.fixture
 def pair(faces32: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process], Path]]:
-    """A run of two processes under dcgan-launch that has saved a checkpoint, its ranks, and its folder."""
+    """A run of two processes under dcgan-launch that has saved twice, its ranks, and its folder."""
     out = tmp_path / "run"
     launch = str(Path(sys.executable).parent / "dcgan-launch")
     command = [launch, "--processes", "2", "--grace-seconds", "20", "train", "--data", str(faces32), "--out", str(out)]
@@ -42,7 +42,8 @@ def pair(faces32: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str],
     )
     try:
         for _ in range(1500):
-            if list(out.glob("checkpoints/*/state.json")) or process.poll() is not None:
+            # The second: from the first is known how long one takes, and so when it hangs.
+            if len(list(out.glob("checkpoints/*/state.json"))) > 1 or process.poll() is not None:
                 break
             time.sleep(0.1)
         assert process.poll() is None, process.communicate()[1]

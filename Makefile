@@ -18,6 +18,7 @@ install: .venv/.installed ## the virtual environment, with everything that CPU w
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip uninstall -qqq --yes onnxruntime-gpu # of a gpu-check: the CPU's owns the same module
 	$(BIN)/python -m pip install --progress-bar off --quiet -c constraints.txt -e '.[cpu,data,eval,dev,tensorrt-rtx]'
 	@touch $@
 
@@ -94,5 +95,13 @@ test-containers: .venv/.installed ## build the image, run the cpu-demo overlay's
 metrics-demo: system .venv/.installed ## Prometheus and the dashboards beside a running demo; Ctrl-C ends it
 	$(BIN)/python -m deploy.prometheus.demo
 
-gpu-check: ## on a machine with an NVIDIA GPU: tests/gpu, engines, benchmarks, a result file
+.PHONY: gpu-check
+gpu-check: .venv/.installed-gpu ## on a machine with an NVIDIA GPU: tests/gpu, engines, benchmarks, a result file
 	$(BIN)/python benchmarks/gpu_check.py gpu-check
+
+# onnxruntime and onnxruntime-gpu own the same module, and must never both be there; the GPU's runs on the CPU, too.
+.venv/.installed-gpu: .venv/.installed
+	@$(BIN)/python -c 'import sys, export.driver as d; sys.exit(d.driver_version() is None and "error: no NVIDIA GPU with a driver here")'
+	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu
+	$(BIN)/python -m pip install --progress-bar off --quiet -c constraints.txt -e '.[gpu,tensorrt,tensorrt-rtx,data,eval,dev]'
+	@touch $@

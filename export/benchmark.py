@@ -13,40 +13,20 @@ from typing import Any
 import numpy as np
 
 from export import ceilings, cold_start
-from export.card import ComputePrecision, read_card
+from export.card import Precision, read_card
 from export.driver import driver_version
-from export.samplers import (
-    CHECKPOINT_BACKENDS,
-    ONNX_BACKENDS,
-    PLAN_BACKENDS,
-    Sampler,
-    available_threads,
-    open_sampler,
-)
-from pipeline.errors import UnavailableError, UsageError
+from export.samplers import Sampler, available_threads
+from export.subjects import CONTROL, Subject, choose_subjects
+from pipeline.errors import DataError, UnavailableError, UsageError
 from pipeline.imaging import encode
 from pipeline.latents import latents
 from pipeline.progress import Progress
 from pipeline.randomness import Purpose
 
-BASELINE = "eager"
-CONTROL = "eager, again"
+Limits = dict[tuple[str, Precision], ceilings.Ceiling]
+"""By device (cpu or cuda) and precision of the arithmetic."""
 SETTLE_SECONDS = 0.02
 """Pause before each turn: threads that still spin for the last backend would be charged to the next."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One thing to measure: a model under a backend."""
-
-    label: str
-    model: str
-    backend: str
-    precision: ComputePrecision = "fp32"
-
-    def open(self, batch: int | None, threads: int | None) -> Sampler:
-        """Return its sampler for blocks of `batch`."""
-        return open_sampler(self.model, backend=self.backend, batch=batch, threads=threads, precision=self.precision)
 
 
 @dataclass
@@ -96,73 +76,45 @@ def run_benchmark(
     effort = Effort(5, 0.1, 2) if quick else Effort(rounds, 0.3, 200 if driver_version() else 5)
     with _models(ckpt, models, max(batches)) as files:
         subjects, left_out = choose_subjects(ckpt, files, backends, quick=quick)
-        timings = measure(subjects, sorted(set(batches)), effort, threads)
+        timings, too_large = measure(subjects, sorted(set(batches)), effort, threads)
         once = [] if quick else [subject for subject in subjects if subject.label != CONTROL]
         extras = {subject.label: _once(subject, threads) for subject in once}
-        work = _work(ckpt, files)
-    device = "cuda" if _has_cuda() else "cpu"
-    limits = {
-        "flops_per_second": ceilings.matrix_flops_per_second(device),
-        "copy_bytes_per_second": ceilings.copy_bytes_per_second(device),
-    }
-    if device == "cuda":
-        limits["flops_per_second_fp16"] = ceilings.matrix_flops_per_second(device, "fp16")
-    return write_report(out, timings, extras, left_out, work, limits, effort, threads)
+    return write_report(out, subjects, timings, extras, left_out | too_large, measure_limits(subjects), effort, threads)
 
 
-def choose_subjects(
-    ckpt: str | None, models: list[str], backends: list[str], *, quick: bool
-) -> tuple[list[Subject], dict[str, str]]:
-    """Return what can be measured here, and why the rest cannot."""
-    candidates: list[Subject] = []
-    if ckpt is not None:
-        candidates += [Subject(backend, ckpt, backend) for backend in CHECKPOINT_BACKENDS]
-        if _has_cuda():  # PyTorch's CPU kernels for fp16 are for completeness, not for speed
-            candidates += [Subject(f"{backend} fp16", ckpt, backend, "fp16") for backend in CHECKPOINT_BACKENDS]
-    for model in models:
-        known = PLAN_BACKENDS if model.endswith(".plan") else ONNX_BACKENDS
-        suffix = f" {Path(model).stem}" if len(models) > 1 else ""
-        candidates += [Subject(f"{backend}{suffix}", model, backend) for backend in known]
-    if unknown := set(backends) - {subject.backend for subject in candidates}:
-        have = ", ".join(dict.fromkeys(subject.backend for subject in candidates))
-        raise UsageError(f"--backend {', '.join(sorted(unknown))}: expected one of {have}")
-    subjects, left_out = [], {}
-    for subject in candidates:
-        if backends and subject.backend not in backends:
-            continue
-        if quick and subject.backend == "compiled" and not backends:
-            left_out[subject.label] = "--quick does not wait for the compiler; name it with --backend compiled"
-            continue
-        try:
-            subject.open(None, None).close()
-        except UnavailableError as error:
-            left_out[subject.label] = str(error)
-        else:
-            subjects.append(subject)
-    if not subjects:
-        raise UnavailableError(f"no backend can run: {'; '.join(f'{k}: {v}' for k, v in left_out.items())}")
-    if any(subject.label == BASELINE for subject in subjects):
-        subjects.append(Subject(CONTROL, ckpt or "", BASELINE))
-    return subjects, left_out
+def measure_limits(subjects: list[Subject]) -> Limits:
+    """Return the ceiling of every device and precision among `subjects`, measured now."""
+    kinds = sorted({(subject.device, subject.precision) for subject in subjects})
+    return {(device, precision): ceilings.measure(device, precision) for device, precision in kinds}
 
 
-def measure(subjects: list[Subject], batches: list[int], effort: Effort, threads: int) -> dict[tuple[str, int], Timing]:
-    """Return the timings of every subject at every batch size that it takes."""
+def measure(
+    subjects: list[Subject], batches: list[int], effort: Effort, threads: int
+) -> tuple[dict[tuple[str, int], Timing], dict[str, str]]:
+    """Return the timings of every subject at every batch size that it takes, and why it does not take the others."""
     timings: dict[tuple[str, int], Timing] = {}
+    left_out: dict[str, str] = {}
     order = random.Random(0)
     with Progress("benchmark", len(batches) * effort.rounds, "rounds") as progress:
         for batch in batches:
             with ExitStack() as stack:
-                samplers = {s.label: stack.enter_context(s.open(batch, threads)) for s in subjects}
-                for label, sampler in samplers.items():
-                    timings[label, batch] = Timing()
-                    for _ in range(effort.warm_up):
-                        sampler.sample(_z(sampler))
+                samplers: dict[str, Sampler] = {}
+                for subject in subjects:
+                    try:
+                        sampler = stack.enter_context(subject.open(batch, threads))
+                        for _ in range(effort.warm_up):
+                            sampler.sample(_z(sampler))
+                    except (UsageError, DataError, UnavailableError) as error:  # too large for the model or the GPU
+                        left_out[f"{subject.label}, batch {batch}"] = str(error)
+                    else:
+                        samplers[subject.label], timings[subject.label, batch] = sampler, Timing()
                 for _ in range(effort.rounds):
                     for label in order.sample(list(samplers), len(samplers)):
                         _turn(samplers[label], timings[label, batch], effort.turn_seconds)
                     progress.advance(1)
-    return timings
+    if not timings:
+        raise UsageError(f"nothing could be measured: {'; '.join(f'{k}: {v}' for k, v in left_out.items())}")
+    return timings, left_out
 
 
 def _turn(sampler: Sampler, timing: Timing, seconds: float) -> None:
@@ -195,7 +147,8 @@ def _once(subject: Subject, threads: int) -> dict[str, float | None]:
     with subject.open(None, threads) as sampler:
         batch = sampler.batch
         into_files = _encoded_rate(sampler, threads)
-    fresh = cold_start.measure(subject.model, subject.backend, batch, threads, subject.precision)
+    on_gpu = subject.device == "cuda"
+    fresh = cold_start.measure(subject.model, subject.backend, batch, threads, subject.checkpoint_precision, on_gpu)
     return {"jpg_images_per_second": into_files, **(fresh or {"cold_start_seconds": None, "peak_bytes": None})}
 
 
@@ -236,18 +189,3 @@ def _models(ckpt: str | None, models: list[str], max_batch: int) -> Iterator[lis
     with tempfile.TemporaryDirectory() as folder:
         card = export_onnx(ckpt, Path(folder), max_batch=max(max_batch, 2), parity_images=1)
         yield [str(Path(folder) / card.file)]
-
-
-def _work(ckpt: str | None, models: list[str]) -> ceilings.Work:
-    """Count the work of an image; the architecture alone decides it."""
-    from pipeline.checkpoint import load_generator
-    from pipeline.networks import Generator
-
-    generator = Generator(read_card(models[0]).network) if models else load_generator(ckpt or "").generator
-    return ceilings.work_of(generator.eval())
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return driver_version() is not None and torch.cuda.is_available()

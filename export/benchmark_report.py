@@ -1,5 +1,6 @@
 """The outcome of a benchmark as a table on the terminal, as JSON, and as a picture."""
 
+import dataclasses
 import datetime
 import os
 import platform
@@ -15,8 +16,10 @@ from export.driver import driver_version
 from pipeline.storage import atomic_path, write_atomic
 
 if TYPE_CHECKING:
-    from export.benchmark import Effort, Timing
+    from export.benchmark import Effort, Limits, Timing
     from export.ceilings import Work
+    from export.subjects import Subject
+    from pipeline.config import NetworkConfig
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13")
@@ -24,18 +27,18 @@ PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "
 
 def write_report(
     out: Path,
+    subjects: "list[Subject]",
     timings: "dict[tuple[str, int], Timing]",
     extras: dict[str, dict[str, float | None]],
     left_out: dict[str, str],
-    work: "Work",
-    limits: dict[str, float],
+    limits: "Limits",
     effort: "Effort",
     threads: int,
 ) -> Row:
     """Write `out`/bench.json and bench.png, print the tables; return the content of bench.json."""
     import json
 
-    rows = make_rows(timings, work, limits)
+    rows = make_rows(subjects, timings, limits)
     content = {
         "title": "Sampling throughput",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -46,12 +49,7 @@ def write_report(
         "rows": rows,
         "backends": [{"backend": label, **values} for label, values in extras.items()],
         "left_out": left_out,
-        "ceilings": limits,
-        "work": {
-            "flops_per_image": work.flops_per_image,
-            "feature_map_values_per_image": work.values_per_image,
-            "weights": work.weights,
-        },
+        "ceilings": describe_limits(limits),
     }
     write_atomic(out / "bench.json", json.dumps(content, indent=1) + "\n")
     draw(rows, out / "bench.png")
@@ -59,33 +57,66 @@ def write_report(
     return content
 
 
-def make_rows(timings: "dict[tuple[str, int], Timing]", work: "Work", limits: dict[str, float]) -> list[Row]:
-    """Return one row a batch size and backend; ratios are medians of the rounds' ratios to eager PyTorch."""
-    from export.benchmark import BASELINE
+def make_rows(subjects: "list[Subject]", timings: "dict[tuple[str, int], Timing]", limits: "Limits") -> list[Row]:
+    """Return one row a batch size and backend, judged by the ceiling of its own device and arithmetic.
 
+    Ratios are medians of the rounds' ratios to eager PyTorch; none for another network than it ran.
+    """
+    from export.subjects import BASELINE
+
+    by_label = {subject.label: subject for subject in subjects}
+    work = {network: _work(network) for network in {subject.network for subject in subjects}}
     rows = []
     for (label, batch), timing in sorted(timings.items(), key=lambda item: item[0][1]):
+        subject = by_label[label]
+        cost, limit = work[subject.network], limits[subject.device, subject.precision]
         rate = statistics.median(timing.rates)
         baseline = timings.get((BASELINE, batch))
+        if baseline and by_label[BASELINE].network != subject.network:
+            baseline = None
         ratios = [one / other for one, other in zip(timing.rates, baseline.rates, strict=True)] if baseline else []
-        half = "fp16" in label and "flops_per_second_fp16" in limits
-        flops, traffic = rate * work.flops_per_image, rate * work.bytes_per_image(batch, 2 if half else 4)
+        value_bytes = 2 if subject.precision == "fp16" else 4
+        flops, traffic = rate * cost.flops_per_image, rate * cost.bytes_per_image(batch, value_bytes)
         row: Row = {
             "backend": label,
+            "device": subject.device,
+            "precision": subject.precision,
             "batch": batch,
             "images_per_second": round(rate, 1),
             "times_eager": round(statistics.median(ratios), 2) if ratios else None,
-            "p50_ms": round(1e3 * float(np.percentile(timing.latencies, 50)), 3),
-            "p99_ms": round(1e3 * float(np.percentile(timing.latencies, 99)), 3),
+            "p50_ms": _percentile_ms(timing.latencies, 50),
+            "p99_ms": _percentile_ms(timing.latencies, 99),
+            "flops_per_image": cost.flops_per_image,
             "gflops_per_second": round(flops / 1e9, 1),
-            "percent_of_compute": round(100 * flops / limits["flops_per_second_fp16" if half else "flops_per_second"]),
+            "percent_of_compute": round(100 * flops / limit.flops_per_second),
             "gbytes_per_second": round(traffic / 1e9, 2),
-            "percent_of_memory": round(100 * traffic / limits["copy_bytes_per_second"]),
+            "percent_of_memory": round(100 * traffic / limit.copy_bytes_per_second),
         }
         if timing.device_seconds:
-            row["device_p50_ms"] = round(1e3 * statistics.median(timing.device_seconds), 4)
+            row["device_p50_ms"] = _percentile_ms(timing.device_seconds, 50)
+            row["device_p99_ms"] = _percentile_ms(timing.device_seconds, 99)
         rows.append(row)
     return rows
+
+
+def _percentile_ms(seconds: list[float], percent: int) -> float:
+    return round(1e3 * float(np.percentile(seconds, percent)), 4)
+
+
+def _work(network: "NetworkConfig") -> "Work":
+    """Count the work of an image; the architecture alone decides it."""
+    from export.ceilings import work_of
+    from pipeline.networks import Generator
+
+    return work_of(Generator(network).eval())
+
+
+def describe_limits(limits: "Limits") -> list[Row]:
+    """Return the ceilings as JSON."""
+    return [
+        {"device": device, "precision": precision, **dataclasses.asdict(ceiling)}
+        for (device, precision), ceiling in limits.items()
+    ]
 
 
 def hardware(threads: int) -> dict[str, str]:
@@ -113,6 +144,7 @@ def print_tables(content: Row, out: Path) -> None:
     # Piped output has no width of its own; wide enough that no cell is cut.
     console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"{content['title']} on {', '.join(content['hardware'].values())}")
+    on_gpu = any("device_p50_ms" in row for row in content["rows"])
     headings = [
         "batch",
         "backend",
@@ -120,6 +152,7 @@ def print_tables(content: Row, out: Path) -> None:
         "× eager",
         "p50 ms",
         "p99 ms",
+        *(["launch p50", "p99"] if on_gpu else []),
         "GFLOP/s",
         "of limit",
         "GB/s",
@@ -139,6 +172,7 @@ def print_tables(content: Row, out: Path) -> None:
             "" if row["times_eager"] is None else f"{row['times_eager']:.2f}",
             f"{row['p50_ms']:.2f}",
             f"{row['p99_ms']:.2f}",
+            *([_number(row.get("device_p50_ms"), 3), _number(row.get("device_p99_ms"), 3)] if on_gpu else []),
             f"{row['gflops_per_second']:,.0f}",
             f"{row['percent_of_compute']} %",
             f"{row['gbytes_per_second']:.1f}",
@@ -156,18 +190,34 @@ def print_tables(content: Row, out: Path) -> None:
 def _once_table(backends: list[Row]) -> Any:
     from rich.table import Table
 
+    on_gpu = any("device_bytes" in row for row in backends)
     table = Table(title="A fresh process until its first images; into JPEG files")
-    for heading in ("backend", "cold start s", "peak memory MB", "JPEG files/s"):
+    for heading in (
+        "backend",
+        "cold start s",
+        "peak memory MB",
+        *(["GPU memory MB"] if on_gpu else []),
+        "JPEG files/s",
+    ):
         table.add_column(heading, justify="left" if heading == "backend" else "right")
     for row in backends:
-        seconds, memory = row["cold_start_seconds"], row["peak_bytes"]
+        seconds = row["cold_start_seconds"]
         table.add_row(
             row["backend"],
             "failed" if seconds is None else f"{seconds:.1f}",
-            "" if memory is None else f"{memory / 1e6:,.0f}",
+            _megabytes(row["peak_bytes"]),
+            *([_megabytes(row.get("device_bytes"))] if on_gpu else []),
             f"{row['jpg_images_per_second']:,.0f}",
         )
     return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _megabytes(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e6:,.0f}"
 
 
 def draw(rows: list[Row], path: Path) -> None:

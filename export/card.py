@@ -2,14 +2,16 @@
 
 import json
 import platform
+from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import NetworkConfig
-from pipeline.errors import DataError
-from pipeline.storage import Store, sha256_bytes
+from pipeline.errors import DataError, UsageError
+from pipeline.storage import Store, sha256_bytes, sha256_file
 
 VERSION = 1
 SUFFIXES = (".onnx", ".plan")
@@ -49,8 +51,10 @@ class Source(Record):
 
 
 class Parity(Record):
-    """How far the file was from the PyTorch generator in float32, on the same z."""
+    """How far the file was from its reference on the same z."""
 
+    reference: str = "PyTorch"
+    """PyTorch: the generator in float32. Else the ONNX file, itself proven equal, that stood in for lost weights."""
     backend: str
     """What ran the file, such as onnxruntime/CPUExecutionProvider."""
     batches: list[int]
@@ -63,6 +67,8 @@ class Parity(Record):
     """Share of the uint8 values that differ at all."""
     float_bar: float
     uint8_bar: int = 1
+    share_bar: float | None = None
+    """Largest share allowed; null in cards of an earlier version."""
 
 
 class Engine(Record):
@@ -74,7 +80,7 @@ class Engine(Record):
     gpu: str | None
     """Name of the GPU it was built on; null for a TensorRT-RTX plan built without one."""
     compute_capability: str | None
-    driver: str | None
+    driver: str | None = Field(pattern=r"^\d+(\.\d+)*$")
     """CUDA version of the driver."""
     system: str
     """Operating system and processor, such as Linux-x86_64."""
@@ -143,6 +149,12 @@ def split(model: str) -> tuple[Store, str]:
     return Store(folder if folder else "/" if slash else "."), name
 
 
+def beside(model: str, name: str) -> str:
+    """Return the path or URL of the file `name` in the folder of `model`."""
+    folder, slash, _ = model.rpartition("/")
+    return f"{folder}{slash}{name}"
+
+
 def write_card(folder: str, card: Card) -> None:
     """Write `card` beside its model. Written last: a model without a card is half an export."""
     Store(folder).write(card_name(card.file), (card.model_dump_json(indent=2) + "\n").encode())
@@ -173,6 +185,9 @@ def read_card(model: str) -> Card:
         raise DataError(f"{where}: {model} has no card beside it ({error}); export it with dcgan-export") from None
     if card.file != name:
         raise DataError(f"{where}: is the card of {card.file}, not of {name}; export the model again")
+    if (card.engine is not None) != name.endswith(".plan"):
+        found = "an engine" if card.engine else "no engine"
+        raise DataError(f"{where}: names {found}, expected one of a .plan and none of a .onnx; export the model again")
     return card
 
 
@@ -194,6 +209,24 @@ def read_model(model: str) -> tuple[Card, bytes]:
             "export it again"
         )
     return card, data
+
+
+def require_replaceable(model: Path, sha256: str | None, *, replacing: str) -> None:
+    """Raise UsageError if `model` is to become another file while a plan beside it was built from the one there.
+
+    The plan could not be rebuilt or verified any more. `sha256` is the new file's, where it is known; the plan
+    `replacing` is about to be replaced itself.
+    """
+    if not model.exists() or (old := sha256_file(model)) == sha256:
+        return
+    for plan in sorted(model.parent.glob("*.plan")):
+        with suppress(DataError):
+            engine = read_card(str(plan)).engine
+            if engine and (engine.onnx, engine.onnx_sha256) == (model.name, old) and plan.name != replacing:
+                raise UsageError(
+                    f"{model}: {plan.name} was built from it and could not be rebuilt from another; choose another "
+                    f"--out, or remove {plan.name}"
+                )
 
 
 def copy_model(model: str, folder: str) -> Card:

@@ -1,6 +1,7 @@
 """What this device could do at most, measured beside the benchmark, and what one image asks of it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from export.card import ComputePrecision
+from export.card import Precision
 from export.graph import fold_batchnorm
 from pipeline.networks import Generator
 
@@ -49,7 +50,22 @@ def work_of(generator: Generator) -> Work:
     return Work(counter.get_total_flops(), values, sum(weight.numel() for weight in layers.parameters()))
 
 
-def matrix_flops_per_second(device: str, precision: ComputePrecision = "fp32") -> float:
+@dataclass(frozen=True)
+class Ceiling:
+    """What a device does at most in one kind of arithmetic."""
+
+    flops_per_second: float
+    """Of a large square matrix product in that precision."""
+    copy_bytes_per_second: float
+    """Bytes read and written by a copy too large for the caches."""
+
+
+def measure(device: str, precision: Precision) -> Ceiling:
+    """Measure the ceiling of `device` (cpu or cuda) for arithmetic in `precision`; the best of several tries."""
+    return Ceiling(matrix_flops_per_second(device, precision), copy_bytes_per_second(device))
+
+
+def matrix_flops_per_second(device: str, precision: Precision) -> float:
     """Return the FLOP/s of a large square matrix product.
 
     On the CPU the better of two libraries: PyTorch multiplies with MKL, which is half as quick as it could be on
@@ -59,7 +75,12 @@ def matrix_flops_per_second(device: str, precision: ComputePrecision = "fp32") -
     dtype = torch.float16 if precision == "fp16" else torch.float32
     left, right = (torch.ones((size, size), dtype=dtype, device=device) for _ in range(2))
     result = torch.empty_like(left)
-    seconds = _seconds(lambda: torch.mm(left, right, out=result), device)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        seconds = _seconds(lambda: torch.mm(left, right, out=result), device)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     if device == "cpu":
         pixels, weight = left[None, :, :, None].transpose(1, 2), right[:, :, None, None]
         with torch.inference_mode():
@@ -75,9 +96,8 @@ def copy_bytes_per_second(device: str) -> float:
     return 2.0 * size / _seconds(lambda: target.copy_(source), device)
 
 
-def _seconds(action: object, device: str, repeats: int = 3) -> float:
-    """Return the median time of `action`, once for warming up and then `repeats` times."""
-    assert callable(action)
+def _seconds(action: Callable[[], object], device: str, repeats: int = 4) -> float:
+    """Return the shortest time of `action`, once for warming up and then `repeats` times: a ceiling is the best."""
     times = []
     for _ in range(repeats + 1):
         _wait(device)
@@ -85,7 +105,7 @@ def _seconds(action: object, device: str, repeats: int = 3) -> float:
         action()
         _wait(device)
         times.append(time.perf_counter() - began)
-    return sorted(times[1:])[repeats // 2]
+    return min(times[1:])
 
 
 def _wait(device: str) -> None:

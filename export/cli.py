@@ -81,7 +81,8 @@ def onnx(
         max_batch=max_batch,
         parity_images=parity_images,
     )
-    typer.echo(describe(card.parity[0]))
+    for proven in card.parity:
+        typer.echo(describe(proven))
     typer.echo(f"wrote {out / card.file} ({card.bytes / 1e6:.1f} MB) from {card.source.reference}, and its card")
 
 
@@ -99,9 +100,12 @@ def trt(
         EnginePrecisionOption.FP32
     ),
     output: Annotated[
-        OutputOption, typer.Option(help="uint8 NHWC made in the graph, or the network's float NCHW in [-1, 1].")
-    ] = OutputOption.UINT8,
-    max_batch: MaxBatch = 256,
+        OutputOption | None,
+        typer.Option(help="uint8 NHWC made in the graph (the default), or the network's float NCHW in [-1, 1]."),
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Largest batch that the file will ever be asked for; 256 by default.")
+    ] = None,
     optimization_level: Annotated[int, typer.Option(min=0, max=5, help="0 builds quickly, 5 searches longest.")] = 3,
     timing_cache: Annotated[Path | None, typer.Option(help="Folder of measured kernels for quicker builds.")] = None,
     parity_images: ParityImages = 10_000,
@@ -116,7 +120,7 @@ def trt(
         out,
         name=name,
         precision=precision.value,
-        output=output.value,
+        output=output.value if output else None,
         max_batch=max_batch,
         options=BuildOptions(runtime.value, optimization_level=optimization_level, timing_cache=timing_cache),
         parity_images=parity_images,
@@ -126,10 +130,10 @@ def trt(
         f"wrote {out / card.file} ({card.bytes / 1e6:.1f} MB, {card.engine.runtime} {card.engine.version}) "
         f"from {card.engine.onnx}, and its card"
     )
-    if card.parity:
-        typer.echo(describe(card.parity[0]))
-    else:
-        typer.echo(f"not run: no GPU here that it runs on; on one that does: dcgan-export verify {card.file}")
+    for proven in card.parity:
+        typer.echo(describe(proven))
+    if not card.parity:
+        typer.echo(f"not run: no GPU here that it runs on; on one that does: dcgan-export verify {out / card.file}")
 
 
 @app.command()
@@ -171,7 +175,8 @@ def verify(model: Model, ckpt: OptionalCkpt = None, parity_images: ParityImages 
         card, proven = verify_onnx(model, reference=ckpt, images=parity_images)
         what = "the graph is valid"
     typer.echo(f"{model}: card and SHA-256 {card.sha256[:12]}... match, {what}")
-    typer.echo(describe(proven))
+    for measured in proven:
+        typer.echo(describe(measured))
 
 
 @app.command()

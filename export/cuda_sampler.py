@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from export.samplers import Sampler
 from pipeline.config import NetworkConfig
+from pipeline.errors import UnavailableError
 
 WARM_UP_LAUNCHES = 3
 """Before a capture: lazy initialisation (cuDNN's plans, workspaces) must not be recorded."""
@@ -68,13 +70,14 @@ class CudaSampler(Sampler):
 
     def _submit(self, z: NDArray[np.float32]) -> tuple[torch.Tensor, torch.cuda.Event, int]:
         """Enqueue a block; return its host images, the event after which they are there, and how many count."""
-        host_z = torch.from_numpy(self._pad(z)).pin_memory()
-        with torch.cuda.stream(self._compute):
-            self._z.copy_(host_z, non_blocking=True)
-            self._launch()
-            images = self._images.clone()  # the next launch may write `_images` while this one is still copied out
-            computed = self._compute.record_event()
-        host_images = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)
+        with memory_errors(self.batch):
+            host_z = torch.from_numpy(self._pad(z)).pin_memory()
+            with torch.cuda.stream(self._compute):
+                self._z.copy_(host_z, non_blocking=True)
+                self._launch()
+                images = self._images.clone()  # the next launch may write `_images` while this is still copied out
+                computed = self._compute.record_event()
+            host_images = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)
         with torch.cuda.stream(self._copy):
             self._copy.wait_event(computed)
             host_images.copy_(images, non_blocking=True)
@@ -100,6 +103,20 @@ class CudaSampler(Sampler):
         """Wait for the device and drop the graph before the buffers that it points to."""
         torch.cuda.synchronize()
         self._graph = None
+
+
+@contextmanager
+def memory_errors(batch: int) -> Iterator[None]:
+    """Turn PyTorch's and CUDA's "out of memory" into one line: a traceback helps nobody to free some."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; pinned memory raises its parent
+        if "out of memory" not in str(error):
+            raise
+        raise UnavailableError(
+            f"the GPU has too little free memory for blocks of {batch} images: choose a smaller --batch, or end what "
+            "else uses the GPU"
+        ) from None
 
 
 def _timed_event() -> torch.cuda.Event:

@@ -11,12 +11,15 @@ from export.driver import driver_version
 from export.samplers import Sampler
 from pipeline.errors import DataError, UnavailableError
 
+CPU = "CPUExecutionProvider"
 PROVIDERS = {
-    "onnxruntime": "CPUExecutionProvider",
-    "onnxruntime-cuda": "CUDAExecutionProvider",
-    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+    "onnxruntime": [CPU],
+    "onnxruntime-cuda": ["CUDAExecutionProvider"],
+    # What TensorRT does not take goes to CUDA rather than to the CPU.
+    "onnxruntime-tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],
 }
-# By default it times algorithms and takes the quickest, so that bytes differ from run to run, and uses TF32.
+# By default CUDA times algorithms and takes the quickest, so that bytes differ from run to run, and uses TF32. The
+# TensorRT provider has no such switch: there float32 products run as TF32, which is TensorRT's default.
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}}
 
 
@@ -43,24 +46,33 @@ class _OnnxSampler(Sampler):
 
 
 class OnnxRuntimeSampler(_OnnxSampler):
-    """ONNX Runtime. It falls back to the CPU with a log line only, so the provider in use is asserted."""
+    """ONNX Runtime, one block after the other: it copies in, computes and copies out within one call."""
 
     def __init__(self, model: str, card: Card, data: bytes, backend: str, batch: int, threads: int) -> None:
         super().__init__(card, batch)
         self.backend = backend
-        self._session = create_session(model, data, PROVIDERS[backend], threads)
+        self._session = create_session(model, data, backend, threads)
         self.provider = self._session.get_providers()[0]
         self.device = "cpu" if backend == "onnxruntime" else _gpu_name()
 
     def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
-        return self._pixels(self._session.run(["image"], {"z": z})[0])
+        try:
+            return self._pixels(self._session.run(["image"], {"z": z})[0])
+        except Exception as error:  # pybind raises some ten types of its own; most often memory is short
+            raise UnavailableError(
+                f"{self.provider} cannot run a block of {self.batch} images: {_first_line(error)}; "
+                "a smaller --batch needs less memory"
+            ) from None
 
 
-def create_session(model: str, data: bytes, provider: str, threads: int) -> Any:
-    """Return an onnxruntime.InferenceSession of `data` whose first provider is `provider`.
+def create_session(model: str, data: bytes, backend: str, threads: int) -> Any:
+    """Return an onnxruntime.InferenceSession of `data` that runs on the providers of `backend` and on nothing else.
 
-    Raises UnavailableError when the library, the provider or its libraries are missing, DataError when the
-    graph cannot be loaded.
+    ONNX Runtime by itself moves to the CPU what a provider cannot run, up to the whole graph, with a log line
+    only: at load node by node, at run time after an error. All of that is switched off.
+
+    Raises UnavailableError when the library, the provider or its libraries are missing or do not take the whole
+    graph, DataError when the CPU cannot load it either.
     """
     try:
         import onnxruntime
@@ -68,25 +80,33 @@ def create_session(model: str, data: bytes, provider: str, threads: int) -> Any:
         raise UnavailableError(
             f"{model}: needs ONNX Runtime: pip install onnxruntime (onnxruntime-gpu on a machine with an NVIDIA GPU)"
         ) from None
-    if provider != "CPUExecutionProvider":
-        _prepare_cuda(onnxruntime, provider)
+    providers = PROVIDERS[backend]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.use_deterministic_compute = True
-    chosen = (provider, PROVIDER_OPTIONS.get(provider, {}))
+    if providers != [CPU]:
+        _prepare_cuda(onnxruntime, providers[0])
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    chosen = [(provider, PROVIDER_OPTIONS.get(provider, {})) for provider in providers]
     try:
-        session = onnxruntime.InferenceSession(data, options, providers=[chosen])
+        session = onnxruntime.InferenceSession(data, options, providers=chosen, enable_fallback=0)
     except Exception as error:  # pybind raises some ten types of its own
-        line = str(error).strip().splitlines()[0]
-        raise DataError(f"{model}: ONNX Runtime cannot load it: {line}; export it again") from None
-    used = session.get_providers()[0]
-    if used != provider:
+        if providers == [CPU]:
+            raise DataError(f"{model}: ONNX Runtime cannot load it: {_first_line(error)}; export it again") from None
         raise UnavailableError(
-            f"{model}: ONNX Runtime fell back to {used}: the libraries of {provider} could not be loaded; "
-            "see https://onnxruntime.ai/docs/execution-providers for the CUDA, cuDNN and TensorRT versions it needs"
-        )
+            f"{model}: {providers[0]} cannot run all of it: {_first_line(error)}; "
+            "see https://onnxruntime.ai/docs/execution-providers for the CUDA, cuDNN and TensorRT versions it needs, "
+            "or choose another --backend"
+        ) from None
+    used = session.get_providers()[: len(providers)]
+    if used != providers:
+        raise UnavailableError(f"{model}: ONNX Runtime runs it on {', '.join(used)}, expected {', '.join(providers)}")
     return session
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _prepare_cuda(onnxruntime: Any, provider: str) -> None:

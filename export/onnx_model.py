@@ -19,13 +19,13 @@ from export.card import (
     Parity,
     Source,
     ports,
-    read_model,
     versions,
     write_card,
 )
 from export.graph import DeployedGenerator
 from export.onnx_backends import create_session, open_onnx
-from export.samplers import available_threads
+from export.onnx_file import check_network, load_checked, notes
+from export.samplers import Sampler, available_threads, cpu_onnx_backends
 from pipeline.checkpoint import load_generator
 from pipeline.errors import DataError, UsageError
 from pipeline.networks import Generator
@@ -69,11 +69,11 @@ def export_onnx(
         input=z,
         output=image,
         network=loaded.config,
-        source=Source(reference=loaded.source, sha256=loaded.sha256, kind=loaded.kind, images_seen=loaded.images_seen),
+        source=source_of(loaded),
         versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "openvino"),
     )
-    proven = check_parity(loaded.generator, card, data, folder / name, parity_images)
-    card = card.model_copy(update={"parity": [proven]})
+    proven = check_parity(loaded.generator, card, data, str(folder / name), parity_images)
+    card = card.model_copy(update={"parity": proven})
     write_atomic(folder / name, data)
     write_card(str(folder), card)
     return card
@@ -98,17 +98,16 @@ def build(loaded: "LoadedGenerator", precision: ComputePrecision, output: Output
     assert program is not None
     model: Any = program.model_proto
     _strip(model)
-    for key, value in {
-        "network": loaded.config.model_dump_json(),
-        "weights_sha256": loaded.sha256,
-        "weights_kind": loaded.kind,
-        "images_seen": str(loaded.images_seen or ""),
-        "precision": precision,
-    }.items():
+    for key, value in notes(loaded.config, source_of(loaded), precision, max_batch).items():
         model.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(model, full_check=True)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
+
+
+def source_of(loaded: "LoadedGenerator") -> Source:
+    """Return what the card says of the weights."""
+    return Source(reference=loaded.source, sha256=loaded.sha256, kind=loaded.kind, images_seen=loaded.images_seen)
 
 
 class _quiet:
@@ -137,20 +136,30 @@ def _strip(model: Any) -> None:
     model.ClearField("doc_string")
 
 
-def check_parity(generator: Generator, card: Card, data: bytes, model: Path, images: int) -> Parity:
-    """Run `data` beside `generator`; return how far they are apart. Raises DataError beyond the bars."""
+def check_parity(generator: Generator, card: Card, data: bytes, model: str, images: int) -> list[Parity]:
+    """Run `data` beside `generator` in every CPU backend that is installed; return how far each is apart.
+
+    Raises DataError beyond the bars.
+    """
     threads = available_threads()
-    run_floats = float_runner(card, data, str(model), threads)
-    proven, compared = parity.measure(
-        generator,
-        lambda batch: open_onnx(str(model), card, data, "onnxruntime", batch, threads),
-        lambda sampler, z: run_floats(z),
+
+    def candidate(backend: str) -> parity.Candidate:
+        def open_at(batch: int) -> Sampler:
+            return open_onnx(model, card, data, backend, batch, threads)
+
+        if backend != "onnxruntime":
+            return parity.Candidate(open_at)
+        run_floats = float_runner(card, data, model, threads)
+        return parity.Candidate(open_at, lambda sampler, z: run_floats(z))
+
+    measured = parity.measure(
+        parity.of_generator(generator),
+        [candidate(backend) for backend in cpu_onnx_backends()],
         max_batch=card.max_batch,
         images=images,
-        float_bar=parity.FLOAT_BARS[card.precision],
+        precision=card.precision,
     )
-    parity.require(proven, compared, str(model), model.with_name(f"{model.stem}_parity_failure.png"))
-    return proven
+    return parity.require(measured, model)
 
 
 def float_runner(
@@ -164,7 +173,7 @@ def float_runner(
         output = permute.input[0]
         proto.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
         data = proto.SerializeToString()
-    session = create_session(model, data, "CPUExecutionProvider", threads)
+    session = create_session(model, data, "onnxruntime", threads)
 
     def run(z: NDArray[np.float32]) -> NDArray[np.float32]:
         images: NDArray[np.float32] = session.run([output], {"z": z})[0]
@@ -173,54 +182,21 @@ def float_runner(
     return run
 
 
-def load_checked(model: str) -> tuple[Card, bytes]:
-    """Return card and bytes of an ONNX model after everything that can be checked without running it.
-
-    Raises DataError when the file does not match its card, is no valid graph, or has a static batch.
-    """
-    card, data = read_model(model)
-    try:
-        proto: Any = onnx.load_from_string(data)
-        onnx.checker.check_model(proto, full_check=True)
-    except Exception as error:  # protobuf's and onnx's own errors have no common class
-        line = str(error).strip().splitlines()[0]
-        raise DataError(f"{model}: not a valid ONNX graph: {line}; export it again") from None
-    check_ports(model, card, proto)
-    return card, data
-
-
-def check_ports(model: str, card: Card, proto: Any) -> None:
-    """Raise DataError unless the graph's inputs and outputs are those of the card."""
-    types = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.UINT8: "uint8"}
-    found = [
-        (
-            value.name,
-            types.get(value.type.tensor_type.elem_type, "another type"),
-            [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
-        )
-        for value in (*proto.graph.input, *proto.graph.output)
-    ]
-    expected = [(port.name, port.dtype, port.shape) for port in (card.input, card.output)]
-    if any(isinstance(shape[0], int) for _, _, shape in found if shape):
-        raise DataError(
-            f"{model}: its batch is fixed at {found[0][2][0]}, expected a dynamic one; export it with dcgan-export onnx"
-        )
-    if found != expected:
-        raise DataError(f"{model}: the graph has {found}, its card says {expected}; export it again")
-
-
-def verify_onnx(model: str, *, reference: str | None = None, images: int = parity.IMAGES) -> tuple[Card, Parity]:
+def verify_onnx(model: str, *, reference: str | None = None, images: int = parity.IMAGES) -> tuple[Card, list[Parity]]:
     """Check hash, card, graph and parity again. `reference` names the checkpoint if it has moved.
 
     Raises DataError that says which of them fails.
     """
     card, data = load_checked(model)
     loaded = load_source(card, reference)
-    return card, check_parity(loaded.generator, card, data, Path(model), images)
+    return card, check_parity(loaded.generator, card, data, model, images)
 
 
 def load_source(card: Card, reference: str | None) -> "LoadedGenerator":
-    """Return the generator that `card` was exported from. Raises DataError when it is gone or another one."""
+    """Return the generator that `card` was exported from.
+
+    Raises DataError when it is gone, another one, or not what the card says of it.
+    """
     where = reference or card.source.reference
     try:
         loaded = load_generator(where)
@@ -235,4 +211,5 @@ def load_source(card: Card, reference: str | None) -> "LoadedGenerator":
             f"{loaded.source}: its SHA-256 is {loaded.sha256[:12]}..., {card.file} was made from "
             f"{card.source.sha256[:12]}...; name the right weights with --ckpt, or export again"
         )
+    check_network(card.file, card, loaded.config)
     return loaded

@@ -2,14 +2,32 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from export.card import Card, ComputePrecision, Output, Parity, Precision, read_card, read_model, versions, write_card
-from export.driver import driver_version
-from export.tensorrt_engine import BuildOptions, build_plan, require_builder
-from pipeline.errors import DataError, UsageError
-from pipeline.storage import sha256_bytes, write_atomic
+from export.card import (
+    Card,
+    ComputePrecision,
+    Output,
+    Parity,
+    Precision,
+    beside,
+    read_card,
+    read_model,
+    require_replaceable,
+    split,
+    versions,
+    write_card,
+)
+from export.tensorrt_engine import BuildOptions, build_plan, can_run, require_builder
+from pipeline.errors import DataError, UnavailableError, UsageError
+from pipeline.storage import is_url, sha256_bytes, write_atomic
+
+if TYPE_CHECKING:
+    from export.parity import Reference
 
 PARITY_IMAGES = 10_000
+OUTPUT: Output = "uint8"
+MAX_BATCH = 256
 
 
 def export_plan(
@@ -18,16 +36,18 @@ def export_plan(
     *,
     name: str = "engine.plan",
     precision: Precision = "fp32",
-    output: Output = "uint8",
-    max_batch: int = 256,
+    output: Output | None = None,
+    max_batch: int | None = None,
     options: BuildOptions | None = None,
     parity_images: int = PARITY_IMAGES,
 ) -> Card:
     """Write `folder`/`name` and its card, from a `.onnx` with its card or any form of --ckpt.
 
-    From a checkpoint the ONNX file is made first, in the same folder, unless it is there. Where the plan can
-    run, it is compared with PyTorch before it is written. Raises UnavailableError when no plan can be built
-    here, DataError when the graph cannot be built or is not equal.
+    From a checkpoint the ONNX file is made first, in the same folder, unless it is there; `output` (uint8) and
+    `max_batch` (256) are its. Where the plan can run, it is compared with PyTorch before it is written.
+
+    Raises UnavailableError when no plan can be built here, DataError when the graph cannot be built or is not
+    equal, UsageError when the options contradict the ONNX file or another plan in the folder.
     """
     options = replace(options or BuildOptions(), tf32=precision == "tf32")
     if not name.endswith(".plan"):
@@ -36,35 +56,28 @@ def export_plan(
         raise UsageError("--timing-cache: TensorRT-RTX has none, it chooses kernels on the GPU that it later runs on")
     require_builder(options.runtime)  # told before the minutes of an ONNX export
     if reference.endswith(".onnx"):
-        model = Path(reference)
-        card = read_card(reference)
-        if (card.precision == "fp16") != (precision == "fp16"):
-            raise UsageError(
-                f"--precision {precision}: {reference} is {card.precision}, and a plan has its graph's precision; "
-                "name the checkpoint instead, and the ONNX file is made for it"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        if model.parent.resolve() != folder.resolve():  # a plan keeps the file that it can be rebuilt from beside it
-            write_atomic(folder / model.name, read_model(reference)[1])
-            write_card(str(folder), card)
-            model = folder / model.name
+        model, weights = _onnx_beside(reference, folder, name, precision, output, max_batch), None
     else:
-        model = _onnx_of(reference, folder, precision, output, max_batch, parity_images)
-    return _build(model, folder / name, precision, options, parity_images)
+        output, max_batch = output or OUTPUT, MAX_BATCH if max_batch is None else max_batch
+        model = _onnx_of(reference, folder, name, precision, output, max_batch, parity_images)
+        weights = reference
+    return _build(model, folder / name, precision, options, weights, parity_images)
 
 
 def rebuild(plan: str) -> Card:
     """Build `plan` again for this machine from the ONNX file beside it, with the options in its card."""
+    if is_url(plan := plan.removeprefix("file://")):
+        raise UsageError(
+            f"--rebuild: {plan} is a URL, and an engine is built beside its ONNX file on a disk; copy both there "
+            "with dcgan-export publish"
+        )
     card = read_card(plan)
-    if card.engine is None:
-        raise DataError(f"{plan}: its card names no engine; it was not made by dcgan-export trt")
-    path = Path(plan)
-    model = path.with_name(card.engine.onnx)
-    found = read_card(str(model)).sha256
-    if found != card.engine.onnx_sha256:
-        raise DataError(f"{model}: is not the file that {plan} was built from (SHA-256 {found[:12]}...); export again")
+    assert card.engine is not None, "read_card refuses the card of a plan that names none"
     options = BuildOptions(card.engine.runtime, card.precision == "tf32", card.engine.optimization_level)
-    return _build(model, path, card.precision, options, PARITY_IMAGES)
+    require_builder(options.runtime)
+    _onnx_card(plan, card)
+    path = Path(plan)
+    return _build(path.with_name(card.engine.onnx), path, card.precision, options, None, PARITY_IMAGES)
 
 
 def rebuild_unless_it_fits(plan: str) -> bool:
@@ -82,8 +95,41 @@ def rebuild_unless_it_fits(plan: str) -> bool:
     return False
 
 
+def _onnx_beside(
+    reference: str, folder: Path, plan: str, precision: Precision, output: Output | None, max_batch: int | None
+) -> Path:
+    """Return a given ONNX file in `folder`, copied there if need be: a plan is rebuilt from the file beside it.
+
+    Raises UsageError for an option that contradicts it: precision, output and batches are the graph's.
+    """
+    card, data = read_model(reference)
+    precisions = ("fp16",) if card.precision == "fp16" else ("fp32", "tf32")
+    for option, wanted, found in (
+        ("--precision", precision, precision if precision in precisions else card.precision),
+        ("--output", output, card.output_kind),
+        ("--max-batch", max_batch, card.max_batch),
+    ):
+        if wanted is not None and wanted != found:
+            raise UsageError(
+                f"{option} {wanted}: {reference} has {found}, and a plan has what its graph has; name the checkpoint "
+                "instead, and the ONNX file is made for it"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / card.file
+    require_replaceable(model, card.sha256, replacing=plan)
+    write_atomic(model, data)
+    write_card(str(folder), card)
+    return model
+
+
 def _onnx_of(
-    reference: str, folder: Path, precision: Precision, output: Output, max_batch: int, parity_images: int
+    reference: str,
+    folder: Path,
+    plan: str,
+    precision: Precision,
+    output: Output,
+    max_batch: int,
+    parity_images: int,
 ) -> Path:
     """Return the ONNX file of a checkpoint in `folder`: the one that is there if it is the same, else a new one."""
     from export.onnx_model import export_onnx
@@ -96,6 +142,7 @@ def _onnx_of(
         wanted = (load_generator(reference).sha256, graph, output, max_batch)
         if (card.source.sha256, card.precision, card.output_kind, card.max_batch) == wanted:
             return folder / name
+    require_replaceable(folder / name, None, replacing=plan)
     export_onnx(
         reference,
         folder,
@@ -108,11 +155,15 @@ def _onnx_of(
     return folder / name
 
 
-def _build(model: Path, plan: Path, precision: Precision, options: BuildOptions, parity_images: int) -> Card:
+def _build(
+    model: Path, plan: Path, precision: Precision, options: BuildOptions, weights: str | None, parity_images: int
+) -> Card:
     """Build, compare, write the plan, then its card."""
-    from export.onnx_model import load_checked
+    from export.onnx_file import load_checked
 
     onnx_card, data = load_checked(str(model))
+    # Found before the minutes of a build, so that nothing is built in vain.
+    reference = _reference(onnx_card, str(model), weights) if can_run(options.runtime) else None
     built, engine = build_plan(str(model), onnx_card, data, options)
     card = onnx_card.model_copy(
         update={
@@ -125,47 +176,82 @@ def _build(model: Path, plan: Path, precision: Precision, options: BuildOptions,
             "parity": [],
         }
     )
-    if can_run(card):
-        card = card.model_copy(update={"parity": [check_parity(card, built, plan, None, parity_images)]})
+    if reference is not None:
+        card = card.model_copy(update={"parity": check_parity(card, built, str(plan), reference, parity_images)})
     write_atomic(plan, built)
     write_card(str(plan.parent), card)
     return card
 
 
-def can_run(card: Card) -> bool:
-    """Whether a plan that was built here can also run here: TensorRT-RTX builds without a GPU."""
-    if driver_version() is None:
-        return False
-    from export.tensorrt_engine import this_gpu
-    from export.tensorrt_runtime import RTX_CAPABILITIES
-
-    return card.engine is not None and (
-        card.engine.gpu is not None or this_gpu().compute_capability in RTX_CAPABILITIES
-    )
-
-
-def verify_plan(plan: str, *, reference: str | None = None, images: int = PARITY_IMAGES) -> tuple[Card, Parity]:
+def verify_plan(plan: str, *, reference: str | None = None, images: int = PARITY_IMAGES) -> tuple[Card, list[Parity]]:
     """Check card, hash, machine and parity of a plan again. Raises what `tensorrt_runtime.open_plan` raises."""
     from export.tensorrt_runtime import require_fit
 
     card, data = read_model(plan)
     require_fit(plan, card)
-    return card, check_parity(card, data, Path(plan), reference, images)
+    return card, check_parity(card, data, plan, find_reference(plan, card, reference), images)
 
 
-def check_parity(card: Card, data: bytes, plan: Path, reference: str | None, images: int) -> Parity:
-    """Run the plan beside PyTorch; return how far they are apart. Raises DataError beyond the bars."""
+def find_reference(plan: str, card: Card, weights: str | None) -> "Reference":
+    """Return what a plan is compared with; its card must agree with it and with the ONNX file beside it."""
     from export import parity
     from export.onnx_model import load_source
+
+    assert card.engine is not None
+    model = beside(plan, card.engine.onnx)
+    store, name = split(model)
+    if store.exists(name):
+        return _reference(_onnx_card(plan, card), model, weights)
+    return parity.of_generator(load_source(card, weights).generator)
+
+
+def _onnx_card(plan: str, card: Card) -> Card:
+    """Return the card of the ONNX file beside a plan. Raises DataError unless the plan and its card come from it."""
+    from export.onnx_file import load_checked
+
+    assert card.engine is not None
+    model = beside(plan, card.engine.onnx)
+    found, _ = load_checked(model)
+    if found.sha256 != card.engine.onnx_sha256:
+        raise DataError(
+            f"{model}: is not the file that {plan} was built from (SHA-256 {found.sha256[:12]}...); export again"
+        )
+    same = {"network", "input", "output", "max_batch", "source"}
+    ours, theirs = card.model_dump(include=same), found.model_dump(include=same)
+    ours["precision"], theirs["precision"] = (one.precision.replace("tf32", "fp32") for one in (card, found))
+    if wrong := [field for field in ours if ours[field] != theirs[field]]:
+        raise DataError(
+            f"{plan}: its card differs from that of {model} in {', '.join(wrong)}: it was edited; export again"
+        )
+    return found
+
+
+def _reference(onnx_card: Card, model: str, weights: str | None) -> "Reference":
+    """Return the generator in PyTorch or, where its weights are gone, the ONNX file, which was proven equal to it.
+
+    Machines that build engines often have only the ONNX file. `weights` that were named must be the right ones.
+    """
+    from export import parity
+    from export.onnx_model import float_runner, load_source
+    from export.samplers import available_threads
+
+    try:
+        return parity.of_generator(load_source(onnx_card, weights).generator)
+    except (DataError, UnavailableError):
+        if weights is not None:
+            raise
+    run = float_runner(onnx_card, read_model(model)[1], model, available_threads())
+    return parity.Reference(onnx_card.file, onnx_card.network, run)
+
+
+def check_parity(card: Card, data: bytes, plan: str, reference: "Reference", images: int) -> list[Parity]:
+    """Run the plan beside its reference; return how far they are apart. Raises DataError beyond the bars."""
+    from export import parity
     from export.tensorrt_runtime import TensorRTSampler, open_plan
 
-    proven, compared = parity.measure(
-        load_source(card, reference).generator,
-        lambda batch: open_plan(str(plan), card, data, batch),
+    candidate = parity.Candidate(
+        lambda batch: open_plan(plan, card, data, batch),
         lambda sampler, z: sampler.floats(z) if isinstance(sampler, TensorRTSampler) else None,
-        max_batch=card.max_batch,
-        images=images,
-        float_bar=parity.FLOAT_BARS[card.precision],
     )
-    parity.require(proven, compared, str(plan), plan.with_name(f"{plan.stem}_parity_failure.png"))
-    return proven
+    measured = parity.measure(reference, [candidate], max_batch=card.max_batch, images=images, precision=card.precision)
+    return parity.require(measured, plan)

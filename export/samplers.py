@@ -137,7 +137,12 @@ def open_sampler(
         from export.torch_backend import open_checkpoint
 
         return open_checkpoint(model, backend, batch, threads, precision)
-    card, data = read_model(model)
+    if kind == "plan":
+        card, data = read_model(model)
+    else:
+        from export.onnx_file import load_checked
+
+        card, data = load_checked(model)
     if batch is not None and batch > card.max_batch:
         raise UsageError(f"--batch {batch}: {model} takes at most {card.max_batch} images; export it with --max-batch")
     if kind == "plan":
@@ -170,10 +175,15 @@ def best_onnx_backend() -> str:
 
         if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             return "onnxruntime-cuda"
-    for name in ("openvino", "onnxruntime"):
-        if importlib.util.find_spec(name):
-            return name
-    raise UnavailableError("running an ONNX file needs OpenVINO or ONNX Runtime: pip install openvino onnxruntime")
+    return cpu_onnx_backends()[0]
+
+
+def cpu_onnx_backends() -> list[str]:
+    """Return the backends that run an ONNX file on the CPU and are installed, the quickest first."""
+    found = [name for name in ONNX_BACKENDS if "-" not in name and importlib.util.find_spec(name)]
+    if not found:
+        raise UnavailableError("running an ONNX file needs OpenVINO or ONNX Runtime: pip install openvino onnxruntime")
+    return found
 
 
 def available_threads() -> int:

@@ -21,6 +21,8 @@ from pipeline.storage import write_atomic
 
 RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
+"""What TensorRT-RTX 1.7 builds for when it is not told a GPU. Turing (7.5) would need a plan of its own."""
 BEST_BATCH = 64
 """The throughput profile's kernels are chosen for blocks of this size."""
 
@@ -67,7 +69,18 @@ def require_builder(runtime: RuntimeName) -> Any:
             "--runtime tensorrt: no NVIDIA GPU and driver here, and TensorRT builds on the GPU it builds for; "
             "--runtime tensorrt-rtx builds without one, and dcgan-export onnx makes the file to build from there"
         )
+    if runtime == "tensorrt":
+        this_gpu()  # the card has to name it: told before the minutes of a build
     return load_module(runtime)
+
+
+def can_run(runtime: RuntimeName) -> bool:
+    """Whether a plan of `runtime` that is built here can also run here: TensorRT-RTX builds without a GPU."""
+    try:
+        gpu = this_gpu()
+    except UnavailableError:
+        return False
+    return runtime == "tensorrt" or gpu.compute_capability in RTX_CAPABILITIES
 
 
 def profiles(max_batch: int) -> list[list[int]]:

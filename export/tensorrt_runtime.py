@@ -1,5 +1,6 @@
 """Running a TensorRT plan: refused before it is loaded unless it was made for exactly this machine."""
 
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,16 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.card import Card, Engine
-from export.cuda_sampler import WARM_UP_LAUNCHES, CudaSampler
+from export.card import Card, Engine, beside
+from export.cuda_sampler import WARM_UP_LAUNCHES, CudaSampler, memory_errors
 from export.driver import driver_version
 from export.graph import to_uint8
 from export.samplers import Sampler
-from export.tensorrt_engine import load_module, make_logger, system, this_gpu
+from export.tensorrt_engine import RTX_CAPABILITIES, load_module, make_logger, system, this_gpu
 from pipeline.errors import DataError, UnavailableError
-
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""What TensorRT-RTX 1.7 builds for when it is not told a GPU."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,14 @@ def open_plan(model: str, card: Card, data: bytes, batch: int) -> Sampler:
     Raises UnavailableError without a GPU or TensorRT, DataError when the plan belongs to another machine.
     """
     engine = require_fit(model, card)
-    return TensorRTSampler(load_module(engine.runtime), model, card, data, batch)
+    with memory_errors(batch):
+        return TensorRTSampler(load_module(engine.runtime), model, card, data, batch)
 
 
 def require_fit(model: str, card: Card) -> Engine:
     """Return what the plan is tied to if that is here. Loads neither the plan nor a TensorRT runtime."""
     engine = card.engine
-    if engine is None:
-        raise DataError(f"{model}: its card names no engine; it was not made by dcgan-export trt")
+    assert engine is not None, "read_card refuses the card of a plan that names none"
     if driver_version() is None:
         raise UnavailableError(
             f"{model}: a TensorRT plan needs an NVIDIA GPU and its driver, none is here; "
@@ -53,34 +51,52 @@ def require_fit(model: str, card: Card) -> Engine:
     gpu = this_gpu()
     version = load_module(engine.runtime).__version__
     here = Here(version, gpu.name, gpu.compute_capability, driver_version() or "", system())
-    if wrong := mismatches(engine, here):
+    differs, matches = compare(engine, here)
+    if differs:
         raise DataError(
-            f"{model}: does not fit this machine: {'; '.join(wrong)}. Rebuild it here: dcgan-export trt --ckpt "
-            f"{engine.onnx} --runtime {engine.runtime}, or dcgan-generate --rebuild"
+            f"{model}: does not fit this machine: {'; '.join(differs)} ({', '.join(matches) or 'nothing'} would fit). "
+            f"Rebuild it here: {rebuild_command(model, card)}, or dcgan-generate --rebuild"
         )
     return engine
 
 
-def mismatches(engine: Engine, here: Here) -> list[str]:
-    """Return why a plan cannot run `here`, a phrase each; empty when it can."""
-    wrong = []
-    if engine.version != here.version:
-        wrong.append(f"built by {engine.runtime} {engine.version}, installed is {here.version}")
-    if engine.system != here.system:
-        wrong.append(f"built on {engine.system}, this is {here.system}")
+def compare(engine: Engine, here: Here) -> tuple[list[str], list[str]]:
+    """Return why a plan cannot run `here`, a phrase each, and what does match; the first is empty when it can."""
     if engine.gpu is None:
-        if here.compute_capability not in RTX_CAPABILITIES:
-            wrong.append(
-                f"TensorRT-RTX supports compute capabilities {', '.join(RTX_CAPABILITIES)}, "
-                f"{here.gpu} has {here.compute_capability}: use --runtime tensorrt"
-            )
-    elif (engine.gpu, engine.compute_capability) != (here.gpu, here.compute_capability):
-        wrong.append(
-            f"built for {engine.gpu} ({engine.compute_capability}), here is {here.gpu} ({here.compute_capability})"
+        supported = ", ".join(RTX_CAPABILITIES)
+        gpu_fits = here.compute_capability in RTX_CAPABILITIES
+        gpu = (
+            f"a TensorRT-RTX plan runs on compute capabilities {supported}, {here.gpu} has {here.compute_capability}: "
+            "use --runtime tensorrt"
         )
-    if engine.driver is not None and _numbers(here.driver) < _numbers(engine.driver):
-        wrong.append(f"built with a driver for CUDA {engine.driver}, here is an older one for {here.driver}")
-    return wrong
+    else:
+        gpu_fits = (engine.gpu, engine.compute_capability) == (here.gpu, here.compute_capability)
+        gpu = f"built for {engine.gpu} ({engine.compute_capability}), here is {here.gpu} ({here.compute_capability})"
+    driver_fits = engine.driver is None or _numbers(here.driver) >= _numbers(engine.driver)
+    checks = [
+        (
+            f"{engine.runtime} {here.version}",
+            engine.version == here.version,
+            f"built by {engine.runtime} {engine.version}, installed is {here.version}",
+        ),
+        (here.system, engine.system == here.system, f"built on {engine.system}, this is {here.system}"),
+        (here.gpu, gpu_fits, gpu),
+        (
+            f"the driver for CUDA {here.driver}",
+            driver_fits,
+            f"built with a driver for CUDA {engine.driver}, here is an older one for {here.driver}",
+        ),
+    ]
+    return [why for _, fits, why in checks if not fits], [what for what, fits, _ in checks if fits]
+
+
+def rebuild_command(plan: str, card: Card) -> str:
+    """Return the command that builds `plan` again from the ONNX file beside it, ready to be pasted."""
+    assert card.engine is not None
+    where = ["--ckpt", beside(plan, card.engine.onnx), "--out", beside(plan, "") or ".", "--name", card.file]
+    how = ["--runtime", card.engine.runtime, "--precision", card.precision]
+    level = ["--optimization-level", str(card.engine.optimization_level)]
+    return shlex.join(["dcgan-export", "trt", *where, *how, *level])
 
 
 def _numbers(version: str) -> tuple[int, ...]:

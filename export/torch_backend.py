@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.card import ComputePrecision
-from export.cuda_sampler import CudaSampler
+from export.cuda_sampler import CudaSampler, memory_errors
 from export.driver import driver_version
 from export.graph import DeployedGenerator, to_uint8
 from export.samplers import BATCH_ON_CPU, BATCH_ON_GPU, Sampler
@@ -35,7 +35,8 @@ def open_checkpoint(
     loaded = load_generator(reference)
     if cuda:
         chosen = "cuda-graphs" if backend == "auto" else backend
-        return TorchCudaSampler(loaded, chosen, batch or BATCH_ON_GPU, precision)
+        with memory_errors(batch or BATCH_ON_GPU):
+            return TorchCudaSampler(loaded, chosen, batch or BATCH_ON_GPU, precision)
     return TorchSampler(loaded, "channels_last" if backend == "auto" else backend, batch or BATCH_ON_CPU, threads)
 
 
@@ -105,7 +106,7 @@ class TorchCudaSampler(CudaSampler):
         # Equal bytes from run to run, and float32 that is float32: TF32 is PyTorch's default for convolutions.
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        torch.backends.cudnn.allow_tf32 = False  # the newer `conv.fp32_precision` makes others' reads of this one raise
         self._forward: Any = prepare(loaded, backend, precision).cuda()
         with torch.inference_mode():
             with _compiler_errors() if backend == "compiled" else nullcontext():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from export.card import Card, read_model, write_card
+from export.onnx_file import load_checked
 from pipeline.errors import DataError, UnavailableError, UsageError
 from pipeline.storage import write_atomic
 
@@ -24,14 +25,14 @@ def export_repository(
 
     The configuration is written last: a server that polls the repository never loads half a model.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise UsageError(f"--name {name}: expected letters, digits, '_', '-' and '.'")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):  # so it is neither `..` nor hidden nor an option
+        raise UsageError(f"--name {name}: expected letters, digits, '_', '-' and '.', not '-' or '.' first")
     if instances < 1 or max_queue_delay_microseconds < 0:
         raise UsageError(
             f"--instances {instances} --queue-delay-microseconds {max_queue_delay_microseconds}: "
             "expected at least 1 and 0"
         )
-    card, data = read_model(model)
+    card, data = read_model(model) if model.endswith(".plan") else load_checked(model)
     if card.engine is not None and card.engine.runtime != "tensorrt":
         raise UnavailableError(
             f"{model}: Triton's server has no {card.engine.runtime} backend; use the ONNX file, or --runtime tensorrt"

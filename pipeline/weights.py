@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class LoadedGenerator:
     """On the CPU, float32, in eval mode."""
     config: NetworkConfig
     source: str
-    """The file that was read in the end."""
+    """The file that was read in the end: a URL or an absolute path, since it goes into cards that travel."""
     sha256: str
     """Of that file."""
     images_seen: int | None
@@ -75,10 +76,10 @@ def deserialise(data: bytes, source: str) -> tuple[dict[str, "Tensor"], dict[str
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        card: dict[str, Any] = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
+        card: Any = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, ValueError) as error:
         raise DataError(f"{source}: not a whole safetensors file ({error}); copy it again") from None
-    return tensors, card
+    return tensors, card if isinstance(card, dict) else {}
 
 
 def load_generator(reference: str) -> LoadedGenerator:
@@ -90,9 +91,8 @@ def load_generator(reference: str) -> LoadedGenerator:
 
     Raises DataError that says what was found there instead.
     """
-    store, name = _resolve(reference, "ema")
-    source, data = store.path(name), store.read(name)
-    if name.endswith((".pth", ".pt")):
+    source, data = _read(reference, "ema")
+    if source.endswith((".pth", ".pt")):
         return _from_examples(data, source)
     tensors, card = deserialise(data, source)
     if card.get("kind") not in ("ema", "raw"):
@@ -108,8 +108,7 @@ def load_generator(reference: str) -> LoadedGenerator:
 
 def load_discriminator(reference: str) -> LoadedDiscriminator:
     """Return the discriminator that `reference` names: a run, a checkpoint, or a discriminator's `.safetensors`."""
-    store, name = _resolve(reference, "discriminator")
-    source, data = store.path(name), store.read(name)
+    source, data = _read(reference, "discriminator")
     tensors, card = deserialise(data, source)
     if card.get("kind") != "discriminator":
         raise DataError(f"{source}: holds {card.get('kind', 'weights of another project')}, expected a discriminator")
@@ -119,6 +118,12 @@ def load_discriminator(reference: str) -> LoadedDiscriminator:
     discriminator = Discriminator(config)
     _fill(discriminator, tensors, source)
     return LoadedDiscriminator(discriminator, config, source, sha256_bytes(data), card.get("images_seen"))
+
+
+def _read(reference: str, kind: Kind) -> tuple[str, bytes]:
+    """Return the URL or absolute path of the weights of `kind` that a `--ckpt` value means, and their bytes."""
+    store, name = _resolve(reference, kind)
+    return store.path(name) if store.remote else os.path.abspath(store.path(name)), store.read(name)
 
 
 def _resolve(reference: str, kind: Kind) -> tuple[Store, str]:
@@ -158,6 +163,12 @@ def _network_config(card: dict[str, Any], source: str) -> NetworkConfig:
 
 def _fill(network: "nn.Module", tensors: dict[str, "Tensor"], source: str) -> None:
     """Load `tensors` into `network` and put it into eval mode."""
+    import torch
+
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise DataError(
+            f"{source}: its weights are not finite ({broken[0]}): the training diverged; use an earlier checkpoint"
+        )
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
@@ -178,11 +189,14 @@ def _from_examples(data: bytes, source: str) -> LoadedGenerator:
     except Exception as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{source}: cannot be read without running code ({line}); {expected}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+    ):
         raise DataError(f"{source}: holds {type(loaded).__name__}, {expected}")
     tensors = {name.removeprefix("module.").replace("main.", "layers.", 1): value for name, value in loaded.items()}
     convolutions = [value for value in tensors.values() if value.ndim == 4]
-    if "layers.0.weight" not in tensors or any(value.shape[2:] != (4, 4) for value in convolutions):
+    first = tensors.get("layers.0.weight")
+    if first is None or first.ndim != 4 or any(value.shape[2:] != (4, 4) for value in convolutions):
         raise DataError(f"{source}: found the keys {', '.join(list(loaded)[:3])}, ...; {expected}")
     try:
         config = NetworkConfig.model_validate(

@@ -55,6 +55,14 @@ def test_references(run: Path, scheme: str, suffix: str, images: int, kind: str)
     assert torch.equal(loaded.generator.layers[0].weight, expected.layers[0].weight)
 
 
+def test_the_source_is_absolute(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes into cards, which are read from other folders."""
+    monkeypatch.chdir(run)
+    source = load_generator("checkpoints/000000000100/generator.safetensors").source
+    assert source == str(run / "checkpoints/000000000100/generator.safetensors")
+    assert load_generator("./checkpoints/000000000100").source.startswith(f"{run}/checkpoints/")
+
+
 def test_discriminator(run: Path) -> None:
     assert load_discriminator(str(run)).images_seen == 200
 
@@ -120,7 +128,19 @@ class Bomb:
         return print, ("this must never run",)
 
 
-@pytest.mark.parametrize("content", [Bomb(), {"weights": 3}, {"main.0.weight": torch.zeros(3, 3, 5, 5)}, {}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        Bomb(),
+        {"weights": 3},
+        {"main.0.weight": torch.zeros(3, 3, 5, 5)},
+        {"main.0.weight": torch.zeros(3, 3)},
+        {"main.0.weight": torch.tensor(1.0)},
+        {"main.0.weight": torch.zeros(3, 3), "main.1.weight": torch.zeros(3, 3, 4, 4)},
+        {0: torch.zeros(3)},
+        {},
+    ],
+)
 def test_other_pickles_are_refused_and_never_run(
     tmp_path: Path, content: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,3 +149,14 @@ def test_other_pickles_are_refused_and_never_run(
     with pytest.raises(DataError, match="pytorch/examples"):
         load_generator(str(file))
     assert "never run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_diverged_are_named_as_such(tmp_path: Path, value: float) -> None:
+    generator = Generator(CONFIG)
+    with torch.no_grad():
+        generator.layers[0].weight[0, 0] = value
+    file = tmp_path / "generator.safetensors"
+    file.write_bytes(serialise(generator, CONFIG, "raw", 5))
+    with pytest.raises(DataError, match=r"weights are not finite \(layers.0.weight\)"):
+        load_generator(str(file))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from export.card import Card
+from export.card import Card, Engine
 from pipeline.config import NetworkConfig
 from pipeline.latents import latents
 from pipeline.networks import Generator, initialise
@@ -49,6 +49,20 @@ class Export:
     card: Card
     generator: Generator
 
+
+HOPPER = Engine(
+    runtime="tensorrt",
+    version="10.13.3.9",
+    gpu="NVIDIA H200",
+    compute_capability="9.0",
+    driver="13.0",
+    system="Linux-x86_64",
+    profiles=[[1, 1, 1], [1, 64, 256]],
+    optimization_level=3,
+    onnx="model.onnx",
+    onnx_sha256="0" * 64,
+)
+"""What a plan of another machine is tied to."""
 
 SMALL = NetworkConfig(width=8, image_size=32)
 MAX_BATCH = 16

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import onnx
 import pytest
-from export_cases import Cli, Export
+from export_cases import HOPPER, Cli, Export
 
 from export.card import Card, card_name
+from export.samplers import open_sampler
+from pipeline.errors import DataError
 from pipeline.storage import sha256_file
 
 
@@ -109,6 +111,45 @@ def test_a_graph_that_is_none_is_refused(cli: Cli, copy: Path) -> None:
     model.graph.node[1].op_type = "NoSuchOperator"
     replace_model(copy, model)
     assert_refused(cli("verify", copy), 65, "not a valid ONNX graph")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ({"network": {"latent_distribution": "normal"}}, "another network"),
+        ({"network": {"latent_distribution": "normal"}, "input": {"values": "N(0, 1)"}}, "made with network"),
+        ({"network": {"width": 16}}, "made with network"),
+        ({"network": {"image_size": 64}}, "another network"),
+        ({"network": {"channels": 1}}, "another network"),
+        ({"output": {"values": "-1 to 1"}}, "another network"),
+        ({"precision": "fp16"}, "made with precision fp32, its card says fp16"),
+        ({"max_batch": 4096}, "made with max_batch 16, its card says 4096"),
+        ({"source": {"sha256": "0" * 64}}, "made with weights_sha256"),
+        ({"source": {"kind": "raw"}}, "made with weights_kind ema, its card says raw"),
+        ({"source": {"images_seen": 7}}, "made with images_seen 1000, its card says 7"),
+        ({"engine": HOPPER.model_dump()}, "names an engine"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_an_edited_card_is_refused(cli: Cli, copy: Path, edit: dict[str, object], words: str) -> None:
+    path = copy.with_suffix(".json")
+    card = json.loads(path.read_text())
+    for key, value in edit.items():
+        card[key] = {**card[key], **value} if isinstance(card.get(key), dict) else value
+    path.write_text(json.dumps(card))
+    assert_refused(cli("verify", copy), 65, words)
+    with pytest.raises(DataError, match=words):
+        open_sampler(str(copy))
+
+
+def test_a_static_batch_is_refused_by_all_that_open_it(cli: Cli, copy: Path, tmp_path: Path) -> None:
+    model = onnx.load(copy)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 8
+    replace_model(copy, model)
+    with pytest.raises(DataError, match="its batch is fixed at 8"):
+        open_sampler(str(copy))
+    assert_refused(cli("triton", "--model", copy, "--out", tmp_path / "repository"), 65, "its batch is fixed at 8")
 
 
 def test_weights_that_moved_can_be_named(cli: Cli, exported: Export, copy: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Exported files make the images of the network they came from; those that do not are never written."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,12 @@ import pytest
 import torch
 from export_cases import MAX_BATCH, SMALL, Cli, Export, make_generator, write_checkpoint
 
-from export.graph import DeployedGenerator
+from export import parity
+from export.card import Parity
+from export.graph import DeployedGenerator, to_uint8
+from export.onnx_backends import OpenVinoSampler
 from export.onnx_model import check_parity, export_onnx, verify_onnx
-from export.samplers import ONNX_BACKENDS, open_sampler
+from export.samplers import ONNX_BACKENDS, Sampler, open_sampler
 from pipeline.config import NetworkConfig, load_config, preset_names
 from pipeline.errors import DataError
 from pipeline.imaging import open_image
@@ -139,14 +142,86 @@ def test_verify_finds_other_weights(exported: Export, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path, SMALL, seed=1)
     with pytest.raises(DataError, match="was made from"):
         verify_onnx(str(exported.model), reference=str(other), images=8)
-    card, proven = verify_onnx(str(exported.model), reference=str(exported.checkpoint), images=20)
+    card, records = verify_onnx(str(exported.model), reference=str(exported.checkpoint), images=20)
     assert card == exported.card
-    assert proven.batches == [1, 7, MAX_BATCH]
-    assert proven.images == 1 + 7 + 2 * MAX_BATCH
+    for proven in records:
+        assert proven.batches == [1, 7, MAX_BATCH]
+        assert proven.images == 1 + 7 + 2 * MAX_BATCH
 
 
 def test_a_gate_that_measures_other_weights_fails(exported: Export, tmp_path: Path) -> None:
     """The comparison itself: the right file beside the wrong network must not pass."""
-    with pytest.raises(DataError, match=r"differs from PyTorch by [12]"):
-        check_parity(make_generator(SMALL, seed=1), exported.card, exported.model.read_bytes(), tmp_path / "m.onnx", 16)
+    model, data = str(tmp_path / "m.onnx"), exported.model.read_bytes()
+    with pytest.raises(DataError, match=r"differs from PyTorch by \d+ grey levels"):
+        check_parity(make_generator(SMALL, seed=1), exported.card, data, model, 16)
     assert (tmp_path / "m_parity_failure.png").exists()
+
+
+def test_the_gate_runs_every_backend_that_is_installed(
+    exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` takes OpenVINO: a gate of ONNX Runtime alone would not have seen it go wrong."""
+    assert [proven.backend.split("/")[0] for proven in exported.card.parity] == ["openvino", "onnxruntime"]
+    right = OpenVinoSampler._run
+    monkeypatch.setattr(OpenVinoSampler, "_run", lambda self, z: right(self, z) // 2)
+    with pytest.raises(DataError, match="on openvino"):
+        export_onnx(str(exported.checkpoint), tmp_path, max_batch=8, parity_images=8)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+class Altered(Sampler):
+    """The reference's own images, changed."""
+
+    backend = provider = "altered"
+
+    def __init__(self, generator: Generator, batch: int, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        super().__init__(generator.config, batch, "0" * 64)
+        self.run, self.change = parity.of_generator(generator).run, change
+
+    def _run(self, z: np.ndarray) -> np.ndarray:
+        return self.change(to_uint8(torch.from_numpy(self.run(z))).numpy())
+
+
+def measure(
+    generator: Generator,
+    change: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
+    floats: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> list[tuple[Parity, parity.Comparison]]:
+    candidate = parity.Candidate(
+        lambda batch: Altered(generator, batch, change), lambda sampler, z: floats(z) if floats else None
+    )
+    return parity.measure(parity.of_generator(generator), [candidate], max_batch=8, images=64, precision="fp32")
+
+
+def test_the_floats_of_every_image_are_compared(exported: Export, tmp_path: Path) -> None:
+    """The first blocks may be right and a later one wrong."""
+    reference, calls = parity.of_generator(exported.generator), []
+
+    def floats(z: np.ndarray) -> np.ndarray:
+        calls.append(len(z))
+        return reference.run(z) + np.float32(0.01 if len(calls) == 9 else 0)
+
+    with pytest.raises(DataError, match=r"differs from PyTorch by 0.01 in \[-1, 1\]"):
+        parity.require(measure(exported.generator, floats=floats), str(tmp_path / "m.onnx"))
+    assert calls == [1, 7] + 8 * [8]
+
+
+@pytest.mark.parametrize(("share", "passes"), [(0.002, True), (0.01, False)])
+def test_pixels_that_are_one_grey_level_off_are_counted(
+    exported: Export, tmp_path: Path, share: float, passes: bool
+) -> None:
+    """TF32 in place of float32 moves no pixel by more than one, but 3 to 9 % of them by one."""
+    random = np.random.default_rng(0)
+
+    def change(pixels: np.ndarray) -> np.ndarray:
+        return np.where(random.random(pixels.shape) < share, pixels ^ 1, pixels)
+
+    measured = measure(exported.generator, change)
+    ((proven, _),) = measured
+    assert proven.max_uint8_error == 1
+    assert proven.share_of_pixels_off == pytest.approx(share, rel=0.1)
+    if passes:
+        assert parity.require(measured, str(tmp_path / "m.onnx")) == [proven]
+    else:
+        with pytest.raises(DataError, match=r"differs from PyTorch by [\d.]+% of the values \(at most 0.5%\)"):
+            parity.require(measured, str(tmp_path / "m.onnx"))

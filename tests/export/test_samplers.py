@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
+import torch
 from export_cases import Export
 
+from export import onnx_backends
+from export.cuda_sampler import memory_errors
 from export.onnx_backends import OpenVinoSampler
 from export.samplers import Sampler, open_sampler
-from pipeline.errors import UsageError
+from pipeline.errors import UnavailableError, UsageError
 from pipeline.latents import latents
 from pipeline.randomness import Purpose
 
@@ -88,6 +92,36 @@ def test_a_missing_compiler_is_one_line(exported: Export, tmp_path: Path) -> Non
     assert "torch.compile fails here" in done.stderr
     assert "channels_last" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_nodes_that_a_provider_does_not_take_are_not_run_on_the_cpu(
+    exported: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real provider that takes none of the nodes stands for a GPU's that does not take some of them."""
+    azure = "AzureExecutionProvider"
+    if azure not in onnxruntime.get_available_providers():
+        pytest.skip("needs an ONNX Runtime with a second provider")
+    monkeypatch.setitem(onnx_backends.PROVIDERS, "onnxruntime-cuda", [azure])
+    monkeypatch.setattr(onnx_backends, "_prepare_cuda", lambda *_: None)
+    with pytest.raises(UnavailableError, match=f"{azure} cannot run all of it: .*assigned to the default CPU"):
+        onnx_backends.create_session("model.onnx", exported.model.read_bytes(), "onnxruntime-cuda", 1)
+
+
+def test_an_error_of_onnx_runtime_is_one_line(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_sampler(str(exported.model), backend="onnxruntime", batch=4) as sampler:
+        monkeypatch.setattr(sampler, "_pad", lambda z: z)  # rows of a wrong size reach the graph
+        with pytest.raises(
+            UnavailableError, match=r"CPUExecutionProvider cannot run a block of 4 images: .* invalid dimensions"
+        ):
+            sampler.sample(np.zeros((4, 99), np.float32))
+
+
+def test_too_little_gpu_memory_is_one_line() -> None:
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("CUDA error: out of memory")):
+        with pytest.raises(UnavailableError, match="too little free memory for blocks of 256"), memory_errors(256):
+            raise error
+    with pytest.raises(RuntimeError, match="another"), memory_errors(256):
+        raise RuntimeError("another")
 
 
 def test_the_model_is_named_by_its_hash(exported: Export) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import tensorrt_rtx
-from export_cases import SMALL, Cli, Export, make_generator
+from export_cases import HOPPER, SMALL, Cli, Export, make_generator
 
-from export.card import Card, Engine, Source, ports, read_card
+from export.card import Card, Source, ports, read_card
 from export.driver import driver_version
 from export.onnx_model import build
 from export.plan import export_plan, rebuild
 from export.tensorrt_engine import BuildOptions, build_plan, load_module, make_logger, profiles
-from export.tensorrt_runtime import Here, mismatches
+from export.tensorrt_runtime import Here, compare
 from pipeline.config import NetworkConfig, load_config, preset_names
 from pipeline.errors import DataError, UnavailableError, UsageError
 from pipeline.storage import sha256_bytes
@@ -144,7 +144,7 @@ def test_an_engine_from_an_onnx_file(exported: Export, tmp_path: Path) -> None:
     assert card.engine is not None
     assert card.engine.onnx_sha256 == exported.card.sha256
     assert (tmp_path / "model.onnx").read_bytes() == exported.model.read_bytes()
-    with pytest.raises(UsageError, match="is fp32, and a plan has its graph's precision"):
+    with pytest.raises(UsageError, match="has fp32, and a plan has what its graph has"):
         export_plan(str(exported.model), tmp_path, options=RTX, precision="fp16")
 
 
@@ -199,18 +199,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_module("tensorrt")
 
 
-HOPPER = Engine(
-    runtime="tensorrt",
-    version="10.13.3.9",
-    gpu="NVIDIA H200",
-    compute_capability="9.0",
-    driver="13.0",
-    system="Linux-x86_64",
-    profiles=[[1, 1, 1], [1, 64, 256]],
-    optimization_level=3,
-    onnx="model.onnx",
-    onnx_sha256="0" * 64,
-)
 SAME = Here("10.13.3.9", "NVIDIA H200", "9.0", "13.0", "Linux-x86_64")
 
 
@@ -225,16 +213,21 @@ SAME = Here("10.13.3.9", "NVIDIA H200", "9.0", "13.0", "Linux-x86_64")
     ],
 )
 def test_an_engine_of_another_machine_does_not_fit(change: dict[str, str], words: str) -> None:
-    assert mismatches(HOPPER, SAME) == []
-    (why,) = mismatches(HOPPER, Here(**{**vars(SAME), **change}))
+    assert compare(HOPPER, SAME) == (
+        [],
+        ["tensorrt 10.13.3.9", "Linux-x86_64", "NVIDIA H200", "the driver for CUDA 13.0"],
+    )
+    (why,), matches = compare(HOPPER, Here(**{**vars(SAME), **change}))
     assert re.search(words, why)
+    assert len(matches) == 3
 
 
-def test_an_rtx_engine_fits_every_rtx_card_and_no_hopper() -> None:
+def test_an_rtx_engine_fits_rtx_cards_from_ampere_on_and_no_hopper() -> None:
     rtx = HOPPER.model_copy(update={"runtime": "tensorrt-rtx", "gpu": None, "compute_capability": None, "driver": None})
-    assert mismatches(rtx, Here("10.13.3.9", "NVIDIA RTX 6000 Ada", "8.9", "12.0", "Linux-x86_64")) == []
-    (why,) = mismatches(rtx, SAME)
-    assert "use --runtime tensorrt" in why
+    assert compare(rtx, Here("10.13.3.9", "NVIDIA RTX 6000 Ada", "8.9", "12.0", "Linux-x86_64"))[0] == []
+    for here in (SAME, Here("10.13.3.9", "NVIDIA GeForce RTX 2080 Ti", "7.5", "12.0", "Linux-x86_64")):
+        (why,), _ = compare(rtx, here)
+        assert "use --runtime tensorrt" in why
 
 
 def test_the_card_of_an_engine_survives_json(exported: Export) -> None:

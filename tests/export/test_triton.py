@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from export_cases import Cli, Export
+from export_cases import HOPPER, Cli, Export
 from google.protobuf import text_format
-from test_tensorrt_build import HOPPER
 from tritonclient.grpc import model_config_pb2 as schema
 
 from export.card import Card, read_card, write_card
 from export.triton import check_config, export_repository, make_config
-from pipeline.errors import DataError, UnavailableError
+from pipeline.errors import DataError, UnavailableError, UsageError
 from pipeline.storage import sha256_file
 
 
@@ -56,6 +55,13 @@ def test_an_engine(exported: Export, tmp_path: Path) -> None:
     assert (group.count, group.kind, list(group.profile)) == (2, schema.ModelInstanceGroup.KIND_GPU, ["0", "1"])
     assert config.optimization.cuda.graphs
     assert (path.parent / "1" / "model.plan").read_bytes() == b"plan"
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "-x", "a/b", "../up", ""])
+def test_a_name_stays_inside_the_repository(exported: Export, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="--name"):
+        export_repository(str(exported.model), tmp_path / "repository", name=name)
+    assert not (tmp_path / "repository").exists()
 
 
 def test_triton_has_no_rtx_backend(exported: Export, tmp_path: Path) -> None:

@@ -101,17 +101,24 @@ def load_square(data: bytes, size: int, channels: int, *, min_side: int = 1) -> 
 def is_ready(data: bytes, format: Format, size: int, channels: int) -> bool:
     """Whether an encoded image can be kept as it is: right format, size and mode, upright, opaque, one frame.
 
-    Raises BadImage when it looks right but its pixels cannot be decoded.
+    A JPEG that `decode` refuses is not: Pillow reads some that libjpeg warns of, and encoded anew they are sound.
+    Raises BadImage when a PNG or WebP looks right but its pixels cannot be decoded.
     """
     image = open_image(data)
     wanted = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}[format]
     if image.format != wanted or image.size != (size, size) or image.mode != ("L" if channels == 1 else "RGB"):
         return False
+    if format != "jpg":
+        upright(image, channels)  # before anything asks for EXIF, which reads a PNG to its end
     if getattr(image, "n_frames", 1) > 1 or "transparency" in image.info or image.getexif().get(0x0112, 1) != 1:
         return False
     if format == "png" and data[24] != 8:  # bits per sample: Pillow shows 16-bit RGB as 8-bit RGB
         return False
-    upright(image, channels)
+    if format == "jpg":
+        try:
+            decode(data, channels)
+        except BadImage:
+            return False
     return True
 
 

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MethodType
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import DataError, TryAgainError, UnavailableError, UsageError, describe_os_error
 
@@ -145,6 +146,10 @@ class Store:
     def path(self, name: str) -> str:
         """Return the full path or URL of `name`, for messages."""
         return f"{self.location}/{name}"
+
+    def shown(self, name: str) -> str:
+        """Return a listed `name` as people write it: http servers list, and are asked for, percent-encoded names."""
+        return unquote(name, errors="surrogateescape") if self.location.startswith(("http://", "https://")) else name
 
     def read(self, name: str) -> bytes:
         """Return the content of `name`."""
@@ -283,9 +288,11 @@ def _refusal(error: Exception) -> str | None:
     """Return the words for a store's final answer, or None for a fault that may pass."""
     if isinstance(error, FileNotFoundError):
         return "the store has no such file"
-    # s3fs wraps botocore's error; aiohttp's carries its status itself.
+    # s3fs wraps botocore's error; aiohttp's carries its status itself; gcsfs names a 403 only in words.
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    status = getattr(error, "status", None)
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if isinstance(error, OSError) and str(error).startswith("Forbidden: "):
+        status = 403
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", status)
     said = getattr(error, "message", None) or str(error)
@@ -319,6 +326,13 @@ def _filesystem(location: str) -> tuple[Any, str]:
             "read_timeout": TIMEOUT_SECONDS,
             "retries": {"total_max_attempts": 1},
         }
+    elif scheme == "gs":
+        import aiohttp
+
+        options["requests_timeout"] = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=TIMEOUT_SECONDS)
+        # Otherwise gcsfs first asks over gRPC what kind of bucket it is, which proxies and compatible stores cannot
+        # answer: a minute for each file.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         filesystem, root = fsspec.core.url_to_fs(location, **options)
     except ImportError as error:
@@ -327,4 +341,9 @@ def _filesystem(location: str) -> tuple[Any, str]:
         ) from None
     if scheme == "s3":
         filesystem.retries = 1
+    elif scheme == "gs":
+        # It would try six times within each of ours, and log a traceback after the last.
+        for name in ("_request", "_get_file_request", "_get_file_concurrent"):
+            method = getattr(type(filesystem), name)
+            setattr(filesystem, name, MethodType(getattr(method, "__wrapped__", method), filesystem))
     return filesystem, root

@@ -148,6 +148,17 @@ NGINX = bool(_nginx_binary())
 
 
 @contextmanager
+def gcs_server(bucket: str) -> Iterator[int]:
+    """Run a server that is compatible with Google Cloud Storage and has one empty bucket; yield its port."""
+    from gcp_storage_emulator.server import create_server
+
+    port = free_port()
+    with create_server("127.0.0.1", port, in_memory=True, default_bucket=bucket):
+        wait_for_port(port)
+        yield port
+
+
+@contextmanager
 def python_server(root: Path) -> Iterator[int]:
     """Serve `root` with `python -m http.server`, which knows no ranges; yield its port."""
     port = free_port()

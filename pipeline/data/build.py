@@ -18,7 +18,10 @@ from pipeline.data.place import (
     STATE,
     Group,
     State,
+    built_as,
+    check_place,
     compare,
+    finish_clearing,
     group_name,
     identity,
     read_groups,
@@ -28,7 +31,7 @@ from pipeline.data.place import (
 )
 from pipeline.data.plan import Work
 from pipeline.data.shards import ShardWriter, read_shard, write_shard
-from pipeline.data.sources.interface import Item, Listing, RefusalLog, Source, printable
+from pipeline.data.sources.interface import Item, Listing, RefusalLog, Source, printable, read_picture
 from pipeline.data.workers import run_tasks
 from pipeline.errors import DataError
 from pipeline.imaging import BadImage, Pixels
@@ -114,11 +117,9 @@ class Builder:
 
     def _read(self, item: Item) -> bytes | Pixels | BadImage:
         try:
-            return self.source.read(item)
+            return read_picture(self.source, item)
         except BadImage as error:
             return error
-        except OSError as error:
-            return BadImage(f"unreadable ({error.strerror or type(error).__name__})")
 
 
 def shard_name(group: int, number: int) -> str:
@@ -186,17 +187,25 @@ def run(
 
 
 def merge(out: str, parts: Iterable[str], *, max_bad: float | None = None) -> Dataset:
-    """Bring the parts of a build together in `out` and finish the data set. `out` may itself hold parts."""
+    """Bring the parts of a build together in `out` and finish the data set. `out` may itself hold parts.
+
+    Raises ConfigConflict when `out`, or one of the parts, is of another build.
+    """
     target = Store(out)
-    if target.exists(FILE_NAME) and not target.exists(PLAN):
-        return load_dataset(out)
+    finished = load_dataset(out) if target.exists(FILE_NAME) else None
+    if finished is None:
+        check_place(out)
+        finish_clearing(out)
     for location in parts:
         store = Store(location)
         if not store.exists(PLAN):
             raise DataError(f"{location}: no part of a build is here; expected the OUT of `dcgan-data build … --part`")
-        state = read_state(store)
+        plan = identity(read_state(store).plan)
+        if finished is not None:
+            compare(plan, built_as(finished), out, "choose another OUT")
+            continue
         if target.exists(PLAN):
-            compare(identity(state.plan), identity(read_state(target).plan), location)
+            compare(plan, identity(read_state(target).plan), out, f"{location} is no part of it")
         else:
             target.write(PLAN, store.read(PLAN))
         present = set(target.names(STATE))
@@ -207,6 +216,9 @@ def merge(out: str, parts: Iterable[str], *, max_bad: float | None = None) -> Da
             for shard in group.shards:
                 target.write(shard.name, read_shard(store, shard))
             target.write(f"{STATE}/{name}", group.model_dump_json().encode())
+    if finished is not None:
+        tidy(target)  # it may have been killed just before it did
+        return finished
     if not target.exists(PLAN):
         raise DataError(f"{out}: no part of a build is here; name the folders of the parts: merge OUT PART0 PART1 …")
     return finish(out, max_bad=max_bad)

@@ -61,6 +61,7 @@ def build_all(options: BuildOptions) -> None:
     """Build OUT, or with a validation share OUT/train and OUT/val, and say what was made."""
     signal.signal(signal.SIGTERM, _stop)
     part = parse_part(options.part)
+    place.refuse_overlap(options.src, options.out)
     given = {"labels": options.labels, "categories": options.categories or None, "split": options.source_split}
     given = {name: value for name, value in given.items() if value is not None}
     with Telemetry("build", run=options.out, part=str(part)) as telemetry:
@@ -123,8 +124,6 @@ def _build_one(
     if dataset is None:
         print(f"{out}: part {part} is done. When all are: dcgan-data merge OUT PART…")
         return
-    if options.kind == "faces":
-        _write_sheet(out, dataset)
     report(out, dataset)
 
 
@@ -161,7 +160,9 @@ def _write_sheet(out: str, dataset: Dataset) -> None:
 
 
 def report(out: str, dataset: Dataset) -> None:
-    """Say what a finished data set holds."""
+    """Say what a finished data set holds; of faces, show them too."""
+    if dataset.source["kind"] == "faces":
+        _write_sheet(out, dataset)
     print(
         f"{out}: {dataset.images:,} images of {dataset.image_size}x{dataset.image_size}x{dataset.channels} in "
         f"{len(dataset.shards):,} shards ({dataset.encoding}, {dataset.bytes / 1e6:,.1f} MB)"

@@ -58,22 +58,20 @@ def keep_first(codes: Codes, radius: int) -> Duplicates:
     # In the order of each code's first image; a pair's later code can only be dropped for its earlier one.
     early, late = first[pairs[:, 0]], first[pairs[:, 1]]
     early, late = np.minimum(early, late), np.maximum(early, late)
-    kept_by = first.copy()[group.ravel()]
-    distance = np.zeros(len(codes), np.int64)
-    representative = {}
-    for index in np.lexsort((early, pairs[:, 2], late)):
-        a, b = int(early[index]), int(late[index])
-        if b not in representative and a not in representative:
-            representative[b] = (a, int(pairs[index, 2]))
-    for dropped, (kept, apart) in representative.items():
-        members = kept_by == dropped
-        distance[members] = apart
-        kept_by[members] = kept
-    return Duplicates(kept_by, distance)
+    order = np.lexsort((early, pairs[:, 2], late))
+    kept_by, distance = np.arange(len(codes)), np.zeros(len(codes), np.int64)
+    dropped = bytearray(len(codes))  # in a loop much faster than an array
+    for a, b, apart in zip(early[order].tolist(), late[order].tolist(), pairs[order, 2].tolist(), strict=True):
+        if not dropped[a] and not dropped[b]:
+            dropped[b] = True
+            kept_by[b], distance[b] = a, apart
+    same = first[group.ravel()]  # the first image with the same code
+    return Duplicates(kept_by[same], distance[same])
 
 
 def dedup(location: str, out: str, *, radius: int, seed: int, workers: int, overwrite: bool) -> Dataset:
     """Copy the data set at `location` to `out` without near-duplicates, with a report. Raises UserError."""
+    place.refuse_overlap(location, out)
     dataset = load_dataset(location)
     place.check_place(out)
     description = {"kind": "dedup", "of": dataset.fingerprint(), "radius": radius, "hash_seed": seed}
@@ -176,7 +174,7 @@ def _write_report(
         "images": len(items),
         "kept": int(found.keep.sum()),
         "dropped": len(dropped),
-        "groups": len(set(found.kept_by[dropped].tolist())),
+        "groups": len(np.unique(found.kept_by[dropped])),
         "radius": radius,
         "radii": list(RADII),
         **measure(semantic_hash, np.stack([_pixels(source, items[i]) for i in kept])),
@@ -194,13 +192,16 @@ def _write_report(
 
 def _sheet(source: Tars, items: list[Item], found: Duplicates, dropped: NDArray[np.int64]) -> Pixels:
     """Return a picture of groups, the most doubtful first: the kept image, then those dropped for it."""
-    groups = {int(kept): dropped[found.kept_by[dropped] == kept] for kept in found.kept_by[dropped]}
-    doubtful = sorted(groups, key=lambda kept: -found.distance[groups[kept]].max())[:SHOWN_GROUPS]
+    ordered = dropped[np.argsort(found.kept_by[dropped], kind="stable")]
+    kept, starts = np.unique(found.kept_by[ordered], return_index=True)
+    ends = np.append(starts[1:], len(ordered))
+    farthest = np.maximum.reduceat(found.distance[ordered], starts)
     rows = []
-    for kept in doubtful:
-        members = groups[kept][:7]
-        caption = f"{len(groups[kept])} dropped, {', '.join(str(found.distance[i]) for i in members)} bits"
-        rows.append((caption, np.stack([_pixels(source, items[i]) for i in (kept, *members)])))
+    for group in np.argsort(-farthest, kind="stable")[:SHOWN_GROUPS]:
+        members = ordered[starts[group] : ends[group]]
+        shown = members[:7]
+        caption = f"{len(members)} dropped, {', '.join(str(found.distance[i]) for i in shown)} bits"
+        rows.append((caption, np.stack([_pixels(source, items[i]) for i in (kept[group], *shown)])))
     sheets = [labelled_sheet(rows[start::SHEET_COLUMNS]) for start in range(min(SHEET_COLUMNS, len(rows)))]
     height = max(sheet.shape[0] for sheet in sheets)
     return np.concatenate(

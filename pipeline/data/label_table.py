@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
@@ -32,7 +33,12 @@ def read_table(location: str) -> "LabelTable":
     for number, row in enumerate(rows, 1):
         if len(row) != width:
             raise DataError(f"--labels {location}: row {number} has {len(row)} columns, the header has {width}")
-    return LabelTable([column.strip() for column in rows[0][1:]], rows[1:], location)
+        if number > 1 and not PurePosixPath(row[0]).name:
+            raise DataError(f"--labels {location}: row {number} names no file ({row[0]!r}) in its first column")
+    columns = [column.strip() for column in rows[0][1:]]
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise DataError(f"--labels {location}: the header names the column {twice[0]!r} more than once; rename one")
+    return LabelTable(columns, rows[1:], location)
 
 
 class LabelTable:

@@ -13,6 +13,8 @@ from pipeline.storage import Store, is_url
 
 STATE = ".build"
 PLAN = f"{STATE}/plan.json"
+CLEARING = f"{STATE}/clearing"
+"""Here while, and after, an old data set is removed: a killed removal is known by it, and gone on with."""
 REFUSED, SKIPPED = "refused.txt", "skipped.txt"
 REPORTS = "duplicates."
 """What `dedup` writes beside the data set begins with this."""
@@ -54,14 +56,28 @@ def find_finished(out: str, plan: Plan) -> Dataset | None:
     store = Store(out)
     if store.exists(FILE_NAME):
         dataset = load_dataset(out)
-        compare(identity(plan), {key: value for key, value in dataset.source.items() if key != "location"}, out)
+        compare(identity(plan), built_as(dataset), out)
         tidy(store)  # it may have been killed just before it did
         return dataset
+    finish_clearing(out)
     if store.exists(PLAN):
         compare(identity(plan), identity(read_state(store).plan), out)
     else:
         check_place(out)
     return None
+
+
+def refuse_overlap(src: str, out: str) -> None:
+    """Raise UsageError when SRC is OUT or lies in it: what a build replaces there would be what it reads."""
+    source, target = _resolved(src), _resolved(out)
+    if source == target or source.startswith(target.rstrip("/") + "/"):
+        raise UsageError(f"{out}: OUT is SRC or holds it ({src}), and the build would delete it; choose another OUT")
+
+
+def _resolved(location: str) -> str:
+    """Return a location in the one form that equal ones share."""
+    local = location.removeprefix("file://")
+    return local.rstrip("/") if is_url(local) else os.path.realpath(local)
 
 
 def check_place(out: str) -> None:
@@ -89,13 +105,24 @@ def prepare(out: str, plan: Plan, *, overwrite: bool) -> Dataset | None:
 
 
 def clear(out: str) -> None:
-    """Remove a data set or an unfinished build, and nothing else."""
+    """Remove a data set or an unfinished build, and nothing else; `finish_clearing` goes on when this is killed."""
     store = Store(out)
     names = store.names()
     if FILE_NAME in names or STATE in names:
+        store.write(CLEARING, b"")
+        records = [f"{STATE}/{name}" for name in store.names(STATE)]
         shards = [name for name in names if re.fullmatch(r"\d{6}(-\d+)?\.tar", name)]
-        for name in [FILE_NAME, *shards, *sorted({REFUSED, SKIPPED, STATE} & set(names))]:
-            store.delete(name)
+        # First what the others are believed for. The mark stays until the next build is finished: see `tidy`.
+        for name in [FILE_NAME, PLAN, *shards, REFUSED, SKIPPED, *records]:
+            if name != CLEARING:
+                store.delete(name)
+
+
+def finish_clearing(out: str) -> None:
+    """Remove what a killed `clear` has left: shards and records that no data set or plan stands for any more."""
+    store = Store(out)
+    if store.exists(CLEARING) and not store.exists(PLAN) and not store.exists(FILE_NAME):
+        clear(out)
 
 
 def tidy(store: Store) -> None:
@@ -110,19 +137,24 @@ def identity(plan: Plan) -> dict[str, Any]:
     return {**plan.source, **plan.model_dump(exclude={"source", "labels"})}
 
 
-def compare(wanted: dict[str, Any], found: dict[str, Any], where: str) -> None:
-    """Raise ConfigConflict that shows the difference between a build and what is there."""
+def built_as(dataset: Dataset) -> dict[str, Any]:
+    """Return the identity of the build that made a data set."""
+    return {key: value for key, value in dataset.source.items() if key != "location"}
+
+
+def compare(wanted: dict[str, Any], found: dict[str, Any], where: str, advice: str = "--overwrite replaces it") -> None:
+    """Raise ConfigConflict that shows the difference between a build and what is there, and says what to do."""
     different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if not different:
         return
     if set(different) <= {"listing", "pictures", "groups"}:
         raise ConfigConflict(
             f"{where}: was built from other pictures ({found.get('pictures')} listed then, "
-            f"{wanted.get('pictures')} now); --overwrite builds it again"
+            f"{wanted.get('pictures')} now); {advice}"
         )
     shown = [key for key in different if key not in ("listing", "pictures", "groups")]
     what = ", ".join(f"{key}={found.get(key)!r} there, {wanted.get(key)!r} now" for key in shown)
-    raise ConfigConflict(f"{where}: holds a data set built with other options: {what}; --overwrite replaces it")
+    raise ConfigConflict(f"{where}: holds a data set built with other options: {what}; {advice}")
 
 
 def read_groups(store: Store, wanted: range) -> dict[int, Group]:

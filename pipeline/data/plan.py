@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.data.convert import Recipe, Skipped
 from pipeline.data.dataset import LabelType, Record
 from pipeline.data.shards import RECORD, ShardWriter, key_hash
-from pipeline.data.sources.interface import Item, Listing, Source, as_type, printable
+from pipeline.data.sources.interface import KEY, Item, Listing, Source, as_type, printable, read_picture
 from pipeline.errors import DataError, UsageError
 from pipeline.imaging import BadImage
 
@@ -80,8 +80,8 @@ class Work:
 
 def select(listing: Listing, selection: Selection) -> list[Item]:
     """Return the chosen pictures in their final order. Raises UserError when none is left."""
-    if "key" in listing.labels:
-        raise DataError("a label is named 'key', which is kept for the image's name; rename the column")
+    if KEY in listing.labels:
+        raise DataError(f"a label is named {KEY!r}, which is kept for the image's name; rename the column")
     tests = [_condition(text, listing.labels) for text in selection.where]
     items = [item for item in listing.items if all(test(item.labels) for test in tests)]
     if not items:
@@ -142,8 +142,8 @@ def _bytes_each(source: Source, items: list[Item], recipe: Recipe, num_labels: i
     pictures = 0
     for item in items[:PROBE_PICTURES]:
         try:
-            made = recipe.make(item, source.read(item))
-        except (BadImage, Skipped, OSError):
+            made = recipe.make(item, read_picture(source, item))
+        except (BadImage, Skipped):
             continue
         pictures += 1
         for key, image, labels in made:

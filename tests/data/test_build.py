@@ -85,6 +85,22 @@ def test_labels_from_a_table_are_typed_and_matched_by_name_or_stem(dcgan_data: A
     assert labels["b/0003.png"]["name"] is None
 
 
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("file,age\n0000.png,1\n,2\n", "row 3 names no file ('')"),
+        ("file,age\n0000.png,1\n/,2\n", "row 3 names no file ('/')"),
+        ("file,age, age\n0000.png,1,2\n", "names the column 'age' more than once"),
+        ("file,key\n0000.png,1\n0001.png,2\n0002.png,2\n", "a label is named 'key'"),
+    ],
+)
+def test_a_table_that_cannot_be_right_is_refused(dcgan_data: Any, tmp_path: Path, table: str, words: str) -> None:
+    (tmp_path / "labels.csv").write_text(table)
+    src = make_folder(tmp_path / "src", 3)
+    done = dcgan_data("build", "folder", src, tmp_path / "out", "--labels", tmp_path / "labels.csv")
+    assert (done.code, words in done.err) == (65, True), done.err
+
+
 def test_subsets_and_splits_follow_the_labels_and_are_recorded(dcgan_data: Any, tmp_path: Path) -> None:
     src = make_folder(tmp_path / "src", 60, classes=("cat", "dog"))
     options = ["--size", 8, "--where", "class=dog", "--limit", 20, "--val-fraction", 0.3]

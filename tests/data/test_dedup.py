@@ -1,6 +1,7 @@
 """Duplicates are found, distinct images are kept, and the search finds just what comparing all with all would."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.dataset import load_dataset
-from pipeline.data.dedup import keep_first
+from pipeline.data.dedup import SHOWN_GROUPS, Duplicates, _sheet, keep_first
 from pipeline.data.neighbours import close_pairs, distances
 from pipeline.data.semantic_hash import SemanticHash, shrink
 from pipeline.data.shards import iterate
+from pipeline.data.sources.interface import Item
 from pipeline.errors import DataError
 from pipeline.imaging import Pixels, encode
 
@@ -87,6 +89,52 @@ def test_the_first_is_kept_and_chains_do_not_pull_others_in() -> None:
     assert found.keep.tolist() == [True, False, True, True, False, False]
     assert found.kept_by.tolist() == [0, 0, 2, 3, 0, 3]
     assert found.distance.tolist() == [0, 3, 0, 0, 3, 0]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(0, 12))
+def test_what_is_kept_is_what_the_rule_says(seed: int, centres: int, radius: int) -> None:
+    """Image by image: dropped for the nearest code kept before it, of equally near ones for the first."""
+    rng = np.random.default_rng(seed)
+    bits = np.repeat(rng.integers(0, 2, (centres, 128), dtype=np.uint8), 5, axis=0)
+    for row in bits:
+        row[rng.integers(0, 128, rng.integers(0, 8))] ^= 1
+    codes = np.packbits(rng.permutation(bits), axis=1)
+    kept: list[int] = []
+    expected = []
+    for index, code in enumerate(codes):
+        apart = [int(np.bitwise_count(codes[other] ^ code).sum()) for other in kept]
+        nearest = min(range(len(kept)), key=lambda i: apart[i], default=None)
+        if nearest is not None and apart[nearest] <= radius:
+            expected.append((kept[nearest], apart[nearest]))
+        else:
+            kept.append(index)
+            expected.append((index, 0))
+    found = keep_first(codes, radius)
+    assert list(zip(found.kept_by.tolist(), found.distance.tolist(), strict=True)) == expected
+
+
+def test_the_sheet_shows_the_most_doubtful_groups_first() -> None:
+    """Even when there are far more groups and copies than fit on it, without looking at each for every other."""
+    items = [Item(str(index), (), index) for index in range(200_000)]
+    kept_by = np.arange(200_000)
+    kept_by[100_000:] -= 100_000  # each of the first half stands for one of the second
+    distance = np.zeros(200_000, np.int64)
+    distance[100_000:] = 2
+    distance[170_000], distance[150_000] = 7, 5
+    shown = []
+
+    class Pictures:
+        def read(self, item: Item) -> Pixels:
+            shown.append(item.where)
+            return np.zeros((8, 8, 3), np.uint8)
+
+    began = time.monotonic()
+    sheet = _sheet(Pictures(), items, Duplicates(kept_by, distance), np.arange(100_000, 200_000))  # type: ignore[arg-type]
+    assert time.monotonic() - began < 20
+    assert shown[:4] == [70_000, 170_000, 50_000, 150_000]
+    assert len(shown) == 2 * SHOWN_GROUPS
+    assert sheet.shape[2] == 3
 
 
 @pytest.mark.parametrize("encoding", ["webp"])

@@ -63,6 +63,12 @@ def test_frontal_faces_are_found_wherever_they_are(dcgan_data: Any, tmp_path: Pa
     assert (tmp_path / "out" / "refused.txt").read_text().startswith("broken.jpg\t")
     assert Image.open(tmp_path / "out" / "faces.png").size == (4 * 64, 64)
     assert load_dataset(tmp_path / "out").source["detector"] == "haar"
+    options = ["--size", 64, "--max-bad", 0.2, "--workers", 1, "--shard-images", 2]
+    parts = [tmp_path / f"part{index}" for index in range(2)]
+    for index, part in enumerate(parts):
+        assert dcgan_data("build", "faces", src, part, *options, "--part", f"{index}/2").code == 0
+    assert dcgan_data("merge", tmp_path / "merged", *parts, "--max-bad", 0.2).code == 0
+    assert Image.open(tmp_path / "merged" / "faces.png").size == (4 * 64, 64)
 
 
 def test_margin_and_least_size(dcgan_data: Any, tmp_path: Path, portrait: Image.Image) -> None:

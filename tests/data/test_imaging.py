@@ -9,6 +9,7 @@ import pytest
 from picture_files import as_bytes, make_picture
 from PIL import Image
 
+from pipeline.data.convert import Recipe
 from pipeline.imaging import BadImage, decode, encode, grid, is_ready, labelled_sheet, load_square
 
 RED = (200, 30, 40)
@@ -132,8 +133,24 @@ def test_only_a_finished_image_is_passed_through() -> None:
     exif[0x0112] = 3
     assert not is_ready(as_bytes(Image.fromarray(picture), "JPEG", exif=exif), "jpg", 32, 3)
     assert not is_ready(animation(), "webp", 20, 3)
+    assert not is_ready(encode(picture, "jpg")[:-200], "jpg", 32, 3)
+    with pytest.raises(BadImage, match="truncated"):
+        is_ready(encode(picture, "png")[:-200], "png", 32, 3)
+    with pytest.raises(BadImage, match="undecodable"):
+        is_ready(as_bytes(Image.fromarray(picture), "PNG", exif=b"Exif\0\0nonsense"), "png", 32, 3)
+
+
+def test_a_jpeg_that_only_pillow_reads_is_encoded_anew() -> None:
+    """Our reader takes libjpeg's warnings for errors: kept as it is, the picture would stop the training."""
+    sound = encode(make_picture(3, 32, 32), "jpg")
+    doubtful = sound[:-2] + b"more" + sound[-2:]  # bytes before the end marker
     with pytest.raises(BadImage):
-        is_ready(encode(picture, "jpg")[:-200], "jpg", 32, 3)
+        decode(doubtful)
+    assert not is_ready(doubtful, "jpg", 32, 3)
+    stored = Recipe(size=32, encoding="jpg", quality=95).convert(doubtful)
+    assert isinstance(stored, bytes)
+    assert np.abs(decode(stored).astype(int) - decode(sound)).mean() < 2
+    assert Recipe(size=32, encoding="jpg", quality=95).convert(sound) == sound
 
 
 @pytest.mark.parametrize("channels", [1, 3])

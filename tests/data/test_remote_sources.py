@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,11 +10,18 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import numpy as np
 import pytest
-from picture_files import make_folder
+from picture_files import make_folder, make_picture
+from storage_servers import gcs_server
 
 from pipeline.data.dataset import load_dataset
+from pipeline.data.stream import Stream
+from pipeline.imaging import encode
 from pipeline.storage import Store
+
+SMALL = ("--size", 16, "--workers", 1)
 
 
 @dataclass
@@ -23,12 +31,14 @@ class Server:
     url: str
     forbidden: set[str]
     cut: set[str]
+    asked: list[str]
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     forbidden: set[str] = set()
     cut: set[str] = set()
+    asked: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         """Lists folders and sends whole files, whatever range is asked for."""
@@ -36,6 +46,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            asked.append(self.path)
             name = self.path.rpartition("/")[2]
             if name in forbidden:
                 self.send_error(403, "Forbidden")
@@ -58,7 +69,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     )
     thread = threading.Thread(target=listener.serve_forever, daemon=True)
     thread.start()
-    yield Server(f"http://127.0.0.1:{listener.server_address[1]}", forbidden, cut)
+    yield Server(f"http://127.0.0.1:{listener.server_address[1]}", forbidden, cut, asked)
     listener.shutdown()
     listener.server_close()
     thread.join()
@@ -71,6 +82,49 @@ def test_a_remote_folder_gives_the_bytes_of_the_local_one(dcgan_data: Any, tmp_p
     assert dcgan_data("build", "folder", src, tmp_path / "local", "--size", 16).code == 0
     assert load_dataset(tmp_path / "remote").fingerprint() == load_dataset(tmp_path / "local").fingerprint()
     assert load_dataset(tmp_path / "remote").labels == {"class": "str"}
+
+
+AWKWARD = ("写真", "a b", "100%25", "c#d?e&f=g+h", "naïve;x")
+
+
+def test_names_in_any_script_are_the_same_over_http(dcgan_data: Any, tmp_path: Path, server: Server) -> None:
+    src = make_folder(tmp_path / "www" / "pictures", 5, classes=AWKWARD)
+    for name in AWKWARD:
+        (src / name / f"{name}.png").write_bytes(encode(make_picture(len(name), 32, 32), "png"))
+    (tmp_path / "labels.csv").write_text("file,age\n" + "".join(f"{name}.png,{len(name)}\n" for name in AWKWARD))
+    for number, labels in enumerate(("folders", "none", tmp_path / "labels.csv")):
+        for place, where in (("far", f"{server.url}/pictures"), ("near", src)):
+            out = tmp_path / f"{place}{number}"
+            done = dcgan_data("build", "folder", where, out, *SMALL, "--labels", labels, "--max-bad", 0.6)
+            assert done.code == 0, (place, done.err)
+        far, near = load_dataset(tmp_path / f"far{number}"), load_dataset(tmp_path / f"near{number}")
+        assert far.fingerprint() == near.fingerprint()
+        assert far.labels == near.labels
+        assert sorted(far.refused.examples) == sorted(near.refused.examples)
+
+
+def test_tars_with_such_names_too(dcgan_data: Any, tmp_path: Path, server: Server) -> None:
+    for name in AWKWARD:
+        folder = make_folder(tmp_path / "pictures" / name, 3)
+        (tmp_path / "www" / "tars").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "www" / "tars" / f"{name}.tar", "w") as tar:
+            for path in sorted(folder.iterdir()):
+                tar.add(path, path.name)
+    for source in ("webdataset", "imagenet"):
+        for place, where in (("far", f"{server.url}/tars"), ("near", tmp_path / "www" / "tars")):
+            done = dcgan_data("build", source, where, tmp_path / f"{source}-{place}", *SMALL)
+            assert done.code == 0, (place, done.err)
+        far, near = (load_dataset(tmp_path / f"{source}-{place}") for place in ("far", "near"))
+        assert far.fingerprint() == near.fingerprint()
+    listed = [path for path in server.asked if path.rstrip("/").endswith("tars")]
+    assert len(listed) <= 4, "the folder is listed once a build, not once a picture"
+
+
+def test_a_file_url_is_a_path(dcgan_data: Any, tmp_path: Path) -> None:
+    src = make_folder(tmp_path / "src", 6, classes=("cat", "dog"))
+    assert dcgan_data("build", "folder", f"file://{src}", f"file://{tmp_path}/far", *SMALL).code == 0
+    assert dcgan_data("build", "folder", src, tmp_path / "near", *SMALL).code == 0
+    assert load_dataset(tmp_path / "far").fingerprint() == load_dataset(tmp_path / "near").fingerprint()
 
 
 @pytest.mark.parametrize("encoding", ["packed", "png"])
@@ -113,7 +167,7 @@ def test_faults_of_the_server_are_one_line(
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket of an S3-compatible server."""
     from moto.server import ThreadedMotoServer
     from s3fs import S3FileSystem
@@ -128,13 +182,28 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_EC2_METADATA_DISABLED": "true",
     }.items():
         monkeypatch.setenv(key, value)
-    # An earlier test's fork server keeps that test's environment; a command of its own starts with the right one.
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
     S3FileSystem.clear_instance_cache()
     S3FileSystem().mkdir("bucket")
     yield "s3://bucket"
     S3FileSystem.clear_instance_cache()
     store.stop()
+
+
+@pytest.fixture
+def gs(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of a GCS-compatible server."""
+    with gcs_server("bucket") as port:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("NO_GCE_CHECK", "true")  # no looking for a cloud's own credentials
+        yield "gs://bucket"
+    fsspec.get_filesystem_class("gs").clear_instance_cache()
+
+
+@pytest.fixture(params=["s3", "gs"])
+def bucket(request: pytest.FixtureRequest) -> str:
+    # An earlier test's fork server keeps that test's environment; a command of its own starts with the right one.
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    return str(request.getfixturevalue(request.param))
 
 
 def test_parts_are_built_from_one_bucket_into_another_and_merged(dcgan_data: Any, tmp_path: Path, bucket: str) -> None:
@@ -153,6 +222,13 @@ def test_parts_are_built_from_one_bucket_into_another_and_merged(dcgan_data: Any
     assert dcgan_data("build", "folder", src, tmp_path / "local", *options).code == 0
     local = load_dataset(tmp_path / "local")
     assert load_dataset(f"{bucket}/out").fingerprint() == local.fingerprint()
+    run = {"seed": 1, "streams": 2, "batch": 8, "resident_limit": 0}
+    with (
+        Stream(f"{bucket}/out", cache_dir=tmp_path / "cache", **run) as far,  # type: ignore[arg-type]
+        Stream(tmp_path / "local", **run) as near,  # type: ignore[arg-type]
+    ):
+        for _ in range(9):
+            assert np.array_equal(far.next_batch(), near.next_batch())
     whole = dcgan_data("build", "folder", f"{bucket}/in", f"{bucket}/out", *options)
     assert (whole.code, "already built" in whole.out) == (0, True)
     other = dcgan_data("build", "folder", f"{bucket}/in", f"{bucket}/out", *options, "--seed", 1)

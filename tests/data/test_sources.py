@@ -91,18 +91,38 @@ def test_a_broken_lsun_database_keeps_what_can_be_read(dcgan_data: Any, tmp_path
     assert "cut off" in done.err
 
 
+def test_an_lmdb_with_keys_in_any_script_is_read(dcgan_data: Any, tmp_path: Path) -> None:
+    path = tmp_path / "own_train_lmdb"
+    keys = ["写真".encode(), b"\xff\xfe", b"a/b.jpg", b"plain"]
+    with lmdb.open(str(path), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
+        for index, key in enumerate(keys):
+            transaction.put(key, encode(make_picture(index, 32, 32), "png"))
+    done = dcgan_data("build", "lsun", path, tmp_path / "out", "--size", 32)
+    assert done.code == 0, done.err
+    pixels = {image.tobytes() for image, _ in contents(tmp_path / "out").values()}
+    assert pixels == {make_picture(index, 32, 32).tobytes() for index in range(4)}
+
+
+def test_lsun_over_a_network_is_refused_by_name(dcgan_data: Any, tmp_path: Path) -> None:
+    done = dcgan_data("build", "lsun", "s3://bucket/bedroom_train_lmdb", tmp_path / "out")
+    assert (done.code, "lsun reads local folders only" in done.err) == (2, True), done.err
+
+
 def celeba_files(root: Path, form: str) -> None:
     names = ["5_o_Clock_Shadow", "Eyeglasses", "Male", "Smiling"]
     rows = [(f"{i + 1:06d}.jpg", [1 if (i >> b) & 1 else -1 for b in range(4)], i % 3) for i in range(12)]
-    images = root / "img_align_celeba"
+    images = root / ("Img" if form == "authors" else "") / "img_align_celeba"
     images = images / "img_align_celeba" if form == "csv" else images
     images.mkdir(parents=True)
+    attributes, partition = (root / "Anno", root / "Eval") if form == "authors" else (root, root)
+    attributes.mkdir(exist_ok=True)
+    partition.mkdir(exist_ok=True)
     for index, (name, _, _) in enumerate(rows):
         (images / name).write_bytes(encode(make_picture(index, 178, 218), "jpg"))
-    if form == "txt":
+    if form != "csv":
         lines = ["12", " ".join(names), *(f"{n}  " + " ".join(f"{v:2d}" for v in values) for n, values, _ in rows)]
-        (root / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
-        (root / "list_eval_partition.txt").write_text("".join(f"{n} {part}\n" for n, _, part in rows))
+        (attributes / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
+        (partition / "list_eval_partition.txt").write_text("".join(f"{n} {part}\n" for n, _, part in rows))
     else:
         lines = ["image_id," + ",".join(names), *(f"{n}," + ",".join(map(str, values)) for n, values, _ in rows)]
         (root / "list_attr_celeba.csv").write_text("\n".join(lines) + "\n")
@@ -110,21 +130,35 @@ def celeba_files(root: Path, form: str) -> None:
         (root / "list_eval_partition.csv").write_text("\n".join(lines) + "\n")
 
 
-def test_celeba_text_and_csv_give_the_same_bytes(dcgan_data: Any, tmp_path: Path) -> None:
-    for form in ("txt", "csv"):
+def test_all_forms_of_celeba_give_the_same_bytes(dcgan_data: Any, tmp_path: Path) -> None:
+    for form in ("txt", "csv", "authors"):
         celeba_files(tmp_path / form, form)
         done = dcgan_data("build", "celeba", tmp_path / form, tmp_path / f"out-{form}", "--size", 32)
         assert done.code == 0, done.err
-    text, table = load_dataset(tmp_path / "out-txt"), load_dataset(tmp_path / "out-csv")
-    assert text.fingerprint() == table.fingerprint()
+    text, table, tree = (load_dataset(tmp_path / f"out-{form}") for form in ("txt", "csv", "authors"))
+    assert text.fingerprint() == table.fingerprint() == tree.fingerprint()
     assert text.labels == dict.fromkeys(["5_o_clock_shadow", "eyeglasses", "male", "smiling"], "bool")
     for key, (_, labels) in contents(tmp_path / "out-txt").items():
         index = int(key[:6]) - 1
         assert list(labels.values()) == [bool((index >> bit) & 1) for bit in range(4)]
     options = ["--size", 32, "--split", "val", "--where", "male=1"]
-    assert dcgan_data("build", "celeba", tmp_path / "txt", tmp_path / "val", *options).code == 0
-    keys = set(contents(tmp_path / "val"))
-    assert keys == {f"{i + 1:06d}.jpg" for i in range(12) if i % 3 == 1 and (i >> 2) & 1}
+    for form in ("txt", "authors"):
+        assert dcgan_data("build", "celeba", tmp_path / form, tmp_path / f"val-{form}", *options).code == 0
+        keys = set(contents(tmp_path / f"val-{form}"))
+        assert keys == {f"{i + 1:06d}.jpg" for i in range(12) if i % 3 == 1 and (i >> 2) & 1}
+
+
+@pytest.mark.parametrize("form", ["txt", "csv"])
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "empty; expected a row"), (b"\xff\xfea\0", "not a list in UTF-8")]
+)
+def test_a_list_of_celeba_that_is_none_is_refused_by_name(
+    dcgan_data: Any, tmp_path: Path, form: str, content: bytes, words: str
+) -> None:
+    celeba_files(tmp_path, form)
+    (tmp_path / f"list_attr_celeba.{form}").write_bytes(content)
+    done = dcgan_data("build", "celeba", tmp_path, tmp_path / "out")
+    assert (done.code, f"list_attr_celeba.{form}: {words}" in done.err) == (65, True), done.err
 
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -217,6 +251,10 @@ def test_svhn_is_read_in_blocks_and_exactly(dcgan_data: Any, tmp_path: Path, com
         index = int(key.rpartition("/")[2])
         assert np.array_equal(image, pixels[..., index])
         assert labels == {"label": (index % 10 + 1) % 10}
+    one = ["build", "svhn", tmp_path / "train_32x32.mat", tmp_path / "one", "--size", 32]
+    done = dcgan_data(*one, "--split", "extra")
+    assert (done.code, "--split extra: SRC is the one file train_32x32.mat" in done.err) == (2, True)
+    assert dcgan_data(*one).code == 0
     data = (tmp_path / "train_32x32.mat").read_bytes()
     (tmp_path / "train_32x32.mat").write_bytes(data[: len(data) // 2])
     done = dcgan_data("build", "svhn", tmp_path / "train_32x32.mat", tmp_path / "cut", "--size", 32)

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,20 +33,20 @@ class Folder:
             return self._with_table(files, notes)
         classes = [path.partition("/")[0] if "/" in path else None for path, _ in files]
         if self.labels == "none" or not any(classes):
-            return Listing({}, [Item(path, (), size) for path, size in files], notes=notes)
-        items = [Item(path, (name,), size) for (path, size), name in zip(files, classes, strict=True)]
+            return Listing({}, [Item(path, (), where) for path, where in files], notes=notes)
+        items = [Item(path, (name,), where) for (path, where), name in zip(files, classes, strict=True)]
         return Listing({"class": "str"}, items, notes=notes)
 
-    def _with_table(self, files: list[tuple[str, int]], notes: list[str]) -> Listing:
+    def _with_table(self, files: "list[File]", notes: list[str]) -> Listing:
         table = read_table(self.labels)
         types: dict[str, LabelType] = dict(table.types)
         listing = Listing(types, [], notes=notes)
-        for path, size in files:
+        for path, where in files:
             labels: tuple[Any, ...] | None = table.find(path)
             if labels is None:
                 listing.refused.add(path, "no row in the label file")
             else:
-                listing.items.append(Item(path, labels, size))
+                listing.items.append(Item(path, labels, where))
         if not listing.items:
             raise DataError(
                 f"--labels {self.labels}: none of its {len(table):,} rows names an image in {self.location}"
@@ -56,7 +57,16 @@ class Folder:
 
     def read(self, item: Item) -> bytes:
         """Return the file's bytes."""
-        return read_file(self.location, item.key)
+        return read_file(self.location, path_of(item))
+
+
+File = tuple[str, int | str]
+"""A picture's path, and its size; of http servers, which tell none, the path as they spell it."""
+
+
+def path_of(item: Item) -> str:
+    """Return the path by which a picture of a folder is read."""
+    return item.where if isinstance(item.where, str) else item.key
 
 
 def read_file(location: str, path: str) -> bytes:
@@ -69,21 +79,24 @@ def read_file(location: str, path: str) -> bytes:
         raise BadImage("a link to nothing, or removed meanwhile") from None
 
 
-def _find(location: str) -> tuple[list[tuple[str, int]], list[str]]:
-    """Return the pictures below `location` as sorted (path, bytes), and notes about what else is there."""
+def _find(location: str) -> tuple[list[File], list[str]]:
+    """Return the pictures below `location`, sorted, and notes about what else is there."""
+    found: Sequence[File]
     if is_url(location):
-        found = Store(location).find()
+        store = Store(location)
+        listed = ((store.shown(path), path, size) for path, size in store.find())
+        found = [(shown, size if shown == path else path) for shown, path, size in listed]
     else:
         if not Path(location).is_dir():
             raise UsageError(f"{location}: no such folder; SRC is the folder that holds the images")
         found, loops = _walk(Path(location))
-    files = [(path, size) for path, size in found if PurePosixPath(path).suffix.lower() in SUFFIXES]
+    files = [(path, where) for path, where in found if PurePosixPath(path).suffix.lower() in SUFFIXES]
     notes = []
     if others := len(found) - len(files):
         notes.append(f"{others:,} files that are not images were passed over")
     if not is_url(location) and loops:
         notes.append(f"{loops:,} links that lead back to a folder above them were passed over")
-    return sorted(files), notes
+    return sorted(files, key=lambda file: file[0]), notes
 
 
 def _walk(root: Path) -> tuple[list[tuple[str, int]], int]:

@@ -1,14 +1,13 @@
 """ImageNet: class folders, tars of classes, or the one tar of those tars; `class` is the WordNet name."""
 
 import io
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.data.sources.folder import SUFFIXES, Folder
 from pipeline.data.sources.interface import Item, Listing
-from pipeline.data.sources.tars import tar_members
+from pipeline.data.sources.tars import folder_of, open_members, tar_members
 from pipeline.errors import DataError, UsageError
 from pipeline.storage import Store, is_url
 
@@ -35,14 +34,12 @@ class ImageNet:
         if not isinstance(item.where, tuple):
             return Folder(self.location).read(item)
         name, offset, size = item.where
-        folder = self.location.rpartition("/")[0] if self.location.endswith(".tar") else self.location
-        return Store(folder or ".").read_range(name, offset, size)
+        return Store(folder_of(self.location)).read_range(name, offset, size)
 
     def _tars(self) -> list[tuple[str, str]]:
         """Return (folder, name) of the tars to read."""
         if self.location.endswith(".tar"):
-            folder, _, name = self.location.rpartition("/")
-            return [(folder or ".", name)]
+            return [(folder_of(self.location), self.location.rpartition("/")[2])]
         if not is_url(self.location) and not Path(self.location).is_dir():
             raise UsageError(f"{self.location}: no such folder or tar")
         return [(self.location, name) for name in Store(self.location).names() if name.endswith(".tar")]
@@ -59,22 +56,18 @@ class ImageNet:
     def _from_tars(self, tars: list[tuple[str, str]]) -> Listing:
         listing = Listing({}, [])
         for folder, name in tars:
-            for member, offset, size, file in tar_members(folder, name):
+            for member, offset, size, file in tar_members(folder, name, listing):
                 if member.endswith(".tar"):
-                    file.seek(offset)
-                    inner = _Window(file, offset, size)
+                    inner = open_members(_Window(file, offset, size), f"{folder}/{name}: {member}", listing)
                     wnid = PurePosixPath(member).stem
-                    try:
-                        with tarfile.open(fileobj=inner, mode="r:") as tar:
-                            listing.items += [
-                                _item(wnid, m.name, name, offset + m.offset_data, m.size)
-                                for m in tar
-                                if m.isreg() and _is_image(m.name)
-                            ]
-                    except tarfile.TarError as error:
-                        raise DataError(f"{folder}/{name}: {member}: damaged tar: {error}") from None
+                    listing.items += [
+                        _item(wnid, picture, name, offset + at, length)
+                        for picture, at, length in inner
+                        if _is_image(picture)
+                    ]
                 elif _is_image(member):
-                    listing.items.append(_item(PurePosixPath(name).stem, member, name, offset, size))
+                    wnid = PurePosixPath(Store(folder).shown(name)).stem
+                    listing.items.append(_item(wnid, member, name, offset, size))
         if not listing.items:
             raise DataError(f"{self.location}: its tars hold no images")
         return listing

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from pipeline.data.dataset import LabelType, Refusals
-from pipeline.imaging import Pixels
+from pipeline.errors import TryAgainError, describe_os_error
+from pipeline.imaging import BadImage, Pixels
 
+KEY = "key"
+"""The column of the images' names in every shard: no label can have this name."""
 EXAMPLES = 100
 """Refused images that dataset.json names; refused.txt names all."""
 
@@ -76,6 +79,17 @@ class Source(Protocol):
     def read(self, item: Item) -> bytes | Pixels:
         """Return a picture: its encoded bytes, or pixels (H, W, C). Raises BadImage or OSError."""
         ...
+
+
+def read_picture(source: Source, item: Item) -> bytes | Pixels:
+    """Return a picture of `source`. Raises BadImage when it stays unreadable, TryAgainError when that may pass."""
+    try:
+        return source.read(item)
+    except OSError as error:
+        error.filename = error.filename or printable(item.key)  # a failing read, unlike open, does not say of what
+        if isinstance(known := describe_os_error(error), TryAgainError):
+            raise known from None
+        raise BadImage(f"unreadable ({error.strerror or type(error).__name__})") from None
 
 
 def printable(key: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.data.sources.interface import Item, Listing
 from pipeline.errors import DataError, UnavailableError, UsageError
 from pipeline.imaging import BadImage
+from pipeline.storage import is_url
 
 _NAME = re.compile(r"(?P<category>.+?)(?:_(?P<split>train|val|test))?(?:_lmdb)?")
 
@@ -46,7 +47,7 @@ class Lsun:
         """Return the encoded image: JPEG or WebP, whichever the exporter wrote."""
         import lmdb
 
-        name, _, key = item.key.rpartition("/")
+        name, _, key = item.key.partition("/")
         path = next(path for path in self._databases() if path.name == name)
         try:
             with _open(str(path)).begin(buffers=False) as transaction:
@@ -58,6 +59,8 @@ class Lsun:
         return value
 
     def _databases(self) -> list[Path]:
+        if is_url(self.location):
+            raise UsageError(f"{self.location}: lsun reads local folders only (lmdb maps its file); copy it to a disk")
         root = Path(self.location)
         if not root.is_dir():
             raise UsageError(f"{self.location}: no such folder; expected an LSUN folder such as bedroom_train_lmdb")
@@ -112,7 +115,7 @@ def _keys(path: Path) -> tuple[list[str], int]:
         before = len(keys)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as reader:
             assert reader.stdout is not None
-            keys += (line[:-1].decode("ascii", "replace") for line in reader.stdout if line.endswith(b"\n"))
+            keys += (line[:-1].decode("ascii", "surrogateescape") for line in reader.stdout if line.endswith(b"\n"))
         if reader.returncode == 0:
             break
         # Step over the broken page, twice as far each time, until there are keys again.

@@ -27,6 +27,7 @@ SOURCES: dict[str, tuple[Callable[..., Source], frozenset[str]]] = {
     "faces": (Folder, frozenset({"labels"})),
 }
 _OPTION_NAMES = {"labels": "--labels", "categories": "--category", "split": "--split"}
+_RECORDED_AS = {"split": "source_split"}  # `split` is the part that --val-fraction makes
 
 
 def open_source(kind: str, location: str, options: dict[str, Any]) -> tuple[Source, dict[str, Any]]:
@@ -38,8 +39,9 @@ def open_source(kind: str, location: str, options: dict[str, Any]) -> tuple[Sour
     for name in options:
         if name not in takes:
             raise UsageError(f"{_OPTION_NAMES[name]}: does nothing with the source {kind}")
+    location = location.removeprefix("file://")
     source = make(location if is_url(location) else location.rstrip("/") or "/", **options)
-    described = dict(options)
+    described = {_RECORDED_AS.get(name, name): value for name, value in options.items()}
     if options.get("labels") not in (None, "folders", "none"):
         described["labels"] = "table"  # the listing's fingerprint covers its content, so its path does not matter
     return source, {"kind": kind, **described}

@@ -67,6 +67,8 @@ class Svhn:
         """Return {split: file} of what was asked for, fetched first if it is remote."""
         if self.location.endswith(".mat"):
             folder, _, name = self.location.rpartition("/")
+            if self.split is not None:
+                raise UsageError(f"--split {self.split}: SRC is the one file {name}; leave it out, or give its folder")
             wanted = {name.removesuffix(".mat").removesuffix("_32x32"): name}
         else:
             folder, split = self.location, self.split or "train"

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.dataset import FILE_NAME, Dataset, load_dataset
-from pipeline.data.shards import read_shard, shard_columns
-from pipeline.data.sources.interface import Item, Listing, as_type, infer_type
+from pipeline.data.shards import RECORD, read_shard, shard_columns
+from pipeline.data.sources.interface import KEY, Item, Listing, as_type, infer_type
 from pipeline.errors import DataError
 from pipeline.imaging import Pixels
 from pipeline.storage import Store, is_url
@@ -39,6 +39,9 @@ class Tars:
         for name in names:
             samples += _samples(folder, name, listing)
         columns = sorted({label for _, labels, _ in samples for label in labels})
+        if KEY in columns:  # img2dataset writes one into every .json, and nobody can rename it there
+            columns.remove(KEY)
+            listing.notes.append(f"the label {KEY!r} was passed over: that is what the image's own name is called")
         listing.labels = {name: infer_type(labels.get(name) for _, labels, _ in samples) for name in columns}
         listing.items = [
             Item(key, tuple(as_type(labels.get(name), kind) for name, kind in listing.labels.items()), where)
@@ -51,7 +54,7 @@ class Tars:
     def read(self, item: Item) -> bytes | Pixels:
         """Return the image's bytes, or its pixels when it lies in a block."""
         name, offset, size, shape = item.where
-        data = Store(_tars(self.location)[0]).read_range(name, offset, size)
+        data = Store(folder_of(self.location)).read_range(name, offset, size)
         return data if shape is None else np.frombuffer(data, np.uint8).reshape(shape)
 
     def _own(self, dataset: Dataset) -> Listing:
@@ -81,8 +84,7 @@ class Tars:
 def _tars(location: str) -> tuple[str, list[str] | None]:
     """Return the folder and the names of the tars in it, or None for the names if it is one of our data sets."""
     if location.endswith(".tar"):
-        folder, _, name = location.rpartition("/")
-        return folder or ".", [name]
+        return folder_of(location), [location.rpartition("/")[2]]
     if not is_url(location) and not Path(location).is_dir():
         raise DataError(f"{location}: no such folder; SRC is a folder of tars, or one .tar")
     present = Store(location).names()
@@ -94,8 +96,16 @@ def _tars(location: str) -> tuple[str, list[str] | None]:
     return location, names
 
 
-def tar_members(folder: str, name: str) -> Iterator[tuple[str, int, int, Any]]:
-    """Yield (name, offset, size, open file) of a tar's plain files. Raises DataError where the tar breaks."""
+def folder_of(location: str) -> str:
+    """Return the folder of the tars: `location` itself, or where it lies if it is a single tar."""
+    return location.rpartition("/")[0] or "." if location.endswith(".tar") else location
+
+
+def tar_members(folder: str, name: str, listing: Listing) -> Iterator[tuple[str, int, int, Any]]:
+    """Yield (name, offset, size, open file) of a tar's plain files. Raises DataError where the tar breaks.
+
+    A tar that just stops, without an end mark, makes `listing` a damaged one.
+    """
     with contextlib.ExitStack() as stack:
         if is_url(folder):
             copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dcgan-tar-"))) / "copy.tar"
@@ -103,21 +113,40 @@ def tar_members(folder: str, name: str) -> Iterator[tuple[str, int, int, Any]]:
             source: Any = stack.enter_context(copy.open("rb"))
         else:
             source = stack.enter_context((Path(folder) / name).open("rb"))
-        try:
-            with tarfile.open(fileobj=source, mode="r:", errorlevel=2) as tar:
-                for member in tar:
-                    if member.isreg():
-                        yield member.name, member.offset_data, member.size, source
-        except tarfile.TarError as error:
-            raise DataError(f"{folder}/{name}: damaged tar near offset {source.tell()}: {error}") from None
+        for member, offset, size in open_members(source, f"{folder}/{name}", listing):
+            yield member, offset, size, source
+
+
+def open_members(file: Any, where: str, listing: Listing) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, size) of the plain files in an open tar, like `tar_members`."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
+            for member in tar:
+                if member.isreg():
+                    yield member.name, member.offset_data, member.size
+    except tarfile.TarError as error:
+        raise DataError(f"{where}: damaged tar near offset {file.tell()}: {error}") from None
+    # tarfile takes a header that it cannot read for the end, and says nothing: the end must look like one.
+    file.seek(tar.offset)
+    if not (mark := file.read(RECORD)):  # some writers leave the mark away, but a cut-off copy looks just like that
+        listing.refused.unnamed[f"tar without an end mark, perhaps cut off: {where}"] = 1
+        listing.damaged = True
+    while mark:
+        if mark.strip(b"\0"):
+            raise DataError(
+                f"{where}: damaged tar: at offset {tar.offset} stands neither a header nor the end of the tar, and "
+                "what follows would be lost; copy or make it again"
+            )
+        mark = file.read(1 << 20)
 
 
 def _samples(folder: str, name: str, listing: Listing) -> list[tuple[str, dict[str, Any], Any]]:
     """Return (key, labels, where) of each image in a tar."""
     found: dict[str, list[tuple[str, Any]]] = {}
     labels: dict[str, dict[str, Any]] = {}
-    passed = 0
-    for member, offset, size, file in tar_members(folder, name):
+    shown = Store(folder).shown(name)
+    passed = unread = 0
+    for member, offset, size, file in tar_members(folder, name, listing):
         match = _SAMPLE.fullmatch(member)
         extension = match[2].lower().rpartition(".")[2] if match else ""
         if match is None or extension not in IMAGES | {"json", "cls", "npy"}:
@@ -126,18 +155,22 @@ def _samples(folder: str, name: str, listing: Listing) -> list[tuple[str, dict[s
         sample = match[1]
         if extension in ("json", "cls"):
             file.seek(offset)
-            labels.setdefault(sample, {}).update(_labels(file.read(size), extension))
+            some = _labels(file.read(size), extension)
+            labels.setdefault(sample, {}).update(some or {})
+            unread += some is None
         elif extension in IMAGES:
-            found.setdefault(sample, []).append((f"{name}/{member}", (name, offset, size, None)))
+            found.setdefault(sample, []).append((f"{shown}/{member}", (name, offset, size, None)))
         else:
             file.seek(offset)
             block = _block(file, name, offset, size)
             if block is None:
-                listing.refused.add(f"{name}/{member}", "not a block of uint8 images")
+                listing.refused.add(f"{shown}/{member}", "not a block of uint8 images")
             else:
-                found.setdefault(sample, []).extend((f"{name}/{member}#{i}", where) for i, where in enumerate(block))
+                found.setdefault(sample, []).extend((f"{shown}/{member}#{i}", where) for i, where in enumerate(block))
     if passed:
-        listing.notes.append(f"{passed:,} members of {name} that are neither images nor labels were passed over")
+        listing.notes.append(f"{passed:,} members of {shown} that are neither images nor labels were passed over")
+    if unread:
+        listing.notes.append(f"{unread:,} .json members of {shown} are not JSON and gave no labels")
     return [
         (key, _row(labels.get(sample, {}), index, len(images)), where)
         for sample, images in found.items()
@@ -145,13 +178,13 @@ def _samples(folder: str, name: str, listing: Listing) -> list[tuple[str, dict[s
     ]
 
 
-def _labels(data: bytes, extension: str) -> dict[str, Any]:
-    """Return the labels in a .json or .cls member: its scalar values, or columns of them."""
+def _labels(data: bytes, extension: str) -> dict[str, Any] | None:
+    """Return the labels in a .json or .cls member: its scalar values, or columns of them. None if it is no JSON."""
     try:
         content = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter from a thousand brackets, one in the other
         text = data.decode("utf-8", "replace").strip()
-        return {"label": text} if extension == "cls" else {}
+        return {"label": text} if extension == "cls" else None
     if extension == "cls" or not isinstance(content, dict):
         return {"label": content} if isinstance(content, (int, str)) else {}
     inner = content.get("labels")

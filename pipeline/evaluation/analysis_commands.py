@@ -7,14 +7,15 @@ import typer
 
 from pipeline.errors import UsageError
 from pipeline.evaluation.options import (
+    NUMBERED_SAMPLES,
     Ckpt,
     Classifier,
     Count,
     Data,
+    Limit,
     OptionalData,
     Out,
     Seed,
-    check_count,
     show,
 )
 from pipeline.evaluation.results import output_folder
@@ -43,10 +44,10 @@ def probe(
     label: Annotated[str, typer.Option(help="The label to tell.", show_default=False)],
     test_data: Annotated[str | None, typer.Option(help="Shards to test on; else the last fifth of --data.")] = None,
     labels: Annotated[
-        int | None, typer.Option(help="Class-balanced labels a draw (SVHN: 1000); else all, once.")
+        int | None, typer.Option(help="Class-balanced labels a draw (SVHN: 1000); else all, once.", min=2)
     ] = None,
     draws: Annotated[int, typer.Option(help="Draws of --labels.", min=1)] = 100,
-    limit: Annotated[int | None, typer.Option(help="Use the first so many images of --data.")] = None,
+    limit: Limit = None,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
@@ -84,7 +85,10 @@ def arithmetic(
     classifier: Classifier = None,
     data: OptionalData = None,
     trials: Annotated[int, typer.Option(help="Draws of exemplars.", min=1)] = 200,
-    sheet: Annotated[int | None, typer.Option(help="Only write a contact sheet of so many numbered samples.")] = None,
+    sheet: Annotated[
+        int | None,
+        typer.Option(help="Only write a contact sheet of so many numbered samples.", min=1, max=NUMBERED_SAMPLES),
+    ] = None,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
@@ -93,7 +97,7 @@ def arithmetic(
     from pipeline.evaluation.arithmetic import run_arithmetic, write_contact_sheet
 
     if sheet is not None:
-        written = write_contact_sheet(folder, ckpt=ckpt, count=check_count(sheet), seed=seed)
+        written = write_contact_sheet(folder, ckpt=ckpt, count=sheet, seed=seed)
         typer.echo(f"written: {written.with_suffix('.png')}; give indices as --expression '#3,7,9 - #1,2,4 + #5,6,8'")
         return
     numbers = run_arithmetic(
@@ -137,7 +141,7 @@ def neighbors(
     ckpt: Ckpt,
     data: Data,
     count: Count = 36,
-    limit: Annotated[int | None, typer.Option(help="Search the first so many images of --data.")] = None,
+    limit: Limit = None,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
@@ -153,8 +157,10 @@ def memorization(
     ckpt: Ckpt,
     data: Data,
     held_out: Annotated[str | None, typer.Option(help="Shards that the run has never seen.")] = None,
-    most: Annotated[int, typer.Option(help="Largest number of samples (1,000, 10,000, 100,000).", min=100)] = 10_000,
-    limit: Annotated[int | None, typer.Option(help="Use the first so many images of --data.")] = None,
+    most: Annotated[
+        int, typer.Option(help="Most samples; measured at 1,000, 10,000 and 100,000 on the way.", min=100)
+    ] = 10_000,
+    limit: Limit = None,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
@@ -170,7 +176,9 @@ def memorization(
 def features(
     ckpt: Ckpt,
     data: Data,
-    layer: Annotated[int, typer.Option(help="Convolution of the discriminator, 1 being the first.", min=1)] = 4,
+    layer: Annotated[
+        int | None, typer.Option(help="Convolution of the discriminator, 1 being the first; else its last.", min=1)
+    ] = None,
     units: Annotated[int, typer.Option(help="Units that are shown.", min=1)] = 6,
     images_each: Annotated[int, typer.Option(help="Images for each unit.", min=1)] = 8,
     out: Out = None,

@@ -41,7 +41,7 @@ def run_arithmetic(
     """Write arithmetic.json and a picture in the manner of Figure 7, and return how often it gives what it should."""
     concepts = parse(expression)
     loaded, subject = subjects.generator(ckpt)
-    by_index = any(concept.indices for concept in concepts)
+    by_index = all(concept.indices for concept in concepts)
     judge = None if by_index and classifier is None and data is None else get_classifier(classifier, data, out)
     if judge is not None:
         check_known(concepts, judge)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
 from pipeline.evaluation.classifier import Classifier
+from pipeline.evaluation.options import NUMBERED_SAMPLES
 
 Read = dict[str, NDArray[np.float32]]
 CONFIDENT = 0.8
@@ -40,8 +41,13 @@ def parse(expression: str) -> list[Concept]:
     concepts = []
     for sign, text in zip(pieces[1::2], pieces[2::2], strict=True):
         text = text.strip()  # noqa: PLW2901
-        if re.fullmatch(r"#\d+(\s*,\s*\d+)*", text):
+        if re.fullmatch(r"#\d{1,18}(\s*,\s*\d{1,18})*", text):
             indices = tuple(int(number) for number in text[1:].split(","))
+            if max(indices) >= NUMBERED_SAMPLES:
+                raise UsageError(
+                    f"--expression: there is no sample #{max(indices)}; expected indices from a contact sheet "
+                    f"(--sheet), 0 to {NUMBERED_SAMPLES - 1}"
+                )
             concepts.append(Concept(1 if sign == "+" else -1, text, indices=indices))
         elif re.fullmatch(r"!?\w+(\s*&\s*!?\w+)*", text):
             names = [name.strip() for name in text.split("&")]

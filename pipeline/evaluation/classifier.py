@@ -159,7 +159,13 @@ def make_classifier(data: str, out: Path, *, seed: int, epochs: int = EPOCHS) ->
     classifier.save(out / FILE_NAME)
     heads = classifier.heads.values()
     rows = [
-        [head.name, "accuracy" if head.kind == "bool" else "R²", round(head.score, 3), _baseline(head)]
+        [
+            head.name,
+            "accuracy" if head.kind == "bool" else "R²",
+            round(head.score, 3),
+            _baseline(head),
+            int(np.isfinite(_numbers(labelled, head.name)).sum()),
+        ]
         for head in heads
     ]
     bools = [head for head in heads if head.kind == "bool"]
@@ -167,18 +173,23 @@ def make_classifier(data: str, out: Path, *, seed: int, epochs: int = EPOCHS) ->
     result.write(
         {head.name: head.score for head in heads},
         summary=f"Accuracy on {len(test.images):,} held-out images: {spoken}." if bools else "",
-        table=[["attribute", "measure", "held out", "always the commoner answer"], *rows],
+        table=[["attribute", "measure", "held out", "always the commoner answer", "images that have it"], *rows],
     )
     return classifier
 
 
 def train_classifier(labelled: Labelled, *, seed: int, epochs: int = EPOCHS) -> Classifier:
-    """Return a classifier of every bool and float label. Raises DataError when there are none, or too few images."""
+    """Return a classifier of every bool and float label; where an image lacks one, nothing is learned from it.
+
+    Raises DataError when there are no such labels, or too few images.
+    """
     heads = []
     for name, kind in labelled.types.items():
-        values = labelled.columns[name]
-        if kind in ("bool", "float") and float(np.std(values.astype(np.float64))) > 0:
-            heads.append(Head(name, kind, float(values.mean()), float(values.astype(np.float64).std())))
+        if kind in ("bool", "float"):
+            values = _numbers(labelled, name)
+            present = values[np.isfinite(values)]
+            if len(present) and present.std() > 0:
+                heads.append(Head(name, kind, float(present.mean()), float(present.std())))
     if not heads:
         raise DataError("the data set has no bool or float label that varies: nothing for a classifier to learn")
     if len(labelled.images) < 2 * BATCH:
@@ -200,6 +211,8 @@ def train_classifier(labelled: Labelled, *, seed: int, epochs: int = EPOCHS) -> 
                 rows = order[step * BATCH : (step + 1) * BATCH]
                 images = _varied(to_network(labelled.images[rows]), seed, epoch * steps_an_epoch + step)
                 wanted = torch.from_numpy(targets[rows]).to(device())
+                known = wanted.isfinite()
+                wanted = torch.where(known, wanted, 0)  # before the loss: its gradient would be NaN as well
                 read = network(images)
                 errors = torch.where(
                     is_bool,
@@ -207,15 +220,20 @@ def train_classifier(labelled: Labelled, *, seed: int, epochs: int = EPOCHS) -> 
                     0.5 * F.mse_loss(read, wanted, reduction="none"),
                 )
                 optimizer.zero_grad()
-                errors.mean(0).sum().div(len(heads)).backward()  # type: ignore[no-untyped-call]
+                (errors * known).mean(0).sum().div(len(heads)).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 progress.advance(BATCH)
     return Classifier(network, heads, (height, width, channels), labelled.description.get("fingerprint", ""))
 
 
+def _numbers(labelled: Labelled, name: str) -> NDArray[np.float64]:
+    """Return a bool or float column as numbers; what an image lacks is NaN."""
+    return np.asarray(labelled.columns[name], np.float64)
+
+
 def _target(labelled: Labelled, head: Head) -> NDArray[np.float32]:
-    values = labelled.columns[head.name].astype(np.float64)
+    values = _numbers(labelled, head.name)
     return np.asarray(values if head.kind == "bool" else (values - head.mean) / head.deviation, np.float32)
 
 
@@ -235,7 +253,11 @@ def _scored(classifier: Classifier, test: Labelled) -> list[Head]:
     read = classifier.read(test.images)
     scored = []
     for head in classifier.heads.values():
-        truth, guess = test.columns[head.name].astype(np.float64), read[head.name].astype(np.float64)
+        truth, guess = _numbers(test, head.name), read[head.name].astype(np.float64)
+        known = np.isfinite(truth)
+        if not known.any():
+            raise DataError(f"label {head.name}: none of {len(truth):,} held-out images has it, so nothing judges it")
+        truth, guess = truth[known], guess[known]
         if head.kind == "bool":
             score = float(((guess > 0.5) == (truth > 0.5)).mean())
         else:

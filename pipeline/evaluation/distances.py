@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.evaluation import charts, published, subjects
-from pipeline.evaluation.images import Images, Pixels, Watched, rebatch
+from pipeline.evaluation.images import BLOCK, Images, Pixels, Watched, first, rebatch
 from pipeline.evaluation.ms_ssim import ms_ssim
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.swd import Sampling, distances, project
@@ -26,20 +26,33 @@ def measure_swd(
     result = Result("swd", out, subject, data_description, settings)
     real_side = project(Watched(reals, "SWD, real images"), sampling, real=True)
     numbers = distances(real_side, project(Watched(fakes, "SWD, samples"), sampling, real=False))
-    # A perfect generator draws from the data: what other real images score is the floor of the scale.
-    halves = [Part(reals, half) for half in (0, 1)]
-    sides = [
-        project(Watched(half, f"SWD, real images, half {index + 1}"), sampling, real=index == 0)
-        for index, half in enumerate(halves)
-    ]
-    floor = distances(*sides)
-    result.chart(_swd_chart(numbers, floor), "Sliced Wasserstein distance by level of detail (smaller is nearer)")
+    # A perfect generator scores what other real images do. They are half as many, and fewer images score higher:
+    # so half of the real images judge as many samples and the other half, and those two numbers are comparable.
+    number = min(reals.count // 2, fakes.count)
+    judge = project(Watched(Part(reals, 0, 2, number), "SWD, real images, half 1"), sampling, real=True)
+    like_samples, like_reals = (
+        distances(judge, project(Watched(part, f"SWD, {what}"), sampling, real=False))
+        for part, what in ((Part(fakes, 0, 1, number), "as many samples"), (Part(reals, 1, 2, number), "half 2"))
+    )
+    result.chart(
+        _swd_chart(numbers, like_samples, like_reals, number),
+        "Sliced Wasserstein distance by level of detail (smaller is nearer)",
+    )
     result.write(
-        {**numbers, "real_against_real": floor, "real_against_real_images": halves[0].count},
+        {
+            **numbers,
+            "samples_against_half": like_samples,
+            "real_against_real": like_reals,
+            "real_against_real_images": number,
+        },
         note=published.SWD_NOTE,
         published=[asdict(figure) for figure in published.SWD] if fakes.shape[0] == 64 else [],
     )
-    return numbers
+    return {
+        **numbers,
+        f"swd of {number:,} samples to {number:,} real images": like_samples["swd"],
+        f"swd of {number:,} real images to as many others": like_reals["swd"],
+    }
 
 
 def measure_ms_ssim(
@@ -63,21 +76,30 @@ def measure_ms_ssim(
 
 
 class Part:
-    """Every second image of a set, from `offset` on."""
+    """The first `count` of a set's images from `offset` on, every `step`-th of them."""
 
-    def __init__(self, images: Images, offset: int) -> None:
+    def __init__(self, images: Images, offset: int, step: int, count: int) -> None:
+        assert BLOCK % step == 0  # so that every block begins at the same place
+        assert offset + (count - 1) * step < images.count
         self.images = images
         self.offset = offset
-        self.count = (images.count - offset + 1) // 2
+        self.step = step
+        self.count = count
         self.shape = images.shape
 
     def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, Pixels]]:
-        every_second = rebatch(pixels[self.offset :: 2] for _, pixels in self.images.blocks())
-        return ((block, pixels) for block, pixels in enumerate(every_second) if block % size == rank)
+        chosen = rebatch(pixels[self.offset :: self.step] for _, pixels in self.images.blocks())
+        return ((block, pixels) for block, pixels in enumerate(first(chosen, self.count)) if block % size == rank)
 
 
-def _swd_chart(numbers: dict[str, float], floor: dict[str, float]) -> "Chart":
-    rows = {"these samples": numbers, "real against real": floor}
+def _swd_chart(
+    numbers: dict[str, float], like_samples: dict[str, float], like_reals: dict[str, float], number: int
+) -> "Chart":
+    rows = {
+        "these samples": numbers,
+        f"{number:,} samples, {number:,} real": like_samples,
+        f"{number:,} real, {number:,} other real": like_reals,
+    }
     levels = [name for name in numbers if name != "swd"]
     if "swd_64" in numbers and len(levels) == 3:
         rows |= {f"DCGAN on {figure.what} (published)": figure.values for figure in published.SWD}

@@ -76,6 +76,9 @@ def load_extractor(reference: str, sha256: str | None = None, *, resize: int | N
 class FallbackExtractor(Extractor):
     """Three layers of fixed random filters: enough to rank runs on one data set, and to test the machinery."""
 
+    SMALLEST = 16
+    """Pixels: the third layer halves them to 2x2, and a single value would have no deviation."""
+
     def __init__(self, resize: int | None = None) -> None:
         self.name = FALLBACK_NAME
         self.resize = resize
@@ -90,6 +93,11 @@ class FallbackExtractor(Extractor):
 
     def read(self, images: Pixels) -> Read:
         maps = _prepare(images, self.resize) / 127.5 - 1
+        if maps.shape[2] < self.SMALLEST:
+            raise UsageError(
+                f"the fallback extractor got images of {maps.shape[2]} pixels; expected at least {self.SMALLEST} "
+                "(--resize)"
+            )
         means, deviations = [], []
         for layer in self.network:
             maps = layer(maps)
@@ -119,10 +127,15 @@ class TorchScriptExtractor(Extractor):
     @torch.no_grad()
     def read(self, images: Pixels) -> Read:
         batch = _prepare(images, self.resize)
-        if self._inception:
-            features = self.network(batch.to(torch.uint8), return_features=True)
-            return Read(_numpy(features), _numpy(self.network(batch.to(torch.uint8), **self._no_bias)))
-        output = self.network(batch)
+        try:
+            if self._inception:
+                features = self.network(batch.to(torch.uint8), return_features=True)
+                return Read(_numpy(features), _numpy(self.network(batch.to(torch.uint8), **self._no_bias)))
+            output = self.network(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise _refused(self.name, batch, error) from None
         features, logits = output if isinstance(output, tuple) else (output, None)
         if features.ndim != 2:
             features = features.flatten(1)
@@ -145,7 +158,10 @@ class OnnxExtractor(Extractor):
 
     def read(self, images: Pixels) -> Read:
         batch = _prepare(images, self.resize).cpu().numpy()
-        outputs = self.session.run(None, {self.session.get_inputs()[0].name: batch})
+        try:
+            outputs = self.session.run(None, {self.session.get_inputs()[0].name: batch})
+        except Exception as error:  # ONNX Runtime's own have no common class
+            raise _refused(self.name, batch, error) from None
         probabilities = None
         if len(outputs) > 1:
             probabilities = _numpy(torch.from_numpy(outputs[1]).softmax(1))
@@ -174,6 +190,15 @@ class ClassifierExtractor(Extractor):
             yes = read[attribute][:, None]
             classes = np.concatenate([classes * yes, classes * (1 - yes)], 1)
         return Read(self.classifier.features(images), classes if self.attributes else None)
+
+
+def _refused(name: str, batch: Tensor | NDArray[np.float32], error: Exception) -> DataError:
+    """Return what to say when an extractor cannot take a batch: most often it was made for another size."""
+    line = next((text for text in reversed(str(error).strip().splitlines()) if text.strip()), type(error).__name__)
+    return DataError(
+        f"--extractor {name}: cannot take images of shape {tuple(batch.shape[1:])} ({line.strip()[:160]}); "
+        "give it the size that it was made for with --resize"
+    )
 
 
 def _prepare(images: Pixels, resize: int | None) -> Tensor:

@@ -21,9 +21,7 @@ class FeatureMeter:
     def __init__(self, extractor: str, sha256: str | None, seed: int, accelerator: "Accelerator") -> None:
         """`extractor` and `sha256` as `load_extractor` takes them; raises what that raises."""
         if find_spec("torchmetrics") is None:
-            raise UnavailableError(
-                "schedule.extractor: needs the package torchmetrics; install the extra `eval`"
-            )
+            raise UnavailableError("schedule.extractor: needs the package torchmetrics; install the extra `eval`")
         self._extractor = load_extractor(extractor, sha256)
         self._shared = Shared(accelerator)
         self._seed = seed

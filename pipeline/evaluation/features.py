@@ -33,11 +33,15 @@ JITTER = 2
 
 
 def run_features(
-    out: Path, *, ckpt: str, data: str, layer: int, units: int, images_each: int, seed: int
+    out: Path, *, ckpt: str, data: str, layer: int | None, units: int, images_each: int, seed: int
 ) -> dict[str, float]:
-    """Write features.json and pictures of a layer's strongest units, trained beside random weights."""
+    """Write features.json and pictures of a layer's strongest units, trained beside random weights.
+
+    `layer` counts from 1; None is the last.
+    """
     loaded, subject = subjects.discriminator(ckpt)
     widths = layer_widths(loaded.config)
+    layer = len(widths) if layer is None else layer
     if not 1 <= layer <= len(widths):
         raise UsageError(f"--layer {layer}: the discriminator has layers 1 to {len(widths)}")
     reals, description = subjects.reals(data, SEARCHED)

@@ -19,6 +19,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.evaluation import charts, subjects
 from pipeline.evaluation.classifier import get_classifier
 from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.options import NUMBERED_SAMPLES
 from pipeline.evaluation.pool import images_chunked
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.subjects import device
@@ -30,6 +31,8 @@ MEASURED = 1_024
 """Fresh samples on which the dropout is judged."""
 OUTSIDE_EACH = 3
 """Positions outside the boxes for each one inside, drawn at random from the same samples."""
+FEWEST = 8
+"""Samples with boxes."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,13 @@ def run_forget(
     judge = get_classifier(classifier, data, out) if attribute is not None else None
     if judge is not None and attribute is not None and judge.head(attribute).kind != "bool":
         raise UsageError(f"--attribute {attribute}: is a number; expected something that is there or not")
+    size = loaded.config.image_size
+    if region is not None and max(region) > size:
+        raise UsageError(f"--region {','.join(map(str, region))}: not inside an image of {size}x{size} pixels")
     result = Result("forget", out, subject, settings=settings)
     layer = second_highest(loaded.generator)
     if boxes is not None:
-        drawn = read_boxes(boxes, loaded.config.image_size)
+        drawn = read_boxes(boxes, size)
     elif judge is not None and attribute is not None and region is not None:
         images = images_chunked(loaded.generator, draw(loaded.config, seed, 0, samples), "looking for the object")
         drawn = [Box(int(i), *region) for i in np.flatnonzero(judge.read(images)[attribute] > 0.9)]
@@ -80,8 +86,11 @@ def run_forget(
         raise UsageError(
             "where is the object? Give --boxes FILE, or --attribute NAME with --region LEFT,TOP,RIGHT,BOTTOM"
         )
-    if len(drawn) < 8:
-        raise DataError(f"only {len(drawn)} boxes: too few to tell the object's maps from others; expected at least 8")
+    with_boxes = len({box.index for box in drawn})
+    if with_boxes < FEWEST:
+        raise DataError(
+            f"boxes in only {with_boxes} samples: too few to tell the object's maps from others; expected {FEWEST}"
+        )
 
     weights, accuracy = object_maps(loaded.generator, layer, drawn, seed)
     dropped = np.flatnonzero(weights > 0)
@@ -107,9 +116,11 @@ def run_forget(
                  (("before", before), ("after", after), ("control", other))}  # fmt: skip
         numbers |= {f"share_{name}": float(found.mean()) for name, found in there.items()}
         had = there["before"]
-        kept = float(there["after"][had].mean()) if had.any() else 0.0
-        low, high = wilson(kept, max(1, int(had.sum())))
-        numbers |= {"kept": kept, "kept_control": float(there["control"][had].mean()) if had.any() else 0.0}
+        if not had.any():
+            raise DataError(f"none of {MEASURED:,} fresh samples shows {attribute}: what is left cannot be measured")
+        kept = float(there["after"][had].mean())
+        low, high = wilson(kept, int(had.sum()))
+        numbers |= {"kept": kept, "kept_control": float(there["control"][had].mean())}
         shown = np.flatnonzero(had)[:12]
         summary += (
             f" Of {int(had.sum())} fresh samples with {attribute}, {kept:.0%} still have it (95 % interval {low:.0%} "
@@ -140,7 +151,10 @@ def maps_of(generator: Generator, layer: int, z: Z) -> Tensor:
 
 
 def object_maps(generator: Generator, layer: int, boxes: Sequence[Box], seed: int) -> tuple[NDArray[np.float64], float]:
-    """Return the logistic regression's weight of every map, and its accuracy on a fifth of the boxes held out."""
+    """Return the logistic regression's weight of every map, and its accuracy on a fifth of the samples held out.
+
+    Raises DataError when the boxes leave nothing outside.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -148,11 +162,13 @@ def object_maps(generator: Generator, layer: int, boxes: Sequence[Box], seed: in
     rows: list[NDArray[np.float32]] = []
     inside: list[NDArray[np.bool_]] = []
     group: list[NDArray[np.int64]] = []
-    for number, box in enumerate(boxes):
-        maps = maps_of(generator, layer, draw(config, seed, box.index, 1))[0]
+    for number, index in enumerate(dict.fromkeys(box.index for box in boxes)):
+        maps = maps_of(generator, layer, draw(config, seed, index, 1))[0]
         shrink = config.image_size // maps.shape[1]
         mask = np.zeros(maps.shape[1:], bool)
-        mask[box.top // shrink : -(-box.bottom // shrink), box.left // shrink : -(-box.right // shrink)] = True
+        for box in boxes:  # what is outside of one may be inside another
+            if box.index == index:
+                mask[box.top // shrink : -(-box.bottom // shrink), box.left // shrink : -(-box.right // shrink)] = True
         order = permutation(int((~mask).sum()), seed, Purpose.ANALYSIS, lane=(10 << 32) + number)
         outside = np.flatnonzero(~mask.ravel())[order[: OUTSIDE_EACH * int(mask.sum())]]
         chosen = np.concatenate([np.flatnonzero(mask.ravel()), outside])
@@ -161,6 +177,8 @@ def object_maps(generator: Generator, layer: int, boxes: Sequence[Box], seed: in
         group.append(np.full(len(chosen), number))
     x, y, numbers = np.concatenate(rows), np.concatenate(inside), np.concatenate(group)
     held = numbers % 5 == 4
+    if y[~held].all():
+        raise DataError("the boxes cover whole images: nothing is outside to compare with; draw them around the object")
     scaler = StandardScaler().fit(x[~held])
     model = LogisticRegression(C=0.1, max_iter=500, class_weight="balanced")
     model.fit(scaler.transform(x[~held]), y[~held])
@@ -198,7 +216,11 @@ def read_boxes(path: Path, size: int) -> list[Box]:
                     raise DataError(
                         f"{path}: line {number}: expected the columns index,left,top,right,bottom"
                     ) from None
-                if not (0 <= box.left < box.right <= size and 0 <= box.top < box.bottom <= size and box.index >= 0):
+                if not 0 <= box.index < NUMBERED_SAMPLES:
+                    raise DataError(
+                        f"{path}: line {number}: there is no sample {box.index}; expected 0 to {NUMBERED_SAMPLES - 1}"
+                    )
+                if not (0 <= box.left < box.right <= size and 0 <= box.top < box.bottom <= size):
                     raise DataError(f"{path}: line {number}: the box is not inside an image of {size}x{size} pixels")
                 boxes.append(box)
     except UnicodeDecodeError:

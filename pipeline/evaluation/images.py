@@ -83,7 +83,7 @@ class ShardImages:
 
         self.location = location
         self.dataset = load_dataset(location)
-        self.count = min(limit or self.dataset.images, self.dataset.images)
+        self.count = self.dataset.images if limit is None else min(limit, self.dataset.images)
 
     @property
     def shape(self) -> tuple[int, int, int]:

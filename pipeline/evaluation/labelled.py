@@ -13,7 +13,10 @@ from pipeline.evaluation.images import Pixels
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images (N, H, W, C) uint8 in the data set's order, which is random, and a column for each label."""
+    """Images (N, H, W, C) uint8 in the data set's order, which is random, and a column for each label.
+
+    A label that some images lack is None there.
+    """
 
     images: Pixels
     columns: dict[str, NDArray[Any]]
@@ -30,6 +33,18 @@ class Labelled:
         """Return the chosen rows."""
         columns = {name: values[rows] for name, values in self.columns.items()}
         return Labelled(self.images[rows], columns, self.types, self.description)
+
+    def having(self, name: str) -> "Labelled":
+        """Return the images that have a label: data sets may leave it open for some. Raises UsageError if none has."""
+        values = self.label(name)
+        rows = np.flatnonzero([value is not None for value in values.tolist()])
+        if len(rows) == len(values):
+            return self
+        if not len(rows):
+            raise UsageError(f"--label {name}: none of {len(values):,} images has it")
+        kept = self.take(rows)
+        kept.columns[name] = np.asarray(kept.columns[name].tolist())  # of the label's own type again
+        return kept
 
     def label(self, name: str) -> NDArray[Any]:
         """Return a column. Raises UsageError that names those there are."""
@@ -61,7 +76,7 @@ def load_labelled(location: str, limit: int | None = None) -> Labelled:
         "location": location,
         "fingerprint": dataset.fingerprint(),
         "images": dataset.images,
-        "used": min(have, limit or have),
+        "used": have if limit is None else min(have, limit),
     }
     whole = Labelled(
         np.concatenate(images),

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.errors import UsageError
 from pipeline.evaluation.subjects import device
 
 ITERATIONS = 400
@@ -78,14 +79,23 @@ def _minimise(x: Tensor, y: Tensor, c: float) -> Tensor:
 
 
 def balanced_draw(labels: NDArray[Any], count: int, order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the first `count` rows of `order` with equally many of every class (the rest spread over the first)."""
-    classes = np.unique(labels)
+    """Return the first `count` rows of `order` with equally many of every class (the rest spread over the first).
+
+    Raises UsageError when there are not so many of a class.
+    """
+    classes, have = np.unique(labels, return_counts=True)
     share, extra = divmod(count, len(classes))
-    rows: list[NDArray[np.int64]] = []
-    for position, value in enumerate(classes):
-        own = order[labels[order] == value]
-        rows.append(own[: share + (position < extra)])
-    return np.concatenate(rows)
+    wanted = share + (np.arange(len(classes)) < extra)
+    if share == 0:
+        raise UsageError(f"--labels {count}: fewer than the {len(classes)} classes; expected at least one of each")
+    if (have < wanted).any():
+        rarest = int(have.argmin())
+        raise UsageError(
+            f"--labels {count}: a balanced draw takes {wanted.max()} of each of the {len(classes)} classes, but only "
+            f"{have[rarest]} are {classes[rarest]!s} among the {len(labels)} images to draw from; expected at most "
+            f"{have[rarest] * len(classes)}"
+        )
+    return np.concatenate([order[labels[order] == value][:own] for value, own in zip(classes, wanted, strict=True)])
 
 
 def choose_c(scores: Sequence[tuple[float, float]]) -> float:

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.semantic_hash import THRESHOLD_IMAGES, SemanticHash
 from pipeline.evaluation import charts, subjects
-from pipeline.evaluation.images import GeneratedImages, Pixels
+from pipeline.evaluation.images import GeneratedImages, Images, Watched, first
 from pipeline.evaluation.intervals import wilson
-from pipeline.evaluation.nearest import Rows, flat, gather, nearest
+from pipeline.evaluation.nearest import Nearest, Rows, flat, gather
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.walks import draw, images_of, spherical, unevenness
 from pipeline.networks import Generator
@@ -17,6 +18,8 @@ from pipeline.progress import Progress
 
 SIZES = (1_000, 10_000, 100_000)
 """The authors' faces run logs the distance from held-out images to so many samples."""
+REAL_QUERIES = 1_000
+"""Real images whose nearest sample is looked for."""
 WALKS, WALK_STEPS = 64, 33
 HASHED = 4_096
 HASH_STEPS = 1_000
@@ -32,15 +35,17 @@ def run_memorization(
     """
     loaded, subject = subjects.generator(ckpt)
     trained, description = subjects.reals(data, limit)
-    sizes = [size for size in SIZES if size <= most] or [most]
+    sizes = [*(size for size in SIZES if size < most), most]
     settings: dict[str, Any] = {"samples": sizes, "held_out": held_out, "seed": seed, "walks": WALKS}
     result = Result("memorization", out, subject, description, settings)
-    known = gather(trained, "reading training images")
-    unknown = gather(subjects.reals(held_out, limit)[0], "reading held-out images") if held_out else None
     numbers: dict[str, Any] = {}
 
-    queries = {"training": known[:1000]} | ({"held-out": unknown[:1000]} if unknown is not None else {})
-    curves = distance_curves(loaded.generator, {name: flat(rows) for name, rows in queries.items()}, sizes, seed)
+    locations = {"training": data} | ({"held-out": held_out} if held_out else {})
+    queries = {
+        name: flat(gather(subjects.reals(location, min(limit or REAL_QUERIES, REAL_QUERIES))[0], f"{name} images"))
+        for name, location in locations.items()
+    }
+    curves = distance_curves(loaded.generator, queries, sizes, seed)
     for name, curve in curves.items():
         numbers |= {f"distance_{name}_{size}": value for size, value in zip(sizes, curve, strict=True)}
     if len(sizes) > 1:
@@ -64,7 +69,7 @@ def run_memorization(
         f"The largest step of a walk between random z is {numbers['walk_unevenness']:.2f} times its mean step "
         f"(the least even of {WALKS}: {numbers['walk_unevenness_largest']:.2f}); memorised images would make jumps."
     ]
-    collided = collisions(known, loaded.generator, seed)
+    collided = collisions(trained, loaded.generator, seed)
     numbers |= collided
     low, high = wilson(collided["samples_that_collide"], HASHED)
     sentences.append(
@@ -74,7 +79,7 @@ def run_memorization(
         f"for training images {collided['bits_between_reals']:.1f}."
     )
     last = sizes[-1]
-    if unknown is not None:
+    if held_out:
         near, far = numbers[f"distance_training_{last}"], numbers[f"distance_held-out_{last}"]
         sentences.insert(
             0,
@@ -91,7 +96,7 @@ def distance_curves(
     generator: Generator, queries: dict[str, Rows], sizes: list[int], seed: int
 ) -> dict[str, list[float]]:
     """Return, for each set of real images, the mean distance to the nearest of the first `size` samples."""
-    best = {name: np.full(len(rows), np.inf, np.float32) for name, rows in queries.items()}
+    best = {name: Nearest(rows) for name, rows in queries.items()}
     curves: dict[str, list[float]] = {name: [] for name in queries}
     seen = 0
     with Progress("distance to samples", sizes[-1]) as progress:
@@ -100,11 +105,10 @@ def distance_curves(
             for edge in [size for size in sizes if seen < size <= seen + len(rows)] + [seen + len(rows)]:
                 piece = rows[start : edge - seen]
                 start = edge - seen
-                for name, wanted in queries.items():
-                    if len(piece):
-                        best[name] = np.minimum(best[name], nearest(wanted, piece)[1])
+                for name in queries:
+                    best[name].update(piece)
                     if edge in sizes and len(curves[name]) < len(sizes) and sizes[len(curves[name])] == edge:
-                        curves[name].append(float(best[name].mean()))
+                        curves[name].append(float(best[name].distance.mean()))
             seen += len(rows)
             progress.advance(len(rows))
     return curves
@@ -121,14 +125,18 @@ def walk_unevenness(generator: Generator, seed: int) -> list[float]:
     return found
 
 
-def collisions(known: Pixels, generator: Generator, seed: int) -> dict[str, float]:
-    """Return how often samples have the 128-bit hash of a training image, beside training images among themselves."""
-    from pipeline.data.semantic_hash import SemanticHash
+def collisions(known: Images, generator: Generator, seed: int) -> dict[str, float]:
+    """Return how often samples have the 128-bit hash of a training image, beside training images among themselves.
 
+    The hash is learned from the first 16,384 images at most (their order is random); in memory are those, and
+    16 bytes of every image.
+    """
     hasher = SemanticHash(seed=seed, steps=HASH_STEPS)
     with Progress("learning the semantic hash", hasher.steps, "steps") as progress:
-        hasher.fit(known, progress=progress)
-    codes = hasher.codes(known)
+        hasher.fit(
+            np.concatenate(list(first((block for _, block in known.blocks()), THRESHOLD_IMAGES))), progress=progress
+        )
+    codes = np.concatenate([hasher.codes(block) for _, block in Watched(known, "hashing").blocks()])
     sampled = [hasher.codes(pixels) for _, pixels in GeneratedImages(generator, HASHED, seed).blocks()]
     bits = nearest_code(np.concatenate(sampled), codes)
     own = nearest_code(codes[:HASHED], codes, skip_self=True)

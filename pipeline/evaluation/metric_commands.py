@@ -21,8 +21,10 @@ def swd(
     out: Out = None,
     count: Count = 16_384,
     seed: Seed = 0,
-    patches: Annotated[int, typer.Option(help="Patches of an image on every level (128 is the published).")] = 128,
-    directions: Annotated[int, typer.Option(help="Random projections (512 is the published).")] = 512,
+    patches: Annotated[
+        int, typer.Option(help="Patches of an image on every level (128 is the published).", min=1)
+    ] = 128,
+    directions: Annotated[int, typer.Option(help="Random projections (512 is the published).", min=1)] = 512,
 ) -> None:
     """Sliced Wasserstein distance between samples and real images, level by level (Karras et al. 2018)."""
     folder = output_folder(out, ckpt)
@@ -73,7 +75,7 @@ def _feature_metric(metric: Metric) -> Callable[..., None]:
             str, typer.Option(help="Path or URL of a .pt (TorchScript), .onnx or classifier.safetensors; or fallback.")
         ] = "fallback",
         extractor_sha256: Annotated[str | None, typer.Option(help="What it must hash to; needed for a URL.")] = None,
-        resize: Annotated[int | None, typer.Option(help="Resize images to this before the extractor.")] = None,
+        resize: Annotated[int | None, typer.Option(help="Resize images to this before the extractor.", min=1)] = None,
         cache: Annotated[Path | None, typer.Option(help="Keep the real images' statistics in this folder.")] = None,
     ) -> None:
         folder = output_folder(out, ckpt)

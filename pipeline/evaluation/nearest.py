@@ -11,22 +11,33 @@ from pipeline.progress import Progress
 Rows = NDArray[np.float32]
 
 
-def nearest(queries: Rows, references: Rows, *, skip_self: bool = False) -> tuple[NDArray[np.int64], Rows]:
-    """Return the index and distance (root mean square) of each query's nearest reference.
+class Nearest:
+    """Each query's nearest reference so far. References come in pieces, so that memory does not grow with them."""
 
-    With `skip_self`, queries and references are the same rows and a row is not its own neighbour.
-    """
-    q, r = torch.from_numpy(queries), torch.from_numpy(references)
-    indices, distances = [], []
-    for start in range(0, len(q), 256):
-        part = torch.cdist(q[start : start + 256], r)
-        if skip_self:
-            part[torch.arange(len(part)), torch.arange(start, start + len(part))] = torch.inf
-        distance, index = part.min(1)
-        indices.append(index)
-        distances.append(distance)
-    scale = np.sqrt(queries.shape[1])
-    return np.asarray(torch.cat(indices).numpy()), np.asarray(torch.cat(distances).numpy() / scale, np.float32)
+    def __init__(self, queries: Rows, *, skip_self: bool = False) -> None:
+        """With `skip_self` the queries are the first references, and a row is not its own neighbour."""
+        self.index = np.full(len(queries), -1)
+        """Of the nearest reference, counted over all pieces."""
+        self.distance: Rows = np.full(len(queries), np.inf, np.float32)
+        """To it: the root mean square of the difference."""
+        self.seen = 0
+        """References so far."""
+        self._queries, self._skip_self = queries, skip_self
+
+    def update(self, references: Rows) -> NDArray[np.int64]:
+        """Take in the next references; return the queries that have found a nearer one among them."""
+        if not len(references):
+            return np.zeros(0, np.int64)
+        between = torch.cdist(torch.from_numpy(self._queries), torch.from_numpy(references))
+        if self._skip_self:
+            own = np.arange(self.seen, min(self.seen + len(references), len(between)))
+            between[own, own - self.seen] = torch.inf
+        distance, index = (values.numpy() for values in between.min(1))
+        distance = distance / np.float32(np.sqrt(self._queries.shape[1]))
+        nearer = np.flatnonzero(distance < self.distance)
+        self.index[nearer], self.distance[nearer] = self.seen + index[nearer], distance[nearer]
+        self.seen += len(references)
+        return nearer
 
 
 def gather(images: Images, what: str) -> Pixels:

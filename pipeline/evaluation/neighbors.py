@@ -2,11 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.evaluation import charts, subjects
 from pipeline.evaluation.discriminator_features import features, reestimate_batchnorm
-from pipeline.evaluation.nearest import flat, gather, nearest
+from pipeline.evaluation.images import Watched
+from pipeline.evaluation.nearest import Nearest, flat, gather
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.walks import draw, images_of
+
+BATCHNORM_IMAGES = 4_096
+REAL_QUERIES = 1_000
+"""Real images whose nearest other one is looked for, as a scale."""
 
 
 def run_neighbors(out: Path, *, ckpt: str, data: str, count: int, limit: int | None, seed: int) -> dict[str, float]:
@@ -16,33 +23,39 @@ def run_neighbors(out: Path, *, ckpt: str, data: str, count: int, limit: int | N
     reals, description = subjects.reals(data, limit)
     z = draw(loaded.config, seed, 0, count)
     fakes = images_of(loaded.generator, z)
-    real_images = gather(reals, "reading real images")
-    network = reestimate_batchnorm(judge.discriminator, real_images[:4096])
+    some = gather(subjects.reals(data, min(reals.count, BATCHNORM_IMAGES))[0], "reading real images")
+    network = reestimate_batchnorm(judge.discriminator, some)
     settings = {"samples": count, "seed": seed}
     result = Result("neighbors", out, subject, description, settings)
-    by_pixels, pixel_distance = nearest(flat(fakes), flat(real_images))
-    by_features, _ = nearest(features(network, fakes), features(network, real_images))
-    _, between_reals = nearest(flat(real_images[:1000]), flat(real_images), skip_self=True)
+    by_pixels, by_features = Nearest(flat(fakes)), Nearest(features(network, fakes))
+    between_reals = Nearest(flat(some[:REAL_QUERIES]), skip_self=True)
+    found = {name: np.zeros_like(fakes) for name in ("pixels", "the discriminator's features")}
+    for _, block in Watched(reals, "looking for neighbours").blocks():
+        between_reals.update(flat(block))
+        seen_by = (by_pixels, flat(block)), (by_features, features(network, block))
+        for pictures, (search, references) in zip(found.values(), seen_by, strict=True):
+            first = search.seen
+            nearer = search.update(references)
+            pictures[nearer] = block[search.index[nearer] - first]
     across = 12
     for page, start in enumerate(range(0, min(count, 36), across)):
         rows = slice(start, start + across)
         groups = [
             ("samples", fakes[rows]),
-            ("nearest real image by pixels", real_images[by_pixels[rows]]),
-            ("nearest real image by the discriminator's features", real_images[by_features[rows]]),
+            *((f"nearest real image by {name}", pictures[rows]) for name, pictures in found.items()),
         ]
         result.picture(charts.sheet(groups, across), "Samples, and under each its nearest real images", f"-{page + 1}")
     numbers = {
-        "distance": float(pixel_distance.mean()),
-        "closest": float(pixel_distance.min()),
-        "real_to_real": float(between_reals.mean()),
-        "real_to_real_closest": float(between_reals.min()),
+        "distance": float(by_pixels.distance.mean()),
+        "closest": float(by_pixels.distance.min()),
+        "real_to_real": float(between_reals.distance.mean()),
+        "real_to_real_closest": float(between_reals.distance.min()),
     }
     result.write(
         dict(numbers),
         summary=(
             f"{count} samples lie {numbers['distance']:.1f} grey levels (root mean square) from their nearest of "
-            f"{len(real_images):,} real images, the closest {numbers['closest']:.1f}. Real images lie "
+            f"{reals.count:,} real images, the closest {numbers['closest']:.1f}. Real images lie "
             f"{numbers['real_to_real']:.1f} from their nearest other real image, the closest "
             f"{numbers['real_to_real_closest']:.1f}. A copy would lie near 0."
         ),

@@ -23,12 +23,16 @@ def check_count(value: int) -> int:
     return value
 
 
+NUMBERED_SAMPLES = 4_096
+"""Samples that a person may name by their index: as many as a contact sheet holds."""
+
+Limit = Annotated[int | None, typer.Option(help="Use the first so many images of --data.", min=1)]
 Count = Annotated[int, typer.Option(help="Images a side, or as many as the data set has.", callback=check_count)]
 
 
 def show(numbers: dict[str, Any], out: Path, name: str) -> None:
     """Print a command's numbers and where they were written."""
-    width = max(map(len, numbers))
+    width = max(map(len, numbers), default=0)
     for key, value in numbers.items():
         typer.echo(f"{key:{width}}  {value:.4f}" if isinstance(value, float) else f"{key:{width}}  {value}")
     typer.echo(f"written: {out / name}.json and the pictures beside it")

@@ -51,12 +51,26 @@ def run_probe(
 ) -> dict[str, float]:
     """Write probe.json and probe.png, and return the accuracies."""
     loaded, subject = subjects.discriminator(ckpt)
-    whole = load_labelled(data, limit)
-    learn, test = (whole, load_labelled(test_data)) if test_data else whole.split(max(1, len(whole.images) // 5))
+    everything = load_labelled(data, limit)
+    whole = everything.having(label)
+    without = len(everything.images) - len(whole.images)
+    if test_data:
+        learn, tested = whole, load_labelled(test_data)
+        test = tested.having(label)
+        without += len(tested.images) - len(test.images)
+    else:
+        learn, test = whole.split(max(1, len(whole.images) // 5))
     for labelled in (learn, test):
         subjects.check_fits(loaded.config, labelled.images.shape[1:])
     truth, truth_test = _classes(learn, label), _classes(test, label)
-    settings = {"label": label, **asdict(protocol), "training_images": len(truth), "test_images": len(truth_test)}
+    next(_draws(truth[_parts(truth)[1]], protocol, 1, lane=0))  # too few labels are refused before features are made
+    settings = {
+        "label": label,
+        **asdict(protocol),
+        "training_images": len(truth),
+        "test_images": len(truth_test),
+        "images_without_label": without,
+    }
     result = Result("probe", out, subject, whole.description, settings)
 
     trained = reestimate_batchnorm(loaded.discriminator, learn.images)
@@ -84,6 +98,7 @@ def run_probe(
             f"images (95 % interval {best.low:.1%} to {best.high:.1%}); on raw pixels {pixels.accuracy:.1%}, "
             f"on an untrained discriminator {chance.accuracy:.1%}; "
             f"the commoner answer is right in {majority:.1%}."
+            + (f" {without:,} images without this label were left out." if without else "")
         ),
         table=[
             ["features", "accuracy", "95 % interval", "C"],
@@ -92,7 +107,8 @@ def run_probe(
         ],
         published=[asdict(figure) for figure in published.PROBE],
     )
-    return {name: score.accuracy for name, score in scores.items()} | {"majority": float(majority)}
+    numbers = {name: score.accuracy for name, score in scores.items()} | {"majority": float(majority)}
+    return numbers | ({"images without the label": without} if without else {})
 
 
 def probe(
@@ -107,8 +123,7 @@ def probe(
 
     The interval is of the mean over the draws (the paper's), or Wilson's for a single fit.
     """
-    validation = max(1, int(len(truth) * VALIDATION))
-    held, rest = slice(0, validation), slice(validation, None)
+    held, rest = _parts(truth)
     draws = list(_draws(truth[rest], protocol, TUNING_DRAWS if protocol.labels else 1, lane=0))
     total = len(draws) + (protocol.draws if protocol.labels else 1)
     with Progress(f"probing: {what}", total, "fits") as progress:
@@ -129,6 +144,12 @@ def probe(
     return Score(float(np.mean(accuracies)), *interval_of_mean(accuracies), c)
 
 
+def _parts(truth: NDArray[Any]) -> tuple[slice, slice]:
+    """Return the rows that C is chosen on, and those that are learned from."""
+    validation = max(1, int(len(truth) * VALIDATION))
+    return slice(0, validation), slice(validation, None)
+
+
 def _draws(truth: NDArray[Any], protocol: Protocol, count: int, *, lane: int) -> Iterator[NDArray[np.int64]]:
     for draw in range(count):
         order = permutation(len(truth), protocol.seed, Purpose.ANALYSIS, lane=(2 + lane << 32) + draw)
@@ -140,7 +161,7 @@ def _classes(labelled: Labelled, label: str) -> NDArray[Any]:
     if labelled.types[label] == "float":
         raise UsageError(f"--label {label}: holds numbers; a probe needs classes (bool, int or str)")
     if len(np.unique(values)) < 2:
-        raise UsageError(f"--label {label}: every image has the value {values[0]!r}; a probe needs two classes")
+        raise UsageError(f"--label {label}: every image has the value {values[0]!s}; a probe needs two classes")
     return values
 
 

@@ -31,8 +31,9 @@ PROBE = (
 PUBLISHED_IMAGES = 16_384
 SWD_NOTE = (
     "Compare SWD only for the same data set, crop, image size and number of images: fewer images raise it. "
-    f"The published figures rest on {PUBLISHED_IMAGES:,} images a side; 'real against real' is what a perfect "
-    "generator would score here."
+    f"The published figures rest on {PUBLISHED_IMAGES:,} images a side. 'real against real' rests on halves of the "
+    "real images: it is what a perfect generator would score in the row 'samples against half', which is as many "
+    "images, and more than it would score against all of them."
 )
 MS_SSIM_NOTE = (
     "MS-SSIM of random pairs says how alike the samples are, not how good: compare it with that of the real images. "

@@ -130,6 +130,11 @@ def charts(metrics: Entries, timing: Entries) -> list[dict[str, str]]:
             ),
         ),
         (
+            "Distance of features",
+            "Fréchet distance by the run's own extractor; compare within the run.",
+            line_chart([line("fid", "FID")], label="FID", zero=True),
+        ),
+        (
             "Likeness of samples",
             "MS-SSIM of random pairs. Above the real images' the generator repeats itself.",
             line_chart(
@@ -168,7 +173,10 @@ def quality_table(metrics: Entries, results: dict[str, dict[str, Any]]) -> list[
         result = results[name]
         settings = result.get("settings", {})
         rows = [("these samples", flat_numbers(result["results"]))]
-        for extra, label in (("real_against_real", "real against real"),):
+        for extra, label in (
+            ("samples_against_half", "samples against half"),
+            ("real_against_real", "real against real"),
+        ):
             if isinstance(result["results"].get(extra), dict):
                 rows.append((label, flat_numbers(result["results"][extra])))
         rows += [

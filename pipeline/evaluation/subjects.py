@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UsageError
+from pipeline.errors import DataError, UsageError
 from pipeline.evaluation.images import GeneratedImages, Images, ShardImages
 
 if TYPE_CHECKING:
@@ -53,18 +53,25 @@ def fakes(ckpt: str | None, samples: str | None, count: int, seed: int) -> tuple
         return GeneratedImages(loaded.generator, count, seed), description
     assert samples is not None
     images = ShardImages(samples, count)
+    _check_set(images)
     return images, {"kind": "samples", "source": samples, "sha256": images.dataset.fingerprint()}
 
 
 def reals(data: str, count: int | None) -> tuple[ShardImages, dict[str, Any]]:
     """Return the first `count` images of a data set (all, when it has fewer), with its description."""
     images = ShardImages(data, count)
+    _check_set(images)
     return images, {
         "location": data,
         "fingerprint": images.dataset.fingerprint(),
         "images": images.dataset.images,
         "used": images.count,
     }
+
+
+def _check_set(images: ShardImages) -> None:
+    if images.count < 2:
+        raise DataError(f"{images.location}: {images.count} image is no set to measure; expected at least 2")
 
 
 def check_same_shape(ours: Images, theirs: Images, ours_name: str) -> None:

@@ -152,9 +152,11 @@ def project(images: Images, sampling: Sampling, *, real: bool, workers: Workers 
         for index, level in enumerate(laplacian_pyramid(pixels)):
             patches = _patches(level, block * BLOCK, lanes[index][1], sampling)
             matrix, offset = maps[index]
-            bins = np.clip(matrix @ patches.reshape(len(patches), -1).T + offset, 0, BINS - 1)
-            for direction, values in enumerate(bins.astype(np.int64)):
-                counts[index, direction] += np.bincount(values, minlength=BINS)
+            bins = matrix @ patches.reshape(len(patches), -1).T
+            bins += offset
+            np.clip(bins, 0, BINS - 1, out=bins)
+            for direction, values in enumerate(bins):  # converted row by row, which stays in the cache
+                counts[index, direction] += np.bincount(values.astype(np.int64), minlength=BINS)
     return Projections(levels, np.asarray(workers.sum(counts), np.int64), sampling)
 
 

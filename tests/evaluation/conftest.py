@@ -1,6 +1,9 @@
 """Small sets of pictures with a known relation to each other."""
 
-from collections.abc import Callable
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,8 @@ from numpy.typing import NDArray
 from planted import write_legible_run, write_planted, write_run
 
 from pipeline.evaluation.classifier import FILE_NAME, Classifier, load_classifier, make_classifier
+from pipeline.evaluation.cli import main
+from pipeline.evaluation.images import BLOCK, num_blocks
 
 
 def scenes(count: int, seed: int, size: int = 64) -> NDArray[np.uint8]:
@@ -22,6 +27,64 @@ def scenes(count: int, seed: int, size: int = 64) -> NDArray[np.uint8]:
         disc = (y - centre_y) ** 2 + (x - centre_x) ** 2 < (radius / 3) ** 2
         image[:] = 128 + a * (x[..., None] - 0.5) + b * (y[..., None] - 0.5) + c * disc[..., None]
     return np.clip(images + draw.normal(0, 4, images.shape), 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a user sees of a command."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run dcgan-eval from its entry point; an exception that a user would see as a traceback fails the test."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["dcgan-eval", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert isinstance(end.value.code, int)
+        return Outcome(end.value.code, *capsys.readouterr())
+
+    return run
+
+
+class Unheld:
+    """A set of pictures that are made when they are read: whoever holds all of them shows in memory."""
+
+    def __init__(self, count: int, size: int = 32) -> None:
+        self.count = count
+        self.shape = (size, size, 3)
+
+    def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        for block in range(rank, num_blocks(self.count), size):
+            number = min(BLOCK, self.count - block * BLOCK)
+            yield block, np.random.default_rng(block).integers(0, 256, (number, *self.shape), np.uint8)
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """Measure how much numpy and Python hold at most while a function runs."""
+
+    def measure(work: Callable[[], object]) -> int:
+        tracemalloc.start()
+        try:
+            work()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def gappy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such pictures, an eighth of which lack the labels."""
+    return write_planted(tmp_path_factory.mktemp("gappy") / "shards", gaps=8)
 
 
 @pytest.fixture(scope="session")

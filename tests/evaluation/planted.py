@@ -43,9 +43,12 @@ def planted(count: int, seed: int) -> tuple[Pixels, dict[str, list[object]]]:
     return noisy, columns
 
 
-def write_planted(folder: Path, count: int = 480, seed: int = 0, *, labels: bool = True) -> Path:
-    """Write such pictures as two packed shards."""
+def write_planted(folder: Path, count: int = 480, seed: int = 0, *, labels: bool = True, gaps: int = 0) -> Path:
+    """Write such pictures as two packed shards; of every `gaps` images, the first lacks all labels but `coin`."""
     images, columns = planted(count, seed)
+    for name, values in columns.items():
+        if gaps and name != "coin":
+            values[::gaps] = [None] * len(values[::gaps])
     if not labels:
         columns = {}
     store = Store(folder)

@@ -1,5 +1,6 @@
 """The judge reads what is there, not what is not, and comes back from its file as it was."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from pipeline.errors import DataError, UsageError
 from pipeline.evaluation.classifier import Classifier, get_classifier, load_classifier, make_classifier
 from pipeline.evaluation.cli import app
+from pipeline.evaluation.labelled import load_labelled
 
 
 def test_it_reads_what_the_pictures_show_and_no_more(judge: Classifier) -> None:
@@ -24,6 +26,25 @@ def test_it_reads_what_the_pictures_show_and_no_more(judge: Classifier) -> None:
     assert ((read["bright"] > 0.5) == np.array(columns["bright"])).mean() > 0.98
     assert np.corrcoef(read["place"], np.array(columns["place"], float))[0, 1] > 0.95
     assert judge.features(images).shape[0] == 200
+
+
+def test_it_learns_from_labels_with_gaps(gappy: Path, tmp_path: Path) -> None:
+    heads = make_classifier(str(gappy), tmp_path, seed=0, epochs=8).heads
+    assert set(heads) == {"bright", "disc", "place", "coin"}
+    assert heads["bright"].score > 0.95
+    assert heads["place"].score > 0.6
+    table = json.loads((tmp_path / "classifier.json").read_text())["table"]
+    assert {row[0]: row[-1] for row in table[1:]} == {"bright": 420, "disc": 420, "place": 420, "coin": 480}
+
+
+def test_a_label_that_no_held_out_image_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_planted(tmp_path / "data", 320)
+    labelled = load_labelled(str(data))
+    labelled.columns["bright"] = labelled.columns["bright"].astype(object)
+    labelled.columns["bright"][-64:] = None
+    monkeypatch.setattr("pipeline.evaluation.classifier.load_labelled", lambda _: labelled)
+    with pytest.raises(DataError, match="label bright: none of 64 held-out images has it"):
+        make_classifier(str(data), tmp_path, seed=0, epochs=1)
 
 
 def test_a_saved_classifier_reads_the_same(judge: Classifier, judge_file: Path) -> None:

@@ -3,12 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from planted import write_planted
 from typer.testing import CliRunner
 
 from pipeline.errors import UsageError
 from pipeline.evaluation.cli import app
+from pipeline.evaluation.distances import Part
+from pipeline.evaluation.images import ArrayImages
+from pipeline.evaluation.labelled import load_labelled
+from pipeline.evaluation.swd import Sampling, distances, project
 
 FEW = ["--patches", "16", "--directions", "16"]
 
@@ -25,6 +30,31 @@ def test_samples_equal_to_the_data_score_as_low_as_data_against_data(labelled: P
     assert written["settings"]["images"] == 480
     assert written["published"] == []  # figures are for 64 pixels, these are 32
     assert (tmp_path / "swd.png").stat().st_size > 5000
+
+
+def test_halves_are_compared_with_as_many_samples(labelled: Path, tmp_path: Path) -> None:
+    fresh = write_planted(tmp_path / "fresh", 480, seed=1)  # what a perfect generator would give
+    real, fake = (load_labelled(str(folder)).images for folder in (labelled, fresh))
+    sampling = Sampling(patches=16, directions=16)
+    for count, samples, number in ((480, fresh, 240), (161, fresh, 80), (480, write_planted(tmp_path / "few", 90), 90)):
+        options = ["--data", str(labelled), "--out", str(tmp_path), "--count", str(count), *FEW]
+        done = CliRunner().invoke(app, ["swd", "--samples", str(samples), *options], catch_exceptions=False)
+        assert f"swd of {number} samples to {number} real images" in done.output
+        results = json.loads((tmp_path / "swd.json").read_text())["results"]
+        assert results["real_against_real_images"] == number
+        if samples == fresh:
+            judge = project(ArrayImages(real[:count:2][:number]), sampling, real=True)
+            for key, images in (("samples_against_half", fake[:number]), ("real_against_real", real[1:count:2])):
+                assert results[key] == distances(judge, project(ArrayImages(images), sampling, real=False))
+
+
+def test_a_part_is_every_second_image_and_no_more_than_asked() -> None:
+    images = np.arange(300, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    part = Part(ArrayImages(images), 1, 2, 140)
+    blocks = dict(part.blocks())
+    assert [len(block) for block in blocks.values()] == [128, 12]
+    assert np.concatenate(list(blocks.values())).ravel().tolist() == [n % 256 for n in range(1, 281, 2)]
+    assert dict(part.blocks(1, 2)).keys() == {1}
 
 
 def test_an_untrained_generator_is_far_from_the_data_and_repeats_itself(

@@ -255,3 +255,28 @@ def test_two_processes_give_the_same_distance_as_one(run: Path, labelled: Path, 
     written = json.loads((tmp_path / "two" / "fid.json").read_text())
     assert written["settings"]["processes"] == 2
     assert written["results"]["fid"] == pytest.approx(alone["fid"], rel=1e-9)
+
+
+def test_an_extractor_for_another_size_says_so(tmp_path: Path) -> None:
+    """In one line, and before hours of sampling end in a traceback."""
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Flatten", ["images"], ["features"])],
+        "g",
+        [value("images", onnx.TensorProto.FLOAT, ["n", 3, 299, 299])],
+        [value("features", onnx.TensorProto.FLOAT, ["n", 3 * 299 * 299])],
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "large.onnx")
+
+    class Fixed(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.reshape(-1, 3 * 299 * 299)
+
+    torch.jit.script(Fixed()).save(str(tmp_path / "large.pt"))
+    for name in ("large.onnx", "large.pt"):
+        extractor = load_extractor(str(tmp_path / name))
+        with pytest.raises(DataError, match=r"cannot take images of shape \(3, 32, 32\).*--resize"):
+            extractor.read(np.zeros((2, 32, 32, 3), np.uint8))
+        resized = load_extractor(str(tmp_path / name), resize=299)
+        assert resized.read(np.zeros((2, 32, 32, 3), np.uint8)).features.shape == (2, 3 * 299 * 299)

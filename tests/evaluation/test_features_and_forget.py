@@ -91,6 +91,17 @@ def test_the_map_that_draws_the_object_is_found_and_dropped() -> None:
     assert 128 < half[0, 15, 15, 0] < before[0, 15, 15, 0]
 
 
+def test_what_is_outside_one_box_and_inside_another_is_inside() -> None:
+    generator = legible_generator()
+    layer = second_highest(generator)
+    whole = [Box(i, 8, 8, 24, 24) for i in squares()]
+    left, right = ([Box(i, a, 8, b, 24) for i in squares()] for a, b in ((8, 16), (16, 24)))
+    expected, accuracy = object_maps(generator, layer, whole, seed=0)
+    weights, again = object_maps(generator, layer, [*left, *right], seed=0)
+    np.testing.assert_array_equal(weights, expected)
+    assert again == accuracy
+
+
 def test_forget_takes_boxes_from_a_file(legible_run: Path, tmp_path: Path) -> None:
     boxes = tmp_path / "boxes.csv"
     lines = [f"{index},8,8,24,24" for index in squares()]
@@ -102,7 +113,8 @@ def test_forget_takes_boxes_from_a_file(legible_run: Path, tmp_path: Path) -> No
     for text, message in (
         ("index,left\n1,2", "line 2: expected the columns"),
         ("index,left,top,right,bottom\n1,8,8,24,99", "line 2: the box is not inside"),
-        ("\n".join(["index,left,top,right,bottom", *lines[:3]]), "only 3 boxes"),
+        ("index,left,top,right,bottom\n4096,8,8,24,24", "line 2: there is no sample 4096; expected 0 to 4095"),
+        ("\n".join(["index,left,top,right,bottom", *lines[:3] * 9]), "boxes in only 3 samples"),
     ):
         boxes.write_text(text)
         with pytest.raises(DataError, match=message):

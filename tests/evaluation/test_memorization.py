@@ -1,16 +1,19 @@
 """Nearest neighbours are the nearest, curves fall, collisions are found, and the commands write what they found."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Unheld
 from planted import NETWORK, legible_generator, planted
 
-from pipeline.evaluation import memorization
-from pipeline.evaluation.images import GeneratedImages
+from pipeline.evaluation import memorization, neighbors, subjects
+from pipeline.evaluation.images import ArrayImages, GeneratedImages
+from pipeline.evaluation.labelled import load_labelled
 from pipeline.evaluation.memorization import collisions, distance_curves, nearest_code, run_memorization
-from pipeline.evaluation.nearest import flat, nearest
+from pipeline.evaluation.nearest import Nearest, flat
 from pipeline.evaluation.neighbors import run_neighbors
 from pipeline.evaluation.walks import images_of
 from pipeline.networks import Generator
@@ -25,16 +28,58 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memorization, "WALKS", 6)
 
 
-def test_nearest_is_what_a_loop_finds() -> None:
+@pytest.mark.parametrize("piece", [1, 7, 64, 70])
+def test_nearest_is_what_a_loop_over_the_whole_set_finds(piece: int) -> None:
     draw = np.random.default_rng(0)
     queries, references = draw.normal(size=(30, 5)).astype(np.float32), draw.normal(size=(70, 5)).astype(np.float32)
-    index, distance = nearest(queries, references)
-    table = np.sqrt(np.square(queries[:, None] - references[None]).mean(2))
-    np.testing.assert_array_equal(index, table.argmin(1))
-    np.testing.assert_allclose(distance, table.min(1), rtol=1e-3)
-    index, distance = nearest(references, references, skip_self=True)
-    assert (index != np.arange(70)).all()
-    assert distance.min() > 0
+    for wanted, skip_self in ((queries, False), (references[:40], True)):
+        search = Nearest(wanted, skip_self=skip_self)
+        for start in range(0, 70, piece):
+            nearer = search.update(references[start : start + piece])
+            assert (search.index[nearer] >= start).all()
+        table = np.sqrt(np.square(wanted[:, None] - references[None]).mean(2))
+        if skip_self:
+            table[np.arange(40), np.arange(40)] = np.inf
+        np.testing.assert_array_equal(search.index, table.argmin(1))
+        np.testing.assert_allclose(search.distance, table.min(1), rtol=1e-3)
+
+
+def test_memory_does_not_grow_with_the_training_set(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peak_bytes: Callable[[Callable[[], object]], int]
+) -> None:
+    monkeypatch.setattr(memorization, "REAL_QUERIES", 50)
+    monkeypatch.setattr(neighbors, "REAL_QUERIES", 50)
+    monkeypatch.setattr(neighbors, "BATCHNORM_IMAGES", 128)
+    monkeypatch.setattr(memorization, "THRESHOLD_IMAGES", 128)
+    monkeypatch.setattr(memorization, "HASHED", 64)
+    monkeypatch.setattr(memorization, "HASH_STEPS", 2)
+
+    def peak(command: Callable[..., object], images: int, **options: int) -> int:
+        def reals(_: str, count: int | None) -> tuple[Unheld, dict[str, object]]:
+            return Unheld(min(count or images, images)), {}
+
+        monkeypatch.setattr(subjects, "reals", reals)
+        return peak_bytes(lambda: command(tmp_path, ckpt=str(run), data="", limit=None, seed=0, **options))
+
+    for command, options in ((run_neighbors, {"count": 12}), (run_memorization, {"held_out": None, "most": 100})):
+        peak(command, 256, **options)  # type: ignore[arg-type]  # what is imported once
+        few, many = (peak(command, images, **options) for images in (256, 2_560))  # type: ignore[arg-type]
+        assert many < few + 1_000_000  # the further images are 7 MB, 28 MB as floats
+
+
+def test_neighbours_are_shown_from_wherever_in_the_set_they_are(
+    run: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[dict[str, np.ndarray]] = []  # type: ignore[type-arg]
+    monkeypatch.setattr(
+        neighbors.charts, "sheet", lambda groups, _: shown.append(dict(groups)) or np.zeros((1, 1, 3), np.uint8)
+    )
+    run_neighbors(tmp_path, ckpt=str(run), data=str(labelled), count=12, limit=None, seed=0)
+    reals = load_labelled(str(labelled)).images
+    samples = flat(shown[0]["samples"])
+    table = np.square(samples[:, None] - flat(reals)[None]).mean(2)
+    assert table.argmin(1).max() >= 128  # not all of them in the first block
+    np.testing.assert_array_equal(shown[0]["nearest real image by pixels"], reals[table.argmin(1)])
 
 
 def test_distance_curves_are_those_of_the_whole_set_at_every_size() -> None:
@@ -43,7 +88,9 @@ def test_distance_curves_are_those_of_the_whole_set_at_every_size() -> None:
     curves = distance_curves(generator, queries, [100, 256, 300], seed=3)
     samples = np.concatenate([pixels for _, pixels in GeneratedImages(generator, 300, 3).blocks()])
     for size, value in zip([100, 256, 300], curves["seen"], strict=True):
-        np.testing.assert_allclose(value, nearest(queries["seen"], flat(samples[:size]))[1].mean(), rtol=1e-4)
+        search = Nearest(queries["seen"])
+        search.update(flat(samples[:size]))
+        np.testing.assert_allclose(value, search.distance.mean(), rtol=1e-4)
     assert curves["seen"] == sorted(curves["seen"], reverse=True)
 
 
@@ -58,11 +105,11 @@ def test_codes_are_compared_bit_by_bit() -> None:
 
 def test_a_generator_that_repeats_its_training_set_collides_and_another_does_not() -> None:
     known, _ = planted(512, seed=6)
-    honest = collisions(known, legible_generator(), seed=0)
+    honest = collisions(ArrayImages(known), legible_generator(), seed=0)
     assert honest["samples_that_collide"] < 0.3
     generator = legible_generator()
     repeated = np.concatenate([pixels for _, pixels in GeneratedImages(generator, 512, 0).blocks()])
-    assert collisions(repeated, generator, seed=0)["samples_that_collide"] == 1
+    assert collisions(ArrayImages(repeated), generator, seed=0)["samples_that_collide"] == 1
 
 
 def test_both_commands_write_numbers_and_pictures(run: Path, labelled: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from planted import NETWORK, planted
+from planted import NETWORK, planted, write_planted
 from sklearn.svm import LinearSVC
 from torch import nn
 
@@ -96,6 +96,28 @@ def test_draws_are_balanced_and_differ() -> None:
     rows = balanced_draw(labels, 11, order)
     assert sorted(np.bincount(labels[rows])) == [5, 6]
     assert len(set(rows.tolist())) == 11
+
+
+def test_a_draw_that_cannot_be_balanced_is_refused() -> None:
+    labels = np.array(["a"] * 90 + ["b"] * 10)
+    order = np.arange(100)
+    assert len(balanced_draw(labels, 20, order)) == 20
+    assert len(balanced_draw(labels, 21, order)) == 21  # the odd one is an "a"
+    with pytest.raises(UsageError, match=r"takes 11 of each of the 2 classes, but only 10 are b .* at most 20"):
+        balanced_draw(labels, 22, order)
+    with pytest.raises(UsageError, match="fewer than the 2 classes"):
+        balanced_draw(labels, 1, order)
+
+
+def test_images_without_a_label_are_left_out_of_that_label_only(gappy: Path, tmp_path: Path) -> None:
+    data = load_labelled(str(gappy))
+    for name, kind in (("bright", bool), ("place", np.float64), ("kind", np.str_)):
+        kept = data.having(name)
+        assert len(kept.images) == len(kept.label(name)) == 480 - 60
+        assert np.issubdtype(kept.label(name).dtype, kind)
+    assert data.having("coin") is data
+    with pytest.raises(UsageError, match="none of 480 images has it"):
+        load_labelled(str(write_planted(tmp_path / "empty", gaps=1))).having("kind")
 
 
 def test_small_helpers() -> None:

@@ -1,14 +1,19 @@
 """SWD agrees with a sort of every projection, and orders sets as their distance is."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.ndimage
 import scipy.stats
+from conftest import Unheld
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 from pipeline.evaluation import swd
 from pipeline.evaluation.images import ArrayImages, rebatch
+from pipeline.evaluation.ms_ssim import ms_ssim
 from pipeline.evaluation.quality import quality, reference
 
 Pixels = NDArray[np.uint8]
@@ -127,6 +132,17 @@ def test_the_seed_decides_and_nothing_else(pictures: Pixels) -> None:
     halves = pictures[:128], pictures[128:256]
     assert distance(*halves) == distance(*halves)
     assert distance(*halves) != distance(*halves, swd.Sampling(1, 32, 64))
+
+
+def test_memory_is_flat_in_the_number_of_images(peak_bytes: Callable[[Callable[[], object]], int]) -> None:
+    sampling = swd.Sampling(patches=4, directions=4)
+
+    def measure(count: int) -> None:
+        swd.project(Unheld(count), sampling, real=True)
+        ms_ssim(Unheld(count))
+
+    few, many = (peak_bytes(partial(measure, count)) for count in (256, 2_560))
+    assert many < few + 200_000  # the further images are 7 MB
 
 
 def test_too_small_images_are_refused() -> None:

@@ -72,7 +72,7 @@ types: .venv/.installed ## mypy --strict
 	$(BIN)/mypy
 
 unit: .venv/.installed ## pytest, with coverage
-	$(BIN)/pytest -m "not slow" --ignore tests/k8s --durations=15 --cov=pipeline --cov=export --cov=deploy --cov-report=term
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --durations=15 --cov=pipeline --cov=export --cov=deploy --cov-report=term
 
 test-slow: test-faults test-multinode test-metrics test-k8s test-containers ## everything that `make test` leaves out
 	$(BIN)/pytest -m slow tests/export tests/deploy

@@ -207,7 +207,10 @@ def test_the_mirror_helps_where_all_local_checkpoints_are_damaged(store: Checkpo
     assert checkpoint.files["a.bin"] == b"weights"
 
 
-def test_a_mirror_that_is_away_costs_a_warning(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mirror_that_is_away_costs_a_warning(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.PAUSES_SECONDS", (0.02, 0.02))
     save(store, 64)
     mirror = Mirror("http://127.0.0.1:9/mirror", store, 2)
     with caplog.at_level(logging.WARNING):

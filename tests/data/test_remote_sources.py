@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import fsspec
 import numpy as np
@@ -174,8 +175,10 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
     store = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     store.start()
+    url = "http://127.0.0.1:{1}".format(*store.get_host_and_port())
+    urlopen(Request(f"{url}/moto-api/reset", method="POST")).close()  # what another test has left in this process
     for key, value in {
-        "AWS_ENDPOINT_URL": "http://127.0.0.1:{1}".format(*store.get_host_and_port()),
+        "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",

@@ -145,4 +145,4 @@ def test_the_image_has_what_the_demo_names(render: Render) -> None:
     dockerfile = (ROOT / "deploy/Dockerfile").read_text()
     assert f"COPY data/faces {settings['DATA']}\n" in dockerfile
     preset = ROOT / "pipeline/presets" / f"{settings['PRESET']}.yaml"
-    assert yaml.safe_load(preset.read_text())["recipe"]["batch"] == int(settings["BATCH"])
+    assert yaml.safe_load(preset.read_text())["recipe"]["batch"] * int(settings["NODES"]) == int(settings["BATCH"])

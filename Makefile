@@ -3,7 +3,8 @@ PYTHON ?= python3
 DEMO ?= demo
 TRAIN_OPTIONS ?=
 BIN := .venv/bin
-# accelerate gives a process one thread unless told otherwise.
+# accelerate gives a process one thread unless told otherwise. Ctrl-C is for the trainer, which asks for it and saves:
+# the launcher would not wait for that, and end with a traceback of its own.
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(shell nproc)
 
@@ -40,7 +41,7 @@ $(DEMO)/data/dataset.json: | .venv/.installed
 
 $(DEMO)/.trained: $(DEMO)/data/dataset.json
 	@echo "== 2/6 training"
-	$(LAUNCH) pipeline/train.py --data $(DEMO)/data --out $(DEMO)/run --preset demo $(TRAIN_OPTIONS)
+	trap '' INT; $(LAUNCH) pipeline/train.py --data $(DEMO)/data --out $(DEMO)/run --preset demo $(TRAIN_OPTIONS)
 	@touch $@
 
 $(DEMO)/model/model.json: $(DEMO)/.trained

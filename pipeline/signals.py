@@ -1,5 +1,6 @@
-"""Requests from outside: SIGTERM and SIGINT stop a run after saving, SIGUSR1 saves and goes on."""
+"""Requests from outside: SIGTERM, SIGINT and SIGHUP stop a run after saving, SIGUSR1 saves and goes on."""
 
+import os
 import signal
 from types import FrameType
 
@@ -14,11 +15,21 @@ class Requests:
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGUSR1, self._save)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup asks for
+            signal.signal(signal.SIGHUP, self._hang_up)
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop = number
+
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
+        """Stop as if by SIGTERM, and write nothing more to a terminal that is gone: each write would be an error."""
+        with open(os.devnull, "wb") as nowhere:
+            for fd in self._terminals:
+                os.dup2(nowhere.fileno(), fd)
+        self._stop(signal.SIGTERM, frame)
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         self.save = True

@@ -91,8 +91,8 @@ class AdversarialStep:
                             loss_d.detach(),
                             real_logits.sigmoid().mean(),
                             fake_logits.sigmoid().mean(),
-                            real.float().std(0, correction=0).mean(),
-                            fake.float().std(0, correction=0).mean(),
+                            deviation(real),
+                            deviation(fake),
                         ]
                     )
                 )
@@ -165,3 +165,12 @@ class AdversarialStep:
         if self.accelerator.scaler is not None:
             norm = torch.where(torch.isfinite(norm), norm, 0.0)  # one overflow would make the interval's mean infinite
         return norm, bad
+
+
+def deviation(images: Tensor) -> Tensor:
+    """Return the standard deviation over images (n, channels, height, width), averaged over pixels: float32 scalar.
+
+    Near 0 all images are the same. Not `std(0)`, which takes 3 to 5 times as long on a CPU.
+    """
+    centred = images.float() - images.float().mean(0)
+    return centred.square_().mean(0).sqrt_().mean()

@@ -17,6 +17,7 @@ from pipeline.config import RunConfig, load_config
 from pipeline.latents import latents
 from pipeline.networks import Discriminator, Generator, initialise
 from pipeline.randomness import Purpose
+from pipeline.step import deviation
 
 TINY = ["image_size=32", "width=4", "latent_dim=8", "batch=16", "streams=8"]
 
@@ -216,3 +217,12 @@ def test_no_host_sync_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.Tensor, name, counted)
     step(reals, z, 32)
     assert reads == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deviation_is_that_of_the_images_and_leaves_them_alone(dtype: torch.dtype) -> None:
+    images = torch.randn(16, 3, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    before = images.clone()
+    torch.testing.assert_close(deviation(images), images.float().std(0, correction=0).mean())
+    assert torch.equal(images, before)
+    assert deviation(images[:1].expand(16, -1, -1, -1)) < 1e-6

@@ -51,7 +51,8 @@ class Duplicates:
 def keep_first(codes: Codes, radius: int) -> Duplicates:
     """Return which images are kept: the first in the order that no kept one is within `radius` bits of.
 
-    An image is dropped only for a kept one within the radius: chains of neighbours do not pull distinct ones in.
+    An image is dropped only for a kept one within the radius: chains of neighbours do not pull distinct ones in. It
+    is dropped for the nearest that was kept before its code came up first.
     """
     unique, first, group = np.unique(codes, axis=0, return_index=True, return_inverse=True)
     pairs = close_pairs(unique, radius)

@@ -216,7 +216,18 @@ def telemetry_share(config: RunConfig, rounds: int) -> dict[str, float]:
 
     observer = Observer(config, None, Telemetry("train", run="benchmark"))
     names = ("loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "diversity")
-    report = Report(dict.fromkeys(names, 0.5), 6400, 100, 0, 0, False, 10.0, 0.1, 9.9)
+    report = Report(
+        values=dict.fromkeys(names, 0.5),
+        images=6400,
+        steps=100,
+        nonfinite_steps=0,
+        hopeless_steps=0,
+        stop=0,
+        save=False,
+        seconds=10.0,
+        data_wait_seconds=0.1,
+        step_seconds=9.9,
+    )
     work = {
         "microseconds_a_step": lambda: observer.step(0.1),
         "microseconds_an_interval": lambda: observer.interval(report, 6400),

@@ -71,6 +71,7 @@ lint: .venv/.installed ## ruff
 
 types: .venv/.installed ## mypy --strict
 	$(BIN)/mypy
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/*.py
 
 unit: .venv/.installed ## pytest, with coverage
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --durations=15 --cov=pipeline --cov=export --cov=deploy --cov-report=term

@@ -24,7 +24,7 @@ from hardware import describe
 from numpy.typing import NDArray
 
 from deploy.manifest import Maker, finish_shard
-from deploy.plan import Plan
+from deploy.plan import Plan, ShardRange
 from deploy.production import PIECE_IMAGES, WRITERS, block_latents, produce
 from export.samplers import Sampler, open_sampler
 from pipeline.data.dataset import Encoding
@@ -123,12 +123,16 @@ def seconds_to_generate(source: NullSampler | Sampler, plan: Plan, out: Path) ->
     """Generate into an empty folder, to disk and synced, as dcgan-generate does."""
     shutil.rmtree(out, ignore_errors=True)
     store = Store(out)
+
+    def finish(shard: ShardRange, writer: ShardWriter) -> None:
+        finish_shard(store, plan, shard, writer, MAKER)
+
     began = time.perf_counter()
     produce(
         source,
         plan,
         plan.shards(),
-        lambda shard, writer: finish_shard(store, plan, shard, writer, MAKER) and None,
+        finish,
         encoders=ENCODERS,
         stop=threading.Event(),
     )
@@ -223,7 +227,7 @@ def cpu_work(images: Pixels) -> dict[str, dict[str, float]]:
         return min(times) / SHARD_IMAGES
 
     images = images[:SHARD_IMAGES]
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for encoding in BULK:
         made = partial(lambda encoding: [encode(image, encoding, QUALITY) for image in images], encoding)
         contents = images if encoding == "packed" else made()

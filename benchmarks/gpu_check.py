@@ -82,7 +82,7 @@ def main() -> int:
         for reason in each.get("missing", []):
             print(f"            {reason}")
     print(f"{report['result']}: wrote {out / 'gpu_check.json'}")
-    return {"passed": 0, "failed": 1, "incomplete": UnavailableError.exit_code}[report["result"]]
+    return {"passed": 0, "failed": 1, "incomplete": UnavailableError.exit_code}[str(report["result"])]
 
 
 def check_preset(folder: Path, preset: str) -> list[Step]:

@@ -73,7 +73,7 @@ def train_tutorial(seed: int, data: Path, out: Path) -> None:
     criterion = nn.BCEWithLogitsLoss()
     pixels = torch.from_numpy(np.concatenate(list(iterate(data)))).permute(0, 3, 1, 2).contiguous()
     loader = DataLoader(TensorDataset(pixels), batch, shuffle=True, drop_last=True)
-    parts = {"generator": generator, "discriminator": discriminator, "g": optimizer_g, "d": optimizer_d}
+    parts: dict[str, Any] = {"generator": generator, "discriminator": discriminator, "g": optimizer_g, "d": optimizer_d}
     seen = 0
     for path in sorted(out.glob("*.pt"))[-1:]:
         states = torch.load(path, weights_only=True)

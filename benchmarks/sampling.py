@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from hardware import describe  # benchmarks/hardware.py
@@ -101,7 +102,7 @@ def best(one: Limits, other: Limits) -> Limits:
     }
 
 
-def judge(timings: dict[tuple[str, int], Timing], subjects: list[Subject], auto: str) -> list[dict[str, object]]:
+def judge(timings: dict[tuple[str, int], Timing], subjects: list[Subject], auto: str) -> list[dict[str, Any]]:
     """Compare `auto` with its bars, round by round: medians of ratios, not ratios of medians."""
 
     def ratio(one: str, other: str, batch: int) -> float:
@@ -109,7 +110,7 @@ def judge(timings: dict[tuple[str, int], Timing], subjects: list[Subject], auto:
         return statistics.median(a / b for a, b in pairs)
 
     others = [subject.label for subject in subjects if subject.label not in (auto, CONTROL)]
-    verdicts: list[dict[str, object]] = []
+    verdicts: list[dict[str, Any]] = []
     for batch, bar in AT_LEAST_TIMES_EAGER.items():
         measured = ratio(auto, BASELINE, batch)
         claim = f"auto ({auto}) at batch {batch} is at least {bar} times eager"

@@ -51,7 +51,7 @@ def main() -> None:
 
 def prepare(work: Path, source: Path, count: int) -> None:
     """Write `count` distinct 64x64 images as packed and two jpg data sets, and as one .npy."""
-    from pipeline.data.dataset import Dataset, Encoding
+    from pipeline.data.dataset import Dataset, Encoding, Shard
     from pipeline.data.shards import ShardWriter, iterate, write_shard
     from pipeline.imaging import encode
     from pipeline.storage import Store
@@ -71,7 +71,8 @@ def prepare(work: Path, source: Path, count: int) -> None:
         "jpg444": ("jpg", lambda image: encode(image, "jpg", 95)),
     }
     for name, (encoding, form) in forms.items():
-        store, shards = Store(work / name), []
+        store = Store(work / name)
+        shards: list[Shard] = []
         writer = ShardWriter("000000", encoding, [])
         for index, image in enumerate(images):
             data = form(image)
@@ -188,7 +189,7 @@ def write_report(seconds: Seconds, processor: Seconds, first_epoch: dict[str, fl
     (RESULTS / "streaming.json").write_text(json.dumps(result, indent=1) + "\n")
     rates = result["images_per_second"]
     rows = [
-        f"| {name} | {rates[name]:,} | {ratio(name, BARS[0][1]):.1f} | {round(first_epoch[name]):,} |"  # type: ignore[index]
+        f"| {name} | {rates[name]:,} | {ratio(name, BARS[0][1]):.1f} | {round(first_epoch[name]):,} |"
         for name in seconds
     ]
     lines = [
@@ -204,7 +205,7 @@ def write_report(seconds: Seconds, processor: Seconds, first_epoch: dict[str, fl
             for bar in bars
         ),
         f"- load average of the machine meanwhile: {os.getloadavg()[1]:.1f}",
-        *(f"- control {name}: {value}" for name, value in result["controls"].items()),  # type: ignore[attr-defined]
+        *(f"- control {name}: {value}" for name, value in result["controls"].items()),
     ]
     (RESULTS / "streaming.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

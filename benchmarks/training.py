@@ -167,7 +167,7 @@ def trainer_rounds(config: RunConfig, data: str, rounds: int, updates: int) -> d
         original(self, *arguments)  # type: ignore[arg-type]
         save_seconds.append(time.perf_counter() - start)
 
-    Saver.save = timed_save  # type: ignore[method-assign]
+    Saver.save = timed_save  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory() as folder:
         for index in range(rounds):
             for name in ("bare", "trainer", "bare again") if index % 2 == 0 else ("bare again", "trainer", "bare"):
@@ -271,7 +271,9 @@ def main() -> None:
         config = load_config("demo")
         rates = trainer_rounds(config, options.data, options.rounds, updates=24)
         saves = rates.pop("save_milliseconds")
-        result["loop"] = {"setting": "preset demo", "rounds": options.rounds} | summarise(rates, "bare")
+        result["loop"] = {"setting": "preset demo: width 24, batch 16", "rounds": options.rounds} | summarise(
+            rates, "bare"
+        )
         result["loop"]["checkpoint_milliseconds"] = round(statistics.median(saves), 1)
         result["loop"]["telemetry"] = telemetry_share(config, options.rounds)
         print(json.dumps(result["loop"], indent=1))

@@ -3,8 +3,7 @@ PYTHON ?= python3
 DEMO ?= demo
 TRAIN_OPTIONS ?=
 BIN := .venv/bin
-# accelerate gives a process one thread unless told otherwise. Ctrl-C is for the trainer, which asks for it and saves:
-# the launcher would not wait for that, and end with a traceback of its own.
+# accelerate gives a process one thread unless told otherwise.
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(shell nproc)
 
@@ -39,6 +38,8 @@ $(DEMO)/data/dataset.json: | .venv/.installed
 	@echo "== 1/6 shards from the bundled faces"
 	$(BIN)/dcgan-data build webdataset data/faces $(DEMO)/data --size 64 --encoding packed
 
+# Ctrl-C is for the trainer alone, which saves (once it has started up): the launcher would not wait for that, and end
+# with a traceback of its own.
 $(DEMO)/.trained: $(DEMO)/data/dataset.json
 	@echo "== 2/6 training"
 	trap '' INT; $(LAUNCH) pipeline/train.py --data $(DEMO)/data --out $(DEMO)/run --preset demo $(TRAIN_OPTIONS)

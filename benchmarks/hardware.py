@@ -20,6 +20,8 @@ def cpu_model() -> str:
 
 def describe(*packages: str) -> dict[str, Any]:
     """Return hardware, versions, date and command, as JSON."""
+    from torch.backends.cpu import get_cpu_capability
+
     versions = {"python": platform.python_version()}
     for name in ("torch", "accelerate", "numpy", *packages):
         try:
@@ -27,7 +29,11 @@ def describe(*packages: str) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "hardware": {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0))},
+        "hardware": {
+            "cpu": cpu_model(),  # clouds hide the generation; what it can do tells more
+            "instructions": get_cpu_capability(),
+            "cores": len(os.sched_getaffinity(0)),
+        },
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["python", *map(str, sys.argv)]),

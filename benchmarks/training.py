@@ -271,9 +271,8 @@ def main() -> None:
         config = load_config("demo")
         rates = trainer_rounds(config, options.data, options.rounds, updates=24)
         saves = rates.pop("save_milliseconds")
-        result["loop"] = {"setting": "preset demo: width 24, batch 16", "rounds": options.rounds} | summarise(
-            rates, "bare"
-        )
+        setting = f"preset demo: width {config.network.width}, batch {config.recipe.batch}"
+        result["loop"] = {"setting": setting, "rounds": options.rounds} | summarise(rates, "bare")
         result["loop"]["checkpoint_milliseconds"] = round(statistics.median(saves), 1)
         result["loop"]["telemetry"] = telemetry_share(config, options.rounds)
         print(json.dumps(result["loop"], indent=1))

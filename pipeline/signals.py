@@ -12,12 +12,12 @@ class Requests:
         self.stop = 0
         """Number of the signal that asks to stop, or 0."""
         self.save = False
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGUSR1, self._save)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup asks for
             signal.signal(signal.SIGHUP, self._hang_up)
-        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop == number == signal.SIGINT:

@@ -104,7 +104,7 @@ gpu-check: .venv/.installed-gpu ## on a machine with an NVIDIA GPU: tests/gpu, e
 
 # onnxruntime and onnxruntime-gpu own the same module, and must never both be there; the GPU's runs on the CPU, too.
 .venv/.installed-gpu: .venv/.installed
-	@$(BIN)/python -c 'import sys, export.driver as d; sys.exit(d.driver_version() is None and "error: no NVIDIA GPU with a driver here")'
+	@$(BIN)/python -c 'import sys, export.format.driver as d; sys.exit(d.driver_version() is None and "error: no NVIDIA GPU with a driver here")'
 	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu
 	$(BIN)/python -m pip install --progress-bar off --quiet -c constraints.txt -e '.[gpu,tensorrt,tensorrt-rtx,data,eval,dev]'
 	@touch $@

@@ -23,14 +23,14 @@ import numpy as np
 from hardware import describe
 from numpy.typing import NDArray
 
-from deploy.manifest import Maker, finish_shard
-from deploy.plan import Plan, ShardRange
-from deploy.production import PIECE_IMAGES, WRITERS, block_latents, produce
-from export.samplers import Sampler, open_sampler
+from deploy.generation.manifest import Maker, finish_shard
+from deploy.generation.pipeline import PIECE_IMAGES, WRITERS, block_latents, produce
+from deploy.generation.plan import Plan, ShardRange
+from export.samplers.base import Sampler, open_sampler
+from pipeline.common.imaging import Format, Pixels, encode
+from pipeline.common.storage import Store, write_atomic
 from pipeline.data.dataset import Encoding
-from pipeline.data.shards import Pieces, ShardWriter, iterate
-from pipeline.imaging import Format, Pixels, encode
-from pipeline.storage import Store, write_atomic
+from pipeline.data.shard_reader import Pieces, ShardWriter, iterate
 
 BLOCK, ENCODERS, QUALITY = 64, 2, 90
 BULK: dict[Encoding, int] = {"packed": 16384, "jpg": 65536, "webp": 4096}
@@ -203,9 +203,9 @@ def make_plan(sampler: Sampler, encoding: Encoding, count: int) -> Plan:
 
 def write_model(folder: Path) -> Path:
     """Write the tutorials' generator (width 64), untrained: its speed does not depend on its weights."""
+    from pipeline.checkpoints.weights import serialise
     from pipeline.config import NetworkConfig
-    from pipeline.networks import Generator, initialise
-    from pipeline.weights import serialise
+    from pipeline.model.networks import Generator, initialise
 
     config = NetworkConfig(width=64)
     generator = Generator(config)

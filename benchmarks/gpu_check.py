@@ -20,9 +20,9 @@ from xml.etree import ElementTree
 
 import torch
 
-from export.driver import driver_version
-from export.tensorrt_engine import RTX_CAPABILITIES, this_gpu
-from pipeline.errors import UnavailableError
+from export.builders.tensorrt import RTX_CAPABILITIES, this_gpu
+from export.format.driver import driver_version
+from pipeline.common.errors import UnavailableError
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("tutorial64", "paper64")
@@ -30,8 +30,8 @@ PRESET_WEIGHTS = """
 import sys, torch
 from pathlib import Path
 from pipeline.config import load_config
-from pipeline.networks import Generator, initialise
-from pipeline.weights import serialise
+from pipeline.model.networks import Generator, initialise
+from pipeline.checkpoints.weights import serialise
 torch.manual_seed(0)
 config = load_config(sys.argv[1]).network
 generator = Generator(config)

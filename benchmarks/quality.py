@@ -27,17 +27,17 @@ from hardware import describe  # benchmarks/hardware.py
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pipeline.checkpoint import load_generator
+from pipeline.checkpoints.store import load_generator
+from pipeline.common.imaging import encode, labelled_sheet
+from pipeline.common.randomness import Purpose
+from pipeline.common.storage import write_atomic
 from pipeline.config import RunConfig, load_config
-from pipeline.data.shards import iterate
+from pipeline.data.shard_reader import iterate
 from pipeline.evaluation.images import ArrayImages, GeneratedImages, Images
-from pipeline.evaluation.ms_ssim import ms_ssim
-from pipeline.evaluation.swd import Sampling, distances, project
-from pipeline.imaging import encode, labelled_sheet
-from pipeline.networks import Discriminator, Generator, initialise
-from pipeline.randomness import Purpose
-from pipeline.snapshots import sample
-from pipeline.storage import write_atomic
+from pipeline.evaluation.metrics.ms_ssim import ms_ssim
+from pipeline.evaluation.metrics.swd import Sampling, distances, project
+from pipeline.model.networks import Discriminator, Generator, initialise
+from pipeline.training.evaluator import sample
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
@@ -56,7 +56,7 @@ def config(seed: int) -> RunConfig:
 
 def train_ours(seed: int, data: Path, out: Path) -> None:
     """Run the trainer; it continues what it finds."""
-    from pipeline.loop import train
+    from pipeline.training.loop import train
 
     train(config(seed), data=str(data), out=out)
 

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from hardware import describe  # benchmarks/hardware.py
 
-from export.benchmark import Effort, Limits, Timing, measure, measure_limits
-from export.benchmark_report import describe_limits, draw, make_rows
-from export.ceilings import Ceiling
-from export.onnx_model import export_onnx
-from export.samplers import available_threads, open_sampler
-from export.subjects import BASELINE, CONTROL, Subject, choose_subjects
+from export.benchmark.cases import BASELINE, CONTROL, Subject, choose_subjects
+from export.benchmark.report import describe_limits, draw, make_rows
+from export.benchmark.roofline import Ceiling
+from export.benchmark.run import Effort, Limits, Timing, measure, measure_limits
+from export.builders.onnx_model import export_onnx
+from export.samplers.base import available_threads, open_sampler
+from pipeline.checkpoints.weights import serialise
 from pipeline.config import NetworkConfig
-from pipeline.networks import Generator, initialise
-from pipeline.weights import serialise
+from pipeline.model.networks import Generator, initialise
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = [1, 8, 64, 256]

@@ -24,12 +24,12 @@ from accelerate import Accelerator
 from hardware import describe  # benchmarks/hardware.py
 from torch import nn
 
+from pipeline.common.randomness import Purpose
 from pipeline.config import RunConfig, load_config
-from pipeline.latents import latents
-from pipeline.networks import Discriminator, Generator, initialise
-from pipeline.objective import discriminator_loss, generator_loss
-from pipeline.randomness import Purpose
-from pipeline.step import AdversarialStep
+from pipeline.model.latents import latents
+from pipeline.model.losses import discriminator_loss, generator_loss
+from pipeline.model.networks import Discriminator, Generator, initialise
+from pipeline.training.step import AdversarialStep
 
 Update = Callable[[], None]
 
@@ -151,8 +151,8 @@ def trainer_rounds(config: RunConfig, data: str, rounds: int, updates: int) -> d
     Every round continues the same run by `updates` steps; starting up is not counted, saving is: the measured time
     of a checkpoint is spread over the images between two of them.
     """
-    from pipeline.loop import train
-    from pipeline.resume import Saver
+    from pipeline.training.loop import train
+    from pipeline.training.manager import Saver
 
     logging.disable(logging.INFO)
     plain = bare(config)
@@ -210,9 +210,9 @@ def trainer_rounds(config: RunConfig, data: str, rounds: int, updates: int) -> d
 
 def telemetry_share(config: RunConfig, rounds: int) -> dict[str, float]:
     """Return what telemetry costs one step, and one log interval, in microseconds."""
-    from pipeline.interval import Report
-    from pipeline.observer import Observer
-    from pipeline.telemetry import Telemetry
+    from pipeline.common.telemetry import Telemetry
+    from pipeline.training.run_log import Observer
+    from pipeline.training.window import Report
 
     observer = Observer(config, None, Telemetry("train", run="benchmark"))
     names = ("loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "diversity")

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.errors import DataError, Stopped, UnavailableError, UsageError, run_command
-from pipeline.telemetry import MetricsAddress, MetricsPort, PushGateway
+from pipeline.common.errors import DataError, Stopped, UnavailableError, UsageError, run_command
+from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 
 if TYPE_CHECKING:
-    from deploy.plan import Plan
-    from export.samplers import Sampler
-    from pipeline.storage import Store
-    from pipeline.telemetry import Telemetry
+    from deploy.generation.plan import Plan
+    from export.samplers.base import Sampler
+    from pipeline.common.storage import Store
+    from pipeline.common.telemetry import Telemetry
 
 app = typer.Typer(
     add_completion=False,
@@ -90,8 +90,8 @@ def generate(
         if number is not None and not low <= number <= high:
             raise UsageError(f"{name} {number}: expected {low} to {high}")
     from deploy.topology import count_cores
-    from pipeline.parts import parse_part
-    from pipeline.telemetry import Telemetry
+    from pipeline.common.partition import parse_part
+    from pipeline.common.telemetry import Telemetry
 
     mine = parse_part(part)
     with Telemetry("generate", run=out, part=str(mine)) as telemetry:
@@ -131,8 +131,8 @@ def merge(
 
     The part that ends last has written both already: run this when no part runs any more, to be sure.
     """
-    from deploy.manifest import MANIFEST, merge
-    from pipeline.storage import Store
+    from deploy.generation.manifest import MANIFEST, merge
+    from pipeline.common.storage import Store
 
     store = Store(out)
     manifest = merge(store, verify=not quick, tidy=True)
@@ -162,16 +162,16 @@ def _generate(
     choices: dict[str, Any],
 ) -> None:
     """Make this part's shards and, when no other part is missing, the manifest."""
-    from deploy.manifest import begin, finish_shard, merge, missing, unfinished
-    from deploy.production import produce
-    from export.samplers import open_sampler
-    from pipeline.progress import Progress
-    from pipeline.storage import Store
+    from deploy.generation.manifest import begin, finish_shard, merge, missing, unfinished
+    from deploy.generation.pipeline import produce
+    from export.samplers.base import open_sampler
+    from pipeline.common.progress import Progress
+    from pipeline.common.storage import Store
 
     store = Store(out)
     try:
         if rebuild:
-            from export.plan import rebuild_unless_it_fits
+            from export.builders.engine import rebuild_unless_it_fits
 
             rebuild_unless_it_fits(model)
         sampler = open_sampler(model, backend=backend, batch=batch, threads=threads)
@@ -225,7 +225,7 @@ def _generate(
 
 def _plan(sampler: "Sampler", choices: dict[str, Any]) -> "Plan":
     """Return what `sampler` and the command line's choices decide."""
-    from deploy.plan import Plan, default_shard_images
+    from deploy.generation.plan import Plan, default_shard_images
 
     image_bytes = sampler.image_size**2 * sampler.channels
     shard_images = choices["shard_images"] or default_shard_images(image_bytes, choices["format"])
@@ -246,8 +246,8 @@ def _plan(sampler: "Sampler", choices: dict[str, Any]) -> "Plan":
 
 def _maker(sampler: "Sampler") -> Any:
     """Return what the records say about this process."""
-    from deploy.manifest import Maker
-    from export.card import versions
+    from deploy.generation.manifest import Maker
+    from export.format.card import versions
 
     return Maker(
         device=sampler.device,
@@ -258,7 +258,7 @@ def _maker(sampler: "Sampler") -> Any:
 
 def _report(store: "Store", plan: "Plan", images: int, seconds: float) -> None:
     """Say what is there now."""
-    from deploy.manifest import MANIFEST, read_manifest
+    from deploy.generation.manifest import MANIFEST, read_manifest
 
     made = (
         f"{images:,} images in {seconds:.1f} s ({images / seconds:,.0f} a second)" if images else "nothing left to do"

@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 
 import pipeline
-from pipeline.errors import UsageError, run_command
+from pipeline.common.errors import UsageError, run_command
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SAVED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # the codes of a trainer that was stopped and has saved

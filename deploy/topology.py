@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import ConfigConflict, UsageError
+from pipeline.common.errors import ConfigConflict, UsageError
 
 PORT = 29500
 

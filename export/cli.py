@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import run_command
+from pipeline.common.errors import run_command
 
 app = typer.Typer(
     add_completion=False,
@@ -69,8 +69,8 @@ def onnx(
     parity_images: ParityImages = 10_000,
 ) -> None:
     """Export a generator to one ONNX file with a dynamic batch; fails unless its images equal PyTorch's."""
-    from export.onnx_model import export_onnx
-    from export.parity import describe
+    from export.builders.onnx_model import export_onnx
+    from export.builders.parity import describe
 
     card = export_onnx(
         ckpt,
@@ -111,9 +111,9 @@ def trt(
     parity_images: ParityImages = 10_000,
 ) -> None:
     """Build a TensorRT or TensorRT-RTX engine; where it can run, it is compared with PyTorch before it is kept."""
-    from export.parity import describe
-    from export.plan import export_plan
-    from export.tensorrt_engine import BuildOptions
+    from export.builders.engine import export_plan
+    from export.builders.parity import describe
+    from export.builders.tensorrt import BuildOptions
 
     card = export_plan(
         ckpt,
@@ -145,8 +145,8 @@ def triton(
     queue_delay_microseconds: Annotated[int, typer.Option(help="How long a request may wait for others.")] = 500,
 ) -> None:
     """Write a Triton model repository with dynamic batching and warm-up, checked against the model's card."""
-    from export.card import read_card
-    from export.triton import check_config, export_repository
+    from export.builders.triton import check_config, export_repository
+    from export.format.card import read_card
 
     path = export_repository(
         model, out, name=name, instances=instances, max_queue_delay_microseconds=queue_delay_microseconds
@@ -162,15 +162,15 @@ def triton(
 @app.command()
 def verify(model: Model, ckpt: OptionalCkpt = None, parity_images: ParityImages = 10_000) -> None:
     """Check an exported file again: its card, its hash, its graph, and its images against PyTorch's."""
-    from export.parity import describe
+    from export.builders.parity import describe
 
     if model.endswith(".plan"):
-        from export.plan import verify_plan
+        from export.builders.engine import verify_plan
 
         card, proven = verify_plan(model, reference=ckpt, images=parity_images)
         what = "this machine is the one it was built for"
     else:
-        from export.onnx_model import verify_onnx
+        from export.builders.onnx_model import verify_onnx
 
         card, proven = verify_onnx(model, reference=ckpt, images=parity_images)
         what = "the graph is valid"
@@ -185,7 +185,7 @@ def publish(
     to: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) that gets both.")],
 ) -> None:
     """Copy a model and its card, checked against each other, to where other machines can read them."""
-    from export.card import copy_model
+    from export.format.card import copy_model
 
     card = copy_model(model, to)
     typer.echo(f"{to}/{card.file}: {card.bytes:,} bytes, SHA-256 {card.sha256[:12]}...")
@@ -194,7 +194,7 @@ def publish(
 @app.command()
 def inspect(model: Model) -> None:
     """Print what a file takes, makes, was made from, and how equal it was proven."""
-    from export.inspection import describe_model
+    from export.builders.inspection import describe_model
 
     for line in describe_model(model):
         typer.echo(line)
@@ -214,7 +214,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
 ) -> None:
     """Measure every backend that runs here, interleaved, against this device's own ceilings."""
-    from export.benchmark import run_benchmark
+    from export.benchmark.run import run_benchmark
 
     run_benchmark(
         out,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import ConfigConflict, UsageError
+from pipeline.common.errors import ConfigConflict, UsageError
 
 PRESETS = Path(__file__).parent / "presets"
 

@@ -30,9 +30,17 @@ if __name__ == "__main__":
 
 import typer
 
+from pipeline.common.errors import (
+    ConfigConflict,
+    DataError,
+    TryAgainError,
+    UnavailableError,
+    UsageError,
+    leave,
+    run_command,
+)
+from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 from pipeline.config import RunConfig, load_config, preset_names, validate
-from pipeline.errors import ConfigConflict, DataError, TryAgainError, UnavailableError, UsageError, leave, run_command
-from pipeline.telemetry import MetricsAddress, MetricsPort, PushGateway
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -75,7 +83,7 @@ def main(
     if data is None:
         raise UsageError("--data: missing; expected a folder or URL of shards (make them with dcgan-data build)")
     configure_logging()
-    from pipeline.loop import train
+    from pipeline.training.loop import train
 
     try:
         train(

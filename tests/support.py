@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.common.imaging import encode
+from pipeline.common.storage import Store
 from pipeline.data.dataset import FILE_NAME, Dataset, Encoding
-from pipeline.data.shards import ShardWriter, write_shard
-from pipeline.imaging import encode
-from pipeline.storage import Store
+from pipeline.data.shard_reader import ShardWriter, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("network.image_size=32", "network.width=4", "network.latent_dim=8", "recipe.batch=16", "recipe.streams=8")

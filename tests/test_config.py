@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.common.errors import ConfigConflict, UsageError
 from pipeline.config import RunConfig, load_config, preset_names
-from pipeline.errors import ConfigConflict, UsageError
-from pipeline.networks import stage_widths
+from pipeline.model.networks import stage_widths
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deploy.grafana.dashboards import DASHBOARDS, FOLDER
-from pipeline.evaluation.svg import Line, line_chart, short
+from pipeline.common.svg import Line, line_chart, short
 
 REFRESH_SECONDS = 5
 POINTS = 200

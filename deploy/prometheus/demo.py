@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import UnavailableError, UsageError, run_command
+from pipeline.common.errors import UnavailableError, UsageError, run_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import yaml
 
-from pipeline.errors import UnavailableError
+from pipeline.common.errors import UnavailableError
 
 FOLDER = Path(__file__).parent
 PROGRAMS = ("prometheus", "prometheus-pushgateway")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import UsageError, run_command
-from pipeline.telemetry import MetricsAddress, MetricsPort, PushGateway
+from pipeline.common.errors import UsageError, run_command
+from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 
 app = typer.Typer(
     add_completion=False,
@@ -92,7 +92,7 @@ def build(
     push_gateway: PushGateway = None,
 ) -> None:
     """Turn the pictures in SRC into the data set OUT. Interrupted, the same command goes on."""
-    from pipeline.data.command import BuildOptions, build_all
+    from pipeline.data.build.command import BuildOptions, build_all
 
     if channels == 2:
         raise UsageError("--channels 2: expected 1 (grey) or 3 (RGB)")
@@ -136,8 +136,8 @@ def merge(
     max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="As for build.")] = None,
 ) -> None:
     """Bring the parts of a build together: the same bytes as building it whole."""
-    from pipeline.data.build import merge as merge_parts
-    from pipeline.data.command import report
+    from pipeline.data.build.builder import merge as merge_parts
+    from pipeline.data.build.command import report
 
     report(out, merge_parts(out, parts or [], max_bad=max_bad))
 
@@ -152,9 +152,9 @@ def dedup(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another data set in OUT.")] = False,
 ) -> None:
     """Copy a data set without near-duplicates, found by the paper's semantic hash, and report them."""
-    from pipeline.data.command import report
-    from pipeline.data.dedup import dedup as copy_without
-    from pipeline.data.workers import available_cores
+    from pipeline.data.build.command import report
+    from pipeline.data.build.process_pool import available_cores
+    from pipeline.data.dedup.dedup import dedup as copy_without
 
     processes = workers or available_cores()
     report(out, copy_without(src, out, radius=radius, seed=seed, workers=processes, overwrite=overwrite))

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import DataError
-from pipeline.storage import Store, sha256_bytes
+from pipeline.common.errors import DataError
+from pipeline.common.storage import Store, sha256_bytes
 
 FILE_NAME = "dataset.json"
 VERSION = 1

@@ -8,11 +8,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.common.errors import UsageError
+from pipeline.common.imaging import grid, save_png
+from pipeline.common.storage import is_url
 from pipeline.data.dataset import load_dataset
-from pipeline.data.shards import Columns, iterate
-from pipeline.errors import UsageError
-from pipeline.imaging import grid, save_png
-from pipeline.storage import is_url
+from pipeline.data.shard_reader import Columns, iterate
 
 LABEL_IMAGES = 5_000
 """Labels are summed up over the first so many images: they are shuffled, so these stand for all."""

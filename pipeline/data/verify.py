@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.common.errors import DataError
+from pipeline.common.imaging import BadImage, decode
+from pipeline.common.progress import Progress
+from pipeline.common.storage import Store, sha256_bytes
+from pipeline.data.build.process_pool import available_cores, run_tasks
 from pipeline.data.dataset import FILE_NAME, Dataset, Shard, load_dataset
-from pipeline.data.shards import DamagedTar, checksum, members
-from pipeline.data.workers import available_cores, run_tasks
-from pipeline.errors import DataError
-from pipeline.imaging import BadImage, decode
-from pipeline.progress import Progress
-from pipeline.storage import Store, sha256_bytes
+from pipeline.data.shard_reader import DamagedTar, checksum, members
 
 SHOWN = 50
 """Damages that are printed; the last line counts all."""

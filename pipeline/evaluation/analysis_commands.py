@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import UsageError
+from pipeline.common.errors import UsageError
 from pipeline.evaluation.options import (
     NUMBERED_SAMPLES,
     Ckpt,
@@ -53,7 +53,7 @@ def probe(
 ) -> None:
     """Linear SVM on the discriminator's features, against raw pixels and an untrained D (section 5)."""
     folder = output_folder(out, ckpt)
-    from pipeline.evaluation.probe import Protocol, run_probe
+    from pipeline.evaluation.paper.probe import Protocol, run_probe
 
     protocol = Protocol(labels, draws, seed)
     numbers = run_probe(folder, ckpt=ckpt, data=data, label=label, test_data=test_data, limit=limit, protocol=protocol)
@@ -70,7 +70,7 @@ def interpolate(
 ) -> None:
     """Walks between random z, straight and along the sphere (Figure 4)."""
     folder = output_folder(out, ckpt)
-    from pipeline.evaluation.interpolate import run_interpolate
+    from pipeline.evaluation.paper.interpolate import run_interpolate
 
     numbers = run_interpolate(folder, ckpt=ckpt, rows=rows, steps=steps, seed=seed)
     show({f"unevenness, {name}": value for name, value in numbers.items()}, folder, "interpolate")
@@ -94,7 +94,7 @@ def arithmetic(
 ) -> None:
     """Man with glasses - man + woman: averaged exemplars added up, and how often it works (Figure 7)."""
     folder = output_folder(out, ckpt)
-    from pipeline.evaluation.arithmetic import run_arithmetic, write_contact_sheet
+    from pipeline.evaluation.paper.arithmetic import run_arithmetic, write_contact_sheet
 
     if sheet is not None:
         written = write_contact_sheet(folder, ckpt=ckpt, count=sheet, seed=seed)
@@ -120,7 +120,7 @@ def turn(
 ) -> None:
     """A vector from averages at the extremes of an attribute, applied in steps to other samples (Figure 8)."""
     folder = output_folder(out, ckpt)
-    from pipeline.evaluation.turn import run_turn
+    from pipeline.evaluation.paper.turn import run_turn
 
     numbers = run_turn(
         folder,
@@ -147,7 +147,7 @@ def neighbors(
 ) -> None:
     """Samples, and under each its nearest real images by pixels and by the discriminator's features."""
     folder = output_folder(out, ckpt)
-    from pipeline.evaluation.neighbors import run_neighbors
+    from pipeline.evaluation.paper.neighbors import run_neighbors
 
     show(dict(run_neighbors(folder, ckpt=ckpt, data=data, count=count, limit=limit, seed=seed)), folder, "neighbors")
 
@@ -166,7 +166,7 @@ def memorization(
 ) -> None:
     """Learned or memorised: held-out distances, hash collisions, smoothness of walks (sections 3 and 6.1)."""
     folder = output_folder(out, ckpt)
-    from pipeline.evaluation.memorization import run_memorization
+    from pipeline.evaluation.paper.memorization import run_memorization
 
     numbers = run_memorization(folder, ckpt=ckpt, data=data, held_out=held_out, most=most, limit=limit, seed=seed)
     show(numbers, folder, "memorization")
@@ -186,7 +186,7 @@ def features(
 ) -> None:
     """What excites the discriminator's units: guided backpropagation and gradient ascent (Figure 5)."""
     folder = output_folder(out, ckpt)
-    from pipeline.evaluation.features import run_features
+    from pipeline.evaluation.paper.features import run_features
 
     numbers = run_features(folder, ckpt=ckpt, data=data, layer=layer, units=units, images_each=images_each, seed=seed)
     show({f"selectivity, {name}": value for name, value in numbers.items()}, folder, "features")
@@ -209,7 +209,7 @@ def forget(
 ) -> None:
     """Drop the feature maps of G that draw an object, and see what is left (Figure 6)."""
     folder = output_folder(out, ckpt)
-    from pipeline.evaluation.forget import run_forget
+    from pipeline.evaluation.paper.forget import run_forget
 
     numbers = run_forget(
         folder,

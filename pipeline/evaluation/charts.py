@@ -41,7 +41,7 @@ def bars(labels: Sequence[str], values: Mapping[str, Sequence[float]], unit: str
 
 def sheet(rows: Sequence[tuple[str, Pixels]], columns: int, scale: int = 2) -> Pixels:
     """Return captioned rows of images, each pixel `scale` times as large so that 64 pixels can be looked at."""
-    from pipeline.imaging import labelled_sheet
+    from pipeline.common.imaging import labelled_sheet
 
     enlarged = [(caption, images.repeat(scale, 1).repeat(scale, 2)) for caption, images in rows]
     return labelled_sheet(enlarged, columns)

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.errors import DataError, UsageError
+from pipeline.common.errors import DataError, UsageError
+from pipeline.common.progress import Progress
+from pipeline.common.randomness import Purpose, permutation, raw_bits
+from pipeline.common.storage import Store, write_atomic
+from pipeline.data.labelled import Labelled, load_labelled
 from pipeline.evaluation.images import Pixels
-from pipeline.evaluation.labelled import Labelled, load_labelled
+from pipeline.evaluation.inputs import device
 from pipeline.evaluation.results import Result
-from pipeline.evaluation.subjects import device
-from pipeline.progress import Progress
-from pipeline.randomness import Purpose, permutation, raw_bits
-from pipeline.storage import Store, write_atomic
 
 FILE_NAME = "classifier.safetensors"
 KIND = "attributes"
@@ -100,7 +100,7 @@ class Classifier:
         """Write the weights with everything needed to read them again."""
         from safetensors.torch import save
 
-        from pipeline.weights import METADATA_KEY
+        from pipeline.checkpoints.weights import METADATA_KEY
 
         state = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         heads = [asdict(head) for head in self.heads.values()]
@@ -116,7 +116,7 @@ def to_network(images: Pixels) -> Tensor:
 
 def load_classifier(reference: str) -> Classifier:
     """Return a saved classifier. Raises DataError when the file is something else."""
-    from pipeline.weights import deserialise
+    from pipeline.checkpoints.weights import deserialise
 
     folder, _, name = reference.rpartition("/")
     store = Store(folder or ("/" if reference.startswith("/") else "."))

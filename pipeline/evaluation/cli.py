@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import run_command
+from pipeline.common.errors import run_command
 from pipeline.evaluation import analysis_commands, metric_commands
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ def report(
     title: Annotated[str | None, typer.Option(help="Heading of the page; the run's name by default.")] = None,
 ) -> None:
     """One self-contained page about a run: what was trained on what, curves, samples, numbers, analyses."""
-    from pipeline.evaluation.report import write_report
+    from pipeline.evaluation.report.report import write_report
 
     page = write_report(run, out or run / "report.html", results=results, bench=bench or [], title=title)
     typer.echo(f"written: {page} ({page.stat().st_size / 1e6:.2f} MB)")

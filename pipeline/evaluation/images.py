@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from pipeline.networks import Generator
+    from pipeline.model.networks import Generator
 
 BLOCK = 128
 """Images handled at once. Fixed, because sums are made block by block: results do not depend on who made them."""
@@ -90,7 +90,7 @@ class ShardImages:
         return self.dataset.image_size, self.dataset.image_size, self.dataset.channels
 
     def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, Pixels]]:
-        from pipeline.data.shards import iterate
+        from pipeline.data.shard_reader import iterate
 
         whole = first(rebatch(iterate(self.location, dataset=self.dataset)), self.count)
         return ((block, pixels) for block, pixels in enumerate(whole) if block % size == rank)
@@ -108,8 +108,8 @@ class GeneratedImages:
         self._kept: dict[tuple[int, int], IO[bytes]] = {}
 
     def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, Pixels]]:
-        from pipeline.randomness import Purpose
-        from pipeline.snapshots import sample
+        from pipeline.common.randomness import Purpose
+        from pipeline.training.evaluator import sample
 
         kept = self._kept.get((rank, size))
         file = kept or tempfile.TemporaryFile(prefix="dcgan-eval-")  # noqa: SIM115  lives as long as this object
@@ -136,7 +136,7 @@ class Watched:
         self.shape = images.shape
 
     def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, Pixels]]:
-        from pipeline.progress import Progress
+        from pipeline.common.progress import Progress
 
         with Progress(self.what, -(-self.count // size)) as progress:
             for block, pixels in self.images.blocks(rank, size):

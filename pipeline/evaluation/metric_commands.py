@@ -28,8 +28,8 @@ def swd(
 ) -> None:
     """Sliced Wasserstein distance between samples and real images, level by level (Karras et al. 2018)."""
     folder = output_folder(out, ckpt)
-    from pipeline.evaluation.distances import measure_swd
-    from pipeline.evaluation.swd import Sampling
+    from pipeline.evaluation.metrics.patch_metrics import measure_swd
+    from pipeline.evaluation.metrics.swd import Sampling
 
     sampling = Sampling(seed, patches, directions)
     numbers = measure_swd(folder, ckpt=ckpt, samples=samples, data=data, count=count, sampling=sampling)
@@ -47,7 +47,7 @@ def ms_ssim(
 ) -> None:
     """How alike the samples are: MS-SSIM of random pairs, beside that of real images when --data is given."""
     folder = output_folder(out, ckpt)
-    from pipeline.evaluation.distances import measure_ms_ssim
+    from pipeline.evaluation.metrics.patch_metrics import measure_ms_ssim
 
     show(measure_ms_ssim(folder, ckpt=ckpt, samples=samples, data=data, count=count, seed=seed), folder, "ms_ssim")
 
@@ -79,7 +79,7 @@ def _feature_metric(metric: Metric) -> Callable[..., None]:
         cache: Annotated[Path | None, typer.Option(help="Keep the real images' statistics in this folder.")] = None,
     ) -> None:
         folder = output_folder(out, ckpt)
-        from pipeline.evaluation.feature_metrics import Request, measure, processes
+        from pipeline.evaluation.metrics.feature_metrics import Request, measure, processes
 
         request = Request(folder, ckpt, samples, data, count, seed, extractor, extractor_sha256, resize, cache)
         with processes() as accelerator:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import UsageError
+from pipeline.common.errors import UsageError
 
 Ckpt = Annotated[str, typer.Option(help="A run, a checkpoint, or a weights file; path or URL.", show_default=False)]
 OptionalCkpt = Annotated[str | None, typer.Option(help="A run, a checkpoint, or a weights file; path or URL.")]

@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import DataError, UsageError
-from pipeline.storage import write_atomic
+from pipeline.common.errors import DataError, UsageError
+from pipeline.common.storage import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Chart
@@ -34,7 +34,7 @@ class Result:
 
     def picture(self, image: "Pixels", caption: str, suffix: str = "") -> None:
         """Write a picture (height, width, channels) beside the JSON."""
-        from pipeline.imaging import save_png
+        from pipeline.common.imaging import save_png
 
         save_png(self._add(caption, suffix), image)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pods import Cluster, podman, wait_until
 
-from pipeline.storage import sha256_file
+from pipeline.common.storage import sha256_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 IMAGE = "localhost/dcgan:0.1.0"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.imaging import Pixels, encode
+from pipeline.common.imaging import Pixels, encode
 
 
 def make_picture(seed: int, width: int = 48, height: int = 40, channels: int = 3) -> Pixels:

@@ -9,10 +9,10 @@ import pytest
 import webdataset
 from picture_files import make_folder, make_picture
 
+from pipeline.common.errors import DataError
+from pipeline.common.imaging import decode, encode
 from pipeline.data.dataset import Dataset, load_dataset
-from pipeline.data.shards import iterate
-from pipeline.errors import DataError
-from pipeline.imaging import decode, encode
+from pipeline.data.shard_reader import iterate
 
 ENCODINGS = ["packed", "png", "webp", "jpg"]
 

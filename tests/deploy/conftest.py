@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.checkpoints.weights import serialise
 from pipeline.config import NetworkConfig
-from pipeline.networks import Generator, initialise
-from pipeline.weights import serialise
+from pipeline.model.networks import Generator, initialise
 
 BIN = Path(sys.executable).parent
 

@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 from storage_servers import FaultyProxy, wait_for_port
 
-from deploy.manifest import merge, read_manifest
-from pipeline.storage import Store
+from deploy.generation.manifest import merge, read_manifest
+from pipeline.common.storage import Store
 
 SHARD_IMAGES = 32
 SHARDS_PER_PART = 8
 AT_ONCE = 4
 # As a pod would be, a process of its own; but torch and its like are loaded once, by the server that they fork from.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["deploy.production", "deploy.manifest", "export.torch_backend", "s3fs", "torch"])
+processes.set_forkserver_preload(
+    ["deploy.generation.pipeline", "deploy.generation.manifest", "export.samplers.torch", "s3fs", "torch"]
+)
 
 
 class FlakyProxy(FaultyProxy):

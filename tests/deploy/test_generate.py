@@ -15,13 +15,13 @@ import pytest
 import webdataset as wds
 
 from deploy.generate import main
-from deploy.manifest import RECORDS, merge
+from deploy.generation.manifest import RECORDS, merge
+from pipeline.common.errors import DataError, TryAgainError
+from pipeline.common.imaging import decode, encode
+from pipeline.common.randomness import Purpose
+from pipeline.common.storage import Store
 from pipeline.data.dataset import load_dataset
-from pipeline.data.shards import iterate
-from pipeline.errors import DataError, TryAgainError
-from pipeline.imaging import decode, encode
-from pipeline.randomness import Purpose
-from pipeline.storage import Store
+from pipeline.data.shard_reader import iterate
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Run = Callable[..., tuple[str, str]]
@@ -144,7 +144,7 @@ def test_every_format_is_a_data_set_and_plain_webdataset(run: Run, tmp_path: Pat
 
 def sample(model: str, first: int, count: int) -> np.ndarray:
     """What the sampler alone makes."""
-    from export.samplers import open_sampler
+    from export.samplers.base import open_sampler
 
     with open_sampler(model) as sampler:
         return np.concatenate([images for _, images in sampler.sample_range(0, first, count, Purpose.SAMPLE)])
@@ -244,7 +244,7 @@ def test_two_writers_of_the_same_part_do_no_harm(
 
 
 def test_the_manifest_says_where_images_came_from(whole: Path, model: str) -> None:
-    from pipeline.storage import sha256_file
+    from pipeline.common.storage import sha256_file
 
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["plan"]["model_sha256"] == sha256_file(Path(model))

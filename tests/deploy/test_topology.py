@@ -3,7 +3,7 @@
 import pytest
 
 from deploy.topology import Topology, discover, first_host
-from pipeline.errors import ConfigConflict, UsageError
+from pipeline.common.errors import ConfigConflict, UsageError
 
 
 def topology(environment: dict[str, str], host: str = "localhost", gpus: int = 0, **options: int | str) -> Topology:

@@ -2,18 +2,17 @@
 
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluation_cases import Outcome
 from numpy.typing import NDArray
 from planted import write_legible_run, write_planted, write_run
 
 from pipeline.evaluation.classifier import FILE_NAME, Classifier, load_classifier, make_classifier
 from pipeline.evaluation.cli import main
-from pipeline.evaluation.images import BLOCK, num_blocks
 
 
 def scenes(count: int, seed: int, size: int = 64) -> NDArray[np.uint8]:
@@ -29,15 +28,6 @@ def scenes(count: int, seed: int, size: int = 64) -> NDArray[np.uint8]:
     return np.clip(images + draw.normal(0, 4, images.shape), 0, 255).astype(np.uint8)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a user sees of a command."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run dcgan-eval from its entry point; an exception that a user would see as a traceback fails the test."""
@@ -51,19 +41,6 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return Outcome(end.value.code, *capsys.readouterr())
 
     return run
-
-
-class Unheld:
-    """A set of pictures that are made when they are read: whoever holds all of them shows in memory."""
-
-    def __init__(self, count: int, size: int = 32) -> None:
-        self.count = count
-        self.shape = (size, size, 3)
-
-    def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        for block in range(rank, num_blocks(self.count), size):
-            number = min(BLOCK, self.count - block * BLOCK)
-            yield block, np.random.default_rng(block).integers(0, 256, (number, *self.shape), np.uint8)
 
 
 @pytest.fixture

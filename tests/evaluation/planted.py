@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.checkpoint import CheckpointStore
+from pipeline.checkpoints.store import CheckpointStore
+from pipeline.checkpoints.weights import FILE_OF_KIND, serialise
+from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig, RunConfig
 from pipeline.data.dataset import Dataset
-from pipeline.data.shards import ShardWriter, write_shard
-from pipeline.networks import Discriminator, Generator, initialise
-from pipeline.storage import Store
-from pipeline.weights import FILE_OF_KIND, serialise
+from pipeline.data.shard_reader import ShardWriter, write_shard
+from pipeline.model.networks import Discriminator, Generator, initialise
 
 SIZE = 32
 NETWORK = NetworkConfig(image_size=SIZE, width=8, latent_dim=16)

@@ -8,10 +8,10 @@ import pytest
 from planted import planted, write_planted
 from typer.testing import CliRunner
 
-from pipeline.errors import DataError, UsageError
+from pipeline.common.errors import DataError, UsageError
+from pipeline.data.labelled import load_labelled
 from pipeline.evaluation.classifier import Classifier, get_classifier, load_classifier, make_classifier
 from pipeline.evaluation.cli import app
-from pipeline.evaluation.labelled import load_labelled
 
 
 def test_it_reads_what_the_pictures_show_and_no_more(judge: Classifier) -> None:

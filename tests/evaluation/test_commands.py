@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import Outcome
+from evaluation_cases import Outcome
 
-from pipeline.evaluation import arithmetic, features, forget, memorization, probe, turn
 from pipeline.evaluation.cli import app
+from pipeline.evaluation.paper import arithmetic, features, forget, memorization, probe, turn
 
 COMMANDS = {
     "swd": "swd --ckpt {run} --data {data} --count 65 --patches 8 --directions 8",

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from export_cases import MAX_BATCH, SMALL, Cli, Export, make_generator, write_checkpoint
 
+from export.builders.onnx_model import export_onnx
 from export.cli import main
-from export.onnx_model import export_onnx
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from export.card import Card, Engine
+from export.format.card import Card, Engine
+from pipeline.checkpoints.weights import serialise
+from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig
-from pipeline.latents import latents
-from pipeline.networks import Generator, initialise
-from pipeline.randomness import Purpose
-from pipeline.weights import serialise
+from pipeline.model.latents import latents
+from pipeline.model.networks import Generator, initialise
 
 Cli = Callable[..., tuple[int, str, str]]
 

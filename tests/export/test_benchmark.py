@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from export_cases import Cli, Export, make_generator
 
-from export import ceilings
-from export.benchmark import Timing
-from export.benchmark_report import make_rows
-from export.ceilings import Ceiling, work_of
-from export.subjects import Subject, choose_subjects
+from export.benchmark import roofline as ceilings
+from export.benchmark.cases import Subject, choose_subjects
+from export.benchmark.report import make_rows
+from export.benchmark.roofline import Ceiling, work_of
+from export.benchmark.run import Timing
+from pipeline.common.imaging import open_image
 from pipeline.config import NetworkConfig
-from pipeline.imaging import open_image
 
 
 def test_the_work_of_an_image_is_counted() -> None:
@@ -115,7 +115,7 @@ def test_each_row_is_judged_by_its_own_device_and_arithmetic() -> None:
 def test_a_ceiling_is_the_best_of_several_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([1.0, 9.0, 3.0, 2.0, 4.0])
     clock = [0.0]
-    monkeypatch.setattr("export.ceilings.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("export.benchmark.roofline.time.perf_counter", lambda: clock[0])
 
     def action() -> None:
         clock[0] += next(seconds)
@@ -125,7 +125,7 @@ def test_a_ceiling_is_the_best_of_several_tries(monkeypatch: pytest.MonkeyPatch)
 
 def test_fp16_has_one_row_a_module(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager in fp16 would be channels_last in fp16 under another name."""
-    monkeypatch.setattr("export.subjects._has_cuda", lambda: True)
+    monkeypatch.setattr("export.benchmark.cases._has_cuda", lambda: True)
     _, left_out = choose_subjects(str(exported.checkpoint), [], [], quick=True)
     assert {"channels_last fp16", "cuda-graphs fp16"} <= set(left_out)
     assert "eager fp16" not in left_out

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from export_cases import Cli
 
-from export.card import read_card
-from export.samplers import open_sampler
-from pipeline.latents import latents
-from pipeline.randomness import Purpose
+from export.format.card import read_card
+from export.samplers.base import open_sampler
+from pipeline.common.randomness import Purpose
+from pipeline.model.latents import latents
 
 
 def test_a_netg_file_becomes_a_model(cli: Cli, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import onnx
 import pytest
 from export_cases import HOPPER, Cli, Export
 
-from export.card import Card, card_name
-from export.samplers import open_sampler
-from pipeline.errors import DataError
-from pipeline.storage import sha256_file
+from export.format.card import Card, card_name
+from export.samplers.base import open_sampler
+from pipeline.common.errors import DataError
+from pipeline.common.storage import sha256_file
 
 
 def assert_refused(result: tuple[int, str, str], code: int, *words: str) -> None:

@@ -10,19 +10,19 @@ import pytest
 import torch
 from export_cases import MAX_BATCH, SMALL, Cli, Export, make_generator, write_checkpoint
 
-from export import parity
-from export.card import Parity
-from export.graph import DeployedGenerator, to_uint8
-from export.onnx_backends import OpenVinoSampler
-from export.onnx_model import check_parity, export_onnx, verify_onnx
-from export.samplers import ONNX_BACKENDS, Sampler, open_sampler
+from export.builders import parity
+from export.builders.onnx_model import check_parity, export_onnx, verify_onnx
+from export.format.card import Parity
+from export.format.graph import DeployedGenerator, to_uint8
+from export.samplers.base import ONNX_BACKENDS, Sampler, open_sampler
+from export.samplers.onnx import OpenVinoSampler
+from pipeline.checkpoints.weights import serialise
+from pipeline.common.errors import DataError
+from pipeline.common.imaging import open_image
+from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig, load_config, preset_names
-from pipeline.errors import DataError
-from pipeline.imaging import open_image
-from pipeline.latents import latents
-from pipeline.networks import Generator
-from pipeline.randomness import Purpose
-from pipeline.weights import serialise
+from pipeline.model.latents import latents
+from pipeline.model.networks import Generator
 
 FLOAT_BAR = {"fp32": 1e-4, "fp16": 1e-2}
 ON_THE_CPU = [backend for backend in ONNX_BACKENDS if "-" not in backend]

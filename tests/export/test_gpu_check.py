@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from export.driver import driver_version
+from export.format.driver import driver_version
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_check.py"
 
@@ -38,7 +38,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_none(
     gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A driver and a CPU build of PyTorch: every test would be skipped, and nothing fail."""
-    monkeypatch.setattr("export.tensorrt_engine.driver_version", lambda: "13.0")
+    monkeypatch.setattr("export.builders.tensorrt.driver_version", lambda: "13.0")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path / "out")])
     assert gpu_check.main() == 69

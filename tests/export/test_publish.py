@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from export.card import read_model
+from export.format.card import read_model
 
 
 def test_a_published_model_is_the_same(copy: Path, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:

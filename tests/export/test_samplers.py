@@ -11,13 +11,13 @@ import pytest
 import torch
 from export_cases import Export
 
-from export import onnx_backends
-from export.cuda_sampler import memory_errors
-from export.onnx_backends import OpenVinoSampler
-from export.samplers import Sampler, open_sampler
-from pipeline.errors import UnavailableError, UsageError
-from pipeline.latents import latents
-from pipeline.randomness import Purpose
+from export.samplers import onnx as onnx_backends
+from export.samplers.base import Sampler, open_sampler
+from export.samplers.cuda import memory_errors
+from export.samplers.onnx import OpenVinoSampler
+from pipeline.common.errors import UnavailableError, UsageError
+from pipeline.common.randomness import Purpose
+from pipeline.model.latents import latents
 
 SUBJECTS = [
     ("checkpoint", "eager"),

@@ -10,16 +10,16 @@ import pytest
 import tensorrt_rtx
 from export_cases import HOPPER, SMALL, Cli, Export, make_generator
 
-from export.card import Card, Source, ports, read_card
-from export.driver import driver_version
-from export.onnx_model import build
-from export.plan import export_plan, rebuild
-from export.tensorrt_engine import BuildOptions, build_plan, load_module, make_logger, profiles
-from export.tensorrt_runtime import Here, compare
+from export.builders.engine import export_plan, rebuild
+from export.builders.onnx_model import build
+from export.builders.tensorrt import BuildOptions, build_plan, load_module, make_logger, profiles
+from export.format.card import Card, Source, ports, read_card
+from export.format.driver import driver_version
+from export.samplers.tensorrt import Here, compare
+from pipeline.checkpoints.weights import LoadedGenerator
+from pipeline.common.errors import DataError, UnavailableError, UsageError
+from pipeline.common.storage import sha256_bytes
 from pipeline.config import NetworkConfig, load_config, preset_names
-from pipeline.errors import DataError, UnavailableError, UsageError
-from pipeline.storage import sha256_bytes
-from pipeline.weights import LoadedGenerator
 
 RTX = BuildOptions("tensorrt-rtx")
 no_gpu = pytest.mark.skipif(driver_version() is not None, reason="tells what happens without an NVIDIA driver")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from export import tensorrt_engine, tensorrt_runtime
+from export.builders import tensorrt as tensorrt_engine
+from export.samplers import tensorrt as tensorrt_runtime
 
 API: dict[str, dict[str, list[str]]] = json.loads(Path(__file__).with_name("tensorrt_api.json").read_text())["versions"]
 FILES = [Path(module.__file__) for module in (tensorrt_engine, tensorrt_runtime)]

@@ -8,10 +8,10 @@ from export_cases import HOPPER, Cli, Export
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as schema
 
-from export.card import Card, read_card, write_card
-from export.triton import check_config, export_repository, make_config
-from pipeline.errors import DataError, UnavailableError, UsageError
-from pipeline.storage import sha256_file
+from export.builders.triton import check_config, export_repository, make_config
+from export.format.card import Card, read_card, write_card
+from pipeline.common.errors import DataError, UnavailableError, UsageError
+from pipeline.common.storage import sha256_file
 
 
 def parse(path: Path) -> Any:

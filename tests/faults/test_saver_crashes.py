@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from crashing_disk import LOSSES, CrashingDisk, Loss, PowerCut
 
-from pipeline.checkpoint import CheckpointStore
-from pipeline.errors import ConfigConflict
-from pipeline.storage import Store
+from pipeline.checkpoints.store import CheckpointStore
+from pipeline.common.errors import ConfigConflict
+from pipeline.common.storage import Store
 
 POSITIONS = (64, 128, 192, 256)
 KEEP = 2

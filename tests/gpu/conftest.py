@@ -6,10 +6,10 @@ import pytest
 import torch
 from gpu_cases import Weights
 
-from export.driver import driver_version
+from export.format.driver import driver_version
+from pipeline.checkpoints.weights import serialise
 from pipeline.config import NetworkConfig
-from pipeline.networks import Generator, initialise
-from pipeline.weights import serialise
+from pipeline.model.networks import Generator, initialise
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.networks import Generator
+from pipeline.model.networks import Generator
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from gpu_cases import Weights
 
-from export.card import versions
-from export.onnx_model import export_onnx
-from export.samplers import CHECKPOINT_BACKENDS, Sampler, open_sampler
-from pipeline.errors import UnavailableError
-from pipeline.latents import latents
-from pipeline.randomness import Purpose
+from export.builders.onnx_model import export_onnx
+from export.format.card import versions
+from export.samplers.base import CHECKPOINT_BACKENDS, Sampler, open_sampler
+from pipeline.common.errors import UnavailableError
+from pipeline.common.randomness import Purpose
+from pipeline.model.latents import latents
 
 BATCHES = (1, 7, 256)
 

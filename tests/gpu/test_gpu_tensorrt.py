@@ -8,15 +8,15 @@ import pytest
 import torch
 from gpu_cases import Weights
 
-from export.card import read_card
-from export.driver import driver_version
-from export.onnx_model import export_onnx
-from export.plan import export_plan, rebuild, rebuild_unless_it_fits, verify_plan
-from export.samplers import open_sampler
-from export.tensorrt_engine import RTX_CAPABILITIES, BuildOptions, RuntimeName, load_module, this_gpu
-from pipeline.errors import DataError, UnavailableError
-from pipeline.latents import latents
-from pipeline.randomness import Purpose
+from export.builders.engine import export_plan, rebuild, rebuild_unless_it_fits, verify_plan
+from export.builders.onnx_model import export_onnx
+from export.builders.tensorrt import RTX_CAPABILITIES, BuildOptions, RuntimeName, load_module, this_gpu
+from export.format.card import read_card
+from export.format.driver import driver_version
+from export.samplers.base import open_sampler
+from pipeline.common.errors import DataError, UnavailableError
+from pipeline.common.randomness import Purpose
+from pipeline.model.latents import latents
 
 FLOAT_BARS = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2}
 SHARE_BARS = {"fp32": 0.005, "tf32": 0.2, "fp16": 0.2}

@@ -66,7 +66,7 @@ def test_losses_agree_with_the_cpu(data: Path, tmp_path: Path) -> None:
 
 def test_a_batch_on_its_way_to_the_gpu_is_not_overwritten(data: Path) -> None:
     """The stream pins its batches; their memory must not be used again before a copy that the GPU has yet to make."""
-    from pipeline.data.stream import Stream
+    from pipeline.data.loading.loader import Stream
 
     with Stream(data, seed=0, streams=8, batch=64) as stream:
         copies, expected = [], []
@@ -89,7 +89,7 @@ def test_no_host_sync_inside_a_step(precision: str) -> None:
     from accelerate.state import AcceleratorState
 
     from pipeline.config import load_config
-    from pipeline.step import AdversarialStep
+    from pipeline.training.step import AdversarialStep
 
     AcceleratorState._reset_state(reset_partial_state=True)
     config = load_config(overrides=list(TINY))
@@ -114,7 +114,7 @@ def test_two_ranks_share_a_gpu_over_gloo(data: Path, tmp_path: Path, levers: str
         "os.environ['LOCAL_RANK'] = '0'  # the GPU that accelerate and DDP take\n"
         "import torch\n"
         "from accelerate import InitProcessGroupKwargs\n"
-        "import pipeline.loop as loop\n"
+        "import pipeline.training.loop as loop\n"
         "from accelerate import Accelerator, DistributedDataParallelKwargs\n"
         "from pipeline.config import load_config\n"
         "torch.cuda.set_device(0)\n"

@@ -28,9 +28,9 @@ import yaml
 from deploy.grafana.dashboards import DASHBOARDS, FOLDER
 from deploy.grafana.page import fill_in
 from deploy.prometheus.servers import Monitoring, find_programs, free_port
+from pipeline.common.errors import UnavailableError
+from pipeline.common.telemetry import METRICS
 from pipeline.data.dataset import dump_dataset, load_dataset
-from pipeline.errors import UnavailableError
-from pipeline.telemetry import METRICS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -12,7 +12,7 @@ import yaml
 from deploy.grafana.dashboards import DASHBOARDS, FOLDER
 from deploy.grafana.panels import to_json
 from deploy.prometheus.servers import shorten
-from pipeline.telemetry import METRICS
+from pipeline.common.telemetry import METRICS
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import Stopped, UnavailableError, UsageError
-from pipeline.telemetry import IDENTITY, METRICS, Program, Telemetry, metrics_table
+from pipeline.common.errors import Stopped, UnavailableError, UsageError
+from pipeline.common.telemetry import IDENTITY, METRICS, Program, Telemetry, metrics_table
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 

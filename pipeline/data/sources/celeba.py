@@ -5,10 +5,10 @@ import io
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from pipeline.common.errors import DataError, UsageError
+from pipeline.common.storage import Store
 from pipeline.data.sources.folder import Folder, path_of, read_file
 from pipeline.data.sources.interface import Item, Listing
-from pipeline.errors import DataError, UsageError
-from pipeline.storage import Store
 
 SPLITS = ("train", "val", "test")
 ATTRIBUTES = ("list_attr_celeba.txt", "list_attr_celeba.csv")

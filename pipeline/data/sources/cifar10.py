@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.common.errors import DataError, UsageError
+from pipeline.common.imaging import Pixels
+from pipeline.common.storage import Store, is_url
 from pipeline.data.sources.interface import Item, Listing
-from pipeline.errors import DataError, UsageError
-from pipeline.imaging import Pixels
-from pipeline.storage import Store, is_url
 
 TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 FILES = {"train": TRAIN, "test": ("test_batch",)}

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from pipeline.common.errors import DataError, UsageError
 from pipeline.data.sources.folder import Folder
 from pipeline.data.sources.interface import Item, Listing
-from pipeline.errors import DataError, UsageError
 
 TRAIN_IMAGES = 60_000
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.common.errors import DataError, UsageError
+from pipeline.common.imaging import BadImage
+from pipeline.common.storage import Store, is_url
 from pipeline.data.dataset import LabelType
-from pipeline.data.label_table import read_table
 from pipeline.data.sources.interface import Item, Listing
-from pipeline.errors import DataError, UsageError
-from pipeline.imaging import BadImage
-from pipeline.storage import Store, is_url
+from pipeline.data.sources.label_table import read_table
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff"}
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.common.errors import DataError, UsageError
+from pipeline.common.storage import Store, is_url
 from pipeline.data.sources.folder import SUFFIXES, Folder
 from pipeline.data.sources.interface import Item, Listing
 from pipeline.data.sources.tars import folder_of, open_members, tar_members
-from pipeline.errors import DataError, UsageError
-from pipeline.storage import Store, is_url
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from pipeline.common.errors import TryAgainError, describe_os_error
+from pipeline.common.imaging import BadImage, Pixels
 from pipeline.data.dataset import LabelType, Refusals
-from pipeline.errors import TryAgainError, describe_os_error
-from pipeline.imaging import BadImage, Pixels
 
 KEY = "key"
 """The column of the images' names in every shard: no label can have this name."""

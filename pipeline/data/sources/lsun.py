@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.common.errors import DataError, UnavailableError, UsageError
+from pipeline.common.imaging import BadImage
+from pipeline.common.storage import is_url
 from pipeline.data.sources.interface import Item, Listing
-from pipeline.errors import DataError, UnavailableError, UsageError
-from pipeline.imaging import BadImage
-from pipeline.storage import is_url
 
 _NAME = re.compile(r"(?P<category>.+?)(?:_(?P<split>train|val|test))?(?:_lmdb)?")
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.common.errors import UsageError
+from pipeline.common.storage import is_url
 from pipeline.data.sources.celeba import CelebA
 from pipeline.data.sources.cifar10 import Cifar10
 from pipeline.data.sources.ffhq import Ffhq
@@ -12,8 +14,6 @@ from pipeline.data.sources.interface import Source
 from pipeline.data.sources.lsun import Lsun
 from pipeline.data.sources.svhn import Svhn
 from pipeline.data.sources.tars import Tars
-from pipeline.errors import UsageError
-from pipeline.storage import is_url
 
 SOURCES: dict[str, tuple[Callable[..., Source], frozenset[str]]] = {
     "folder": (Folder, frozenset({"labels"})),

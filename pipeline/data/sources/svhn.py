@@ -10,10 +10,10 @@ from typing import IO
 
 import numpy as np
 
+from pipeline.common.errors import DataError, UsageError
+from pipeline.common.imaging import Pixels
+from pipeline.common.storage import Store, is_url
 from pipeline.data.sources.interface import Item, Listing
-from pipeline.errors import DataError, UsageError
-from pipeline.imaging import Pixels
-from pipeline.storage import Store, is_url
 
 SPLITS = ("train", "test", "extra")
 IMAGE_BYTES = 32 * 32 * 3

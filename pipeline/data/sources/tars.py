@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.common.errors import DataError
+from pipeline.common.imaging import Pixels
+from pipeline.common.storage import Store, is_url
 from pipeline.data.dataset import FILE_NAME, Dataset, load_dataset
-from pipeline.data.shards import RECORD, read_shard, shard_columns
+from pipeline.data.shard_reader import RECORD, read_shard, shard_columns
 from pipeline.data.sources.interface import KEY, Item, Listing, as_type, infer_type
-from pipeline.errors import DataError
-from pipeline.imaging import Pixels
-from pipeline.storage import Store, is_url
 
 IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "gif", "tif", "tiff"}
 _SAMPLE = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # webdataset's rule: a sample's name ends at the first dot

@@ -1,0 +1,1 @@
+"""What `dcgan-generate` runs: which images, how they are made, what is finished."""

@@ -1,0 +1,212 @@
+"""Processes that encode: in threads, the interpreter's lock lets one core at a time build tars and JSON.
+
+Images go to a process, and the members of the shard come back, through memory that both share; a pipe carries
+the rest. The memory has no name: the 64 MB of a container's /dev/shm are not touched.
+"""
+
+import ctypes
+import mmap
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import DupFd
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from pipeline.common.errors import TryAgainError
+from pipeline.common.imaging import Format, Pixels, encode
+from pipeline.data.shard_reader import Members, ShardWriter
+
+MEMBER_BYTES = 3 * 1024
+"""Room for the headers, the .json and the padding of an image, and for a file a little larger than its pixels."""
+SLOTS = 2
+"""Pieces that a process may hold: one that it encodes, and one more, so that it never waits."""
+KEPT_BYTES = 32 << 20
+"""Freed memory that a process keeps."""
+KILLED = (
+    "an encoder process was killed, most likely for want of memory. "
+    "Run the same command again, with fewer --encoders: it goes on"
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Images of one shard, on their way to an encoder."""
+
+    slot: int
+    prefix: str
+    """The shard's."""
+    number: int
+    """Of the first image in the shard."""
+    index: int
+    """Of the first image in the generation."""
+    shape: tuple[int, ...]
+    """(n, size, size, channels)."""
+
+
+class Encoders:
+    """`count` processes that take pieces of at most `images` images in turn, so that they come back in order."""
+
+    def __init__(self, count: int, format: Format, quality: int | None, *, images: int, image_bytes: int) -> None:
+        keep_freed_memory()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__])
+        room = images * (image_bytes + MEMBER_BYTES)
+        self._all = [_Encoder(context, format, quality, room) for _ in range(count)]
+        self._put = self._got = 0
+
+    @property
+    def waiting(self) -> int:
+        """Pieces that were put in and not taken out yet."""
+        return self._put - self._got
+
+    @property
+    def busy(self) -> bool:
+        """Whether every process has a piece."""
+        return self.waiting >= len(self._all)
+
+    @property
+    def full(self) -> bool:
+        """Whether a piece must be taken out before another is put in."""
+        return self.waiting == SLOTS * len(self._all)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `get` would not have to wait."""
+        return bool(self.waiting) and self._all[self._got % len(self._all)].connection.poll()
+
+    def put(self, images: list[Pixels], prefix: str, number: int, index: int) -> None:
+        """Have `images` encoded, blocks (n, size, size, channels) that may change afterwards.
+
+        The first of them is number `number` of the shard with that prefix, and number `index` of the generation.
+        Raises TryAgainError when the process was killed.
+        """
+        assert not self.full
+        turn, place = divmod(self._put, len(self._all))
+        shape = (sum(map(len, images)), *images[0].shape[1:])
+        self._all[place].put(images, Piece(turn % SLOTS, prefix, number, index, shape))
+        self._put += 1
+
+    def get(self) -> tuple[Members, float]:
+        """Return the shard's members for the oldest piece, and the seconds that it took to make them.
+
+        Raises what went wrong there, and TryAgainError when the process was killed.
+        """
+        turn, place = divmod(self._got, len(self._all))
+        self._got += 1
+        return self._all[place].get(turn % SLOTS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for encoder in self._all:
+            encoder.connection.close()
+        for encoder in self._all:
+            encoder.process.join()
+
+
+class _Encoder:
+    def __init__(self, context: Any, format: Format, quality: int | None, room: int) -> None:
+        self._room = room
+        handle = _nameless_memory()
+        os.ftruncate(handle, SLOTS * room)
+        self._memory = memoryview(mmap.mmap(handle, SLOTS * room))
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_serve, args=(theirs, _Handle(handle), room, format, quality), name="encoder", daemon=True
+        )
+        self.process.start()
+        os.close(handle)
+        theirs.close()
+
+    def put(self, images: list[Pixels], piece: Piece) -> None:
+        np.concatenate(images, out=_pixels(self._memory, self._room, piece))
+        try:
+            self.connection.send(piece)
+        except OSError:
+            raise TryAgainError(KILLED) from None
+
+    def get(self, slot: int) -> tuple[Members, float]:
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            raise TryAgainError(KILLED) from None
+        if isinstance(answer, BaseException):
+            raise answer
+        members, seconds = answer
+        if not members.pieces:
+            begin = slot * self._room
+            members = replace(members, pieces=[bytes(self._memory[begin : begin + members.length])])
+        return members, seconds
+
+
+def _pixels(memory: memoryview, room: int, piece: Piece) -> Pixels:
+    """Return a piece's images where they lie."""
+    count = int(np.prod(piece.shape))
+    return np.frombuffer(memory, np.uint8, count, piece.slot * room).reshape(piece.shape)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: to ask the kernel again for every piece's memory costs as much as its tar does."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-1, KEPT_BYTES)  # M_TRIM_THRESHOLD
+        mallopt(-3, KEPT_BYTES)  # M_MMAP_THRESHOLD
+
+
+def _nameless_memory() -> int:
+    """Return the descriptor of an empty file without a name, in memory where the system can do that."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("dcgan-encoder")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+class _Handle:
+    """A file descriptor on its way to a new process."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _detach, (DupFd(self.handle),)
+
+
+def _detach(handle: Any) -> int:
+    return int(handle.detach())
+
+
+def _serve(connection: Connection, handle: int, room: int, format: Format, quality: int | None) -> None:
+    """Encode until the other end is closed, by whatever end of the parent."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's affair: what it has begun is finished
+        signal.signal(number, signal.SIG_IGN)
+    keep_freed_memory()
+    memory = memoryview(mmap.mmap(handle, SLOTS * room))
+    options = {} if quality is None else {"quality": quality}
+    while True:
+        try:
+            piece: Piece = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            began = time.perf_counter()
+            images = _pixels(memory, room, piece)
+            writer = ShardWriter(piece.prefix, format, [], limit_bytes=None)
+            keys = [f"{index:012d}" for index in range(piece.index, piece.index + len(images))]
+            writer.add_all((encode(image, format, **options) for image in images), keys)
+            members = writer.members(piece.number)
+            if members.length <= room:  # else, which is hardly possible, it goes through the pipe
+                begin = piece.slot * room
+                memory[begin : begin + members.length] = b"".join(members.pieces)
+                members = replace(members, pieces=[])
+            connection.send((members, time.perf_counter() - began))
+        except BaseException as error:
+            connection.send(error)

@@ -1,0 +1,1 @@
+"""`dcgan-export bench`: sampling throughput and latency."""

@@ -1,0 +1,1 @@
+"""Checkpoints become ONNX files, engines and model repositories, proven equal."""

@@ -1,0 +1,215 @@
+"""A generator as one ONNX file with a dynamic batch, proven equal before it is written."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from export.builders import parity
+from export.format.card import (
+    Card,
+    ComputePrecision,
+    Output,
+    Parity,
+    Source,
+    ports,
+    versions,
+    write_card,
+)
+from export.format.graph import DeployedGenerator
+from export.format.onnx_file import check_network, load_checked, notes
+from export.samplers.base import Sampler, available_threads, cpu_onnx_backends
+from export.samplers.onnx import create_session, open_onnx
+from pipeline.checkpoints.store import load_generator
+from pipeline.common.errors import DataError, UsageError
+from pipeline.common.storage import sha256_bytes, write_atomic
+from pipeline.model.networks import Generator
+
+if TYPE_CHECKING:
+    from pipeline.checkpoints.weights import LoadedGenerator
+
+OPSET = 20
+MAX_BATCH = 4096
+
+
+def export_onnx(
+    reference: str,
+    folder: Path,
+    *,
+    name: str = "model.onnx",
+    precision: ComputePrecision = "fp32",
+    output: Output = "uint8",
+    max_batch: int = 256,
+    parity_images: int = parity.IMAGES,
+) -> Card:
+    """Write `folder`/`name` and its card from any form of --ckpt. Nothing is written when parity fails.
+
+    Raises DataError when the graph is not equal to the generator within the bars of `export.builders.parity`.
+    """
+    if not 2 <= max_batch <= MAX_BATCH:
+        raise UsageError(f"--max-batch {max_batch}: expected 2 to {MAX_BATCH}")
+    if not name.endswith(".onnx"):
+        raise UsageError(f"--name {name}: expected a name that ends in .onnx")
+    folder.mkdir(parents=True, exist_ok=True)  # a path that cannot be written is told before the work
+    loaded = load_generator(reference)
+    data = build(loaded, precision, output, max_batch)
+    z, image = ports(loaded.config, output)
+    card = Card(
+        file=name,
+        sha256=sha256_bytes(data),
+        bytes=len(data),
+        precision=precision,
+        max_batch=max_batch,
+        input=z,
+        output=image,
+        network=loaded.config,
+        source=source_of(loaded),
+        versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "openvino"),
+    )
+    proven = check_parity(loaded.generator, card, data, str(folder / name), parity_images)
+    card = card.model_copy(update={"parity": proven})
+    write_atomic(folder / name, data)
+    write_card(str(folder), card)
+    return card
+
+
+def build(loaded: "LoadedGenerator", precision: ComputePrecision, output: Output, max_batch: int) -> bytes:
+    """Return the checked ONNX graph of a generator, as the bytes of a single file."""
+    network = DeployedGenerator(loaded.generator, precision=precision, output=output)
+    z = torch.zeros(2, loaded.config.latent_dim)  # 2: torch.export takes a batch of 1 for a constant
+    with _quiet():
+        program = torch.onnx.export(
+            network,
+            (z,),
+            input_names=["z"],
+            output_names=["image"],
+            dynamic_shapes={"z": {0: torch.export.Dim("batch", min=1, max=max_batch)}},
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    model: Any = program.model_proto
+    _strip(model)
+    for key, value in notes(loaded.config, source_of(loaded), precision, max_batch).items():
+        model.metadata_props.add(key=key, value=value)
+    onnx.checker.check_model(model, full_check=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def source_of(loaded: "LoadedGenerator") -> Source:
+    """Return what the card says of the weights."""
+    return Source(reference=loaded.source, sha256=loaded.sha256, kind=loaded.kind, images_seen=loaded.images_seen)
+
+
+class _quiet:
+    """Keep the exporter's remarks about its own internals off the terminal."""
+
+    def __enter__(self) -> None:
+        self._caught = warnings.catch_warnings()
+        self._caught.__enter__()
+        warnings.simplefilter("ignore")
+        self._logger = logging.getLogger("torch.onnx")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *details: Any) -> None:
+        self._logger.setLevel(self._level)
+        self._caught.__exit__(*details)
+
+
+def _strip(model: Any) -> None:
+    """Remove the exporter's notes (stack traces with local paths): the file then depends on the weights alone."""
+    graph = model.graph
+    for item in (*graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info, graph):
+        item.ClearField("metadata_props")
+        if item is not graph:
+            item.ClearField("doc_string")
+    model.ClearField("doc_string")
+
+
+def check_parity(generator: Generator, card: Card, data: bytes, model: str, images: int) -> list[Parity]:
+    """Run `data` beside `generator` in every CPU backend that is installed; return how far each is apart.
+
+    Raises DataError beyond the bars.
+    """
+    threads = available_threads()
+
+    def candidate(backend: str) -> parity.Candidate:
+        def open_at(batch: int) -> Sampler:
+            return open_onnx(model, card, data, backend, batch, threads)
+
+        if backend != "onnxruntime":
+            return parity.Candidate(open_at)
+        run_floats = float_runner(card, data, model, threads)
+        return parity.Candidate(open_at, lambda sampler, z: run_floats(z))
+
+    measured = parity.measure(
+        parity.of_generator(generator),
+        [candidate(backend) for backend in cpu_onnx_backends()],
+        max_batch=card.max_batch,
+        images=images,
+        precision=card.precision,
+    )
+    return parity.require(measured, model)
+
+
+def float_runner(
+    card: Card, data: bytes, model: str, threads: int
+) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """Return z -> float images (N, C, H, W) of the same graph: the value just before it becomes uint8."""
+    output = "image"
+    if card.output_kind == "uint8":
+        proto: Any = onnx.load_from_string(data)
+        permute = next(node for node in proto.graph.node if node.op_type == "Transpose")
+        output = permute.input[0]
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+        data = proto.SerializeToString()
+    session = create_session(model, data, "onnxruntime", threads)
+
+    def run(z: NDArray[np.float32]) -> NDArray[np.float32]:
+        images: NDArray[np.float32] = session.run([output], {"z": z})[0]
+        return images
+
+    return run
+
+
+def verify_onnx(model: str, *, reference: str | None = None, images: int = parity.IMAGES) -> tuple[Card, list[Parity]]:
+    """Check hash, card, graph and parity again. `reference` names the checkpoint if it has moved.
+
+    Raises DataError that says which of them fails.
+    """
+    card, data = load_checked(model)
+    loaded = load_source(card, reference)
+    return card, check_parity(loaded.generator, card, data, model, images)
+
+
+def load_source(card: Card, reference: str | None) -> "LoadedGenerator":
+    """Return the generator that `card` was exported from.
+
+    Raises DataError when it is gone, another one, or not what the card says of it.
+    """
+    where = reference or card.source.reference
+    try:
+        loaded = load_generator(where)
+    except DataError as error:
+        if reference is not None:
+            raise
+        raise DataError(
+            f"{card.file}: the weights it was made from cannot be read ({error}); name them with --ckpt"
+        ) from None
+    if loaded.sha256 != card.source.sha256:
+        raise DataError(
+            f"{loaded.source}: its SHA-256 is {loaded.sha256[:12]}..., {card.file} was made from "
+            f"{card.source.sha256[:12]}...; name the right weights with --ckpt, or export again"
+        )
+    check_network(card.file, card, loaded.config)
+    return loaded

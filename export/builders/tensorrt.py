@@ -1,0 +1,202 @@
+"""Building a TensorRT or TensorRT-RTX plan from an ONNX file: one path for 10.13 to 11.x and RTX.
+
+Strongly typed: the precision is the graph's. Only names that exist in all of these versions are used
+(tests/export/test_tensorrt_names.py checks that against their listings).
+"""
+
+import hashlib
+import importlib
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from export.format.card import Card, Engine
+from export.format.driver import driver_version
+from pipeline.common.errors import DataError, UnavailableError, UsageError
+from pipeline.common.storage import write_atomic
+
+RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
+MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
+"""What TensorRT-RTX 1.7 builds for when it is not told a GPU. Turing (7.5) would need a plan of its own."""
+BEST_BATCH = 64
+"""The throughput profile's kernels are chosen for blocks of this size."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a plan is built; all of it is in the card, so that it can be built again."""
+
+    runtime: RuntimeName = "tensorrt"
+    tf32: bool = False
+    """Let float32 products run as TF32 on tensor cores: quicker, and off by a thousandth."""
+    optimization_level: int = 3
+    """0 builds quickly, 5 searches longest; 3 is TensorRT's default."""
+    timing_cache: Path | None = None
+    """Folder of measured kernels, which make the next build quicker."""
+
+
+def load_module(runtime: RuntimeName) -> Any:
+    """Import TensorRT or TensorRT-RTX. Raises UnavailableError that names the package to install."""
+    try:
+        return importlib.import_module(MODULES[runtime])
+    except (ImportError, OSError, RuntimeError) as error:
+        detail = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).splitlines()[0]})"
+        raise UnavailableError(
+            f"--runtime {runtime}: the Python package {MODULES[runtime]} cannot be imported{detail}; "
+            f"pip install {package_for(runtime)}"
+        ) from None
+
+
+def package_for(runtime: RuntimeName) -> str:
+    """Return the pip package of `runtime` for the CUDA version of the driver here."""
+    if runtime == "tensorrt-rtx":
+        return "tensorrt-rtx-cu13"
+    driver = driver_version()
+    if driver is None:
+        return "tensorrt-cu13 with a CUDA 13 driver, tensorrt-cu12 with a CUDA 12 driver"
+    return f"tensorrt-cu{driver.split('.')[0]}"
+
+
+def require_builder(runtime: RuntimeName) -> Any:
+    """Return the TensorRT module if plans can be built here, else raise UnavailableError that says what can be done."""
+    if runtime == "tensorrt" and driver_version() is None:
+        raise UnavailableError(
+            "--runtime tensorrt: no NVIDIA GPU and driver here, and TensorRT builds on the GPU it builds for; "
+            "--runtime tensorrt-rtx builds without one, and dcgan-export onnx makes the file to build from there"
+        )
+    if runtime == "tensorrt":
+        this_gpu()  # the card has to name it: told before the minutes of a build
+    return load_module(runtime)
+
+
+def can_run(runtime: RuntimeName) -> bool:
+    """Whether a plan of `runtime` that is built here can also run here: TensorRT-RTX builds without a GPU."""
+    try:
+        gpu = this_gpu()
+    except UnavailableError:
+        return False
+    return runtime == "tensorrt" or gpu.compute_capability in RTX_CAPABILITIES
+
+
+def profiles(max_batch: int) -> list[list[int]]:
+    """Return (smallest, best, largest batch) of the two profiles: one image for latency, many for throughput."""
+    return [[1, 1, 1], [1, min(BEST_BATCH, max_batch), max_batch]]
+
+
+def build_plan(model: str, card: Card, data: bytes, options: BuildOptions) -> tuple[bytes, Engine]:
+    """Return the serialised plan of an ONNX model, and what it is tied to. `model` is named in errors.
+
+    Raises UnavailableError when TensorRT or the GPU is missing, DataError when it cannot build this graph.
+    """
+    if not 0 <= options.optimization_level <= 5:
+        raise UsageError(f"--optimization-level {options.optimization_level}: expected 0 to 5")
+    trt = require_builder(options.runtime)
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(data):
+        problems = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        raise DataError(f"{model}: {options.runtime} cannot parse it: {_one_line(problems or logger.errors)}")
+    config = builder.create_builder_config()
+    config.builder_optimization_level = options.optimization_level
+    config.max_aux_streams = 0  # a CUDA graph is captured from one stream
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    for smallest, best, largest in profiles(card.max_batch):
+        profile = builder.create_optimization_profile()
+        dim = card.network.latent_dim
+        profile.set_shape("z", (smallest, dim), (best, dim), (largest, dim))
+        if config.add_optimization_profile(profile) < 0:
+            raise DataError(f"{model}: {options.runtime} refuses the batch profile {smallest}/{best}/{largest}")
+    with _timing_cache(trt, config, options):
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:  # no exception tells why: the log does
+            raise DataError(f"{model}: {options.runtime} {trt.__version__} cannot build it: {_one_line(logger.errors)}")
+    return bytes(plan), describe_target(trt, card, options)
+
+
+def make_logger(trt: Any) -> Any:
+    """Return a TensorRT logger that keeps the error lines and prints nothing."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]  # the base class is known at run time only
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Logger()
+
+
+def describe_target(trt: Any, card: Card, options: BuildOptions) -> Engine:
+    """Return what a plan built here is tied to."""
+    gpu = this_gpu() if options.runtime == "tensorrt" else None
+    return Engine(
+        runtime=options.runtime,
+        version=trt.__version__,
+        gpu=gpu.name if gpu else None,
+        compute_capability=gpu.compute_capability if gpu else None,
+        driver=driver_version(),
+        system=system(),
+        profiles=profiles(card.max_batch),
+        optimization_level=options.optimization_level,
+        onnx=card.file,
+        onnx_sha256=card.sha256,
+    )
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that PyTorch would use."""
+
+    name: str
+    compute_capability: str
+
+
+def this_gpu() -> Gpu:
+    """Return the GPU here. Raises UnavailableError when PyTorch cannot use it."""
+    import torch
+
+    if driver_version() is None or not torch.cuda.is_available():
+        raise UnavailableError(
+            f"no NVIDIA GPU that PyTorch {torch.__version__} can use: install a CUDA build of PyTorch and a driver"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}")
+
+
+def system() -> str:
+    """Return operating system and processor, as plans are tied to them."""
+    return f"{platform.system()}-{platform.machine()}"
+
+
+@contextmanager
+def _timing_cache(trt: Any, config: Any, options: BuildOptions) -> Iterator[None]:
+    """Use the timing cache of exactly this TensorRT, GPU and driver, and save what the build added to it."""
+    if options.timing_cache is None:
+        yield
+        return
+    gpu = this_gpu().name if options.runtime == "tensorrt" else "any"
+    key = f"{options.runtime}-{trt.__version__}-{gpu}-{driver_version()}"
+    path = options.timing_cache / f"{re.sub(r'[^A-Za-z0-9.]+', '_', key)}.timing"
+    known = path.read_bytes() if path.is_file() else b""
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(b"")  # a refused one is replaced
+        config.set_timing_cache(cache, False)
+    yield  # `cache` has to live until the engine is built
+    made = bytes(config.get_timing_cache().serialize())
+    if hashlib.sha256(made).digest() != hashlib.sha256(known).digest():
+        write_atomic(path, made)
+
+
+def _one_line(messages: list[str]) -> str:
+    return " ".join("; ".join(messages or ["it gives no reason"]).split())[:600]

@@ -1,0 +1,120 @@
+"""A Triton Inference Server model repository: the model, its card, and a config.pbtxt checked against the card."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from export.format.card import Card, read_model, write_card
+from export.format.onnx_file import load_checked
+from pipeline.common.errors import DataError, UnavailableError, UsageError
+from pipeline.common.storage import write_atomic
+
+TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8"}
+VERSION_FOLDER = "1"
+
+
+def export_repository(
+    model: str,
+    repository: Path,
+    *,
+    name: str = "dcgan",
+    instances: int = 1,
+    max_queue_delay_microseconds: int = 500,
+) -> Path:
+    """Write `repository`/`name` from a `.onnx` or `.plan` with its card; return the path of its config.pbtxt.
+
+    The configuration is written last: a server that polls the repository never loads half a model.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):  # so it is neither `..` nor hidden nor an option
+        raise UsageError(f"--name {name}: expected letters, digits, '_', '-' and '.', not '-' or '.' first")
+    if instances < 1 or max_queue_delay_microseconds < 0:
+        raise UsageError(
+            f"--instances {instances} --queue-delay-microseconds {max_queue_delay_microseconds}: "
+            "expected at least 1 and 0"
+        )
+    card, data = read_model(model) if model.endswith(".plan") else load_checked(model)
+    if card.engine is not None and card.engine.runtime != "tensorrt":
+        raise UnavailableError(
+            f"{model}: Triton's server has no {card.engine.runtime} backend; use the ONNX file, or --runtime tensorrt"
+        )
+    text = make_config(card, name, instances, max_queue_delay_microseconds)
+    check_config(text, card)
+    folder = repository / name / VERSION_FOLDER
+    file = "model.plan" if card.engine else "model.onnx"
+    write_atomic(folder / file, data)
+    write_card(str(folder), card.model_copy(update={"file": file}))
+    path = repository / name / "config.pbtxt"
+    write_atomic(path, text)
+    return path
+
+
+def make_config(card: Card, name: str, instances: int, max_queue_delay_microseconds: int) -> str:
+    """Return the text of config.pbtxt. Dims are without the batch, as `max_batch_size` says that there is one."""
+    plan = card.engine is not None
+    warm_ups = "\n".join(_warm_up(card, batch) for batch in sorted({1, card.max_batch}))
+    # Preferred sizes help a plan, whose kernels were chosen for one; elsewhere they only delay requests.
+    preferred = f"\n  preferred_batch_size: [ {_preferred(card)} ]" if plan else ""
+    graphs = "\noptimization { cuda { graphs: true } }" if plan else ""
+    # Both profiles: the server takes the one whose best size is nearest to the batch it has.
+    profiles = '\n    profile: [ "0", "1" ]' if plan else ""
+    return f"""# Made by dcgan-export triton from {card.source.kind} weights {card.source.sha256}.
+name: "{name}"
+backend: "{"tensorrt" if plan else "onnxruntime"}"
+max_batch_size: {card.max_batch}
+input [ {{ name: "{card.input.name}" data_type: {TYPES[card.input.dtype]} dims: [ {_dims(card.input.shape)} ] }} ]
+output [ {{ name: "{card.output.name}" data_type: {TYPES[card.output.dtype]} dims: [ {_dims(card.output.shape)} ] }} ]
+dynamic_batching {{{preferred}
+  max_queue_delay_microseconds: {max_queue_delay_microseconds}
+}}
+instance_group [
+  {{
+    count: {instances}
+    kind: {"KIND_GPU" if plan else "KIND_AUTO"}{profiles}
+  }}
+]{graphs}
+{warm_ups}
+"""
+
+
+def _preferred(card: Card) -> str:
+    assert card.engine is not None
+    return ", ".join(map(str, sorted({card.engine.profiles[-1][1], card.max_batch})))
+
+
+def _dims(shape: list[int | str]) -> str:
+    return ", ".join(str(size) for size in shape[1:])
+
+
+def _warm_up(card: Card, batch: int) -> str:
+    return f"""model_warmup {{
+  name: "batch {batch}"
+  batch_size: {batch}
+  inputs {{
+    key: "{card.input.name}"
+    value {{ data_type: {TYPES[card.input.dtype]} dims: [ {_dims(card.input.shape)} ] random_data: true }}
+  }}
+}}"""
+
+
+def check_config(text: str, card: Card) -> bool:
+    """Parse `text` with Triton's own schema and compare it with `card`; return False where tritonclient is missing.
+
+    Raises DataError with line and column for an unknown field or value, and for what contradicts the card.
+    """
+    try:
+        from google.protobuf import text_format
+        from tritonclient.grpc import model_config_pb2 as schema
+    except ImportError:
+        return False
+    try:
+        config: Any = text_format.Parse(text, schema.ModelConfig())
+    except text_format.ParseError as error:
+        raise DataError(f"config.pbtxt: {error}") from None
+    found = [config.max_batch_size]
+    expected: list[Any] = [card.max_batch]
+    for tensors, port in ((config.input, card.input), (config.output, card.output)):
+        found += [(tensor.name, schema.DataType.Name(tensor.data_type), list(tensor.dims)) for tensor in tensors]
+        expected.append((port.name, TYPES[port.dtype], port.shape[1:]))
+    if found != expected:
+        raise DataError(f"config.pbtxt: has {found}, the card of {card.file} says {expected}")
+    return True

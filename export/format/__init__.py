@@ -1,0 +1,1 @@
+"""Exported files and the cards beside them."""

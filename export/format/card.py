@@ -1,0 +1,237 @@
+"""The card of an exported file: what goes in, what comes out, where it came from, what was proven (contract 5)."""
+
+import json
+import platform
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.common.errors import DataError, UsageError
+from pipeline.common.storage import Store, sha256_bytes, sha256_file
+from pipeline.config import NetworkConfig
+
+VERSION = 1
+SUFFIXES = (".onnx", ".plan")
+
+Precision = Literal["fp32", "tf32", "fp16"]
+ComputePrecision = Literal["fp32", "fp16"]
+Output = Literal["uint8", "float"]
+
+
+class Record(BaseModel):
+    """A part of a card. Unknown keys are refused: they come from a newer version or another tool."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Port(Record):
+    """An input or output of the graph."""
+
+    name: str
+    dtype: Literal["float32", "uint8"]
+    shape: list[int | str]
+    """Sizes; a name stands for a size that may change from call to call."""
+    values: str
+    """What the numbers are, for people."""
+
+
+class Source(Record):
+    """The weights that were exported."""
+
+    reference: str
+    """The file they were read from."""
+    sha256: str
+    """Of that file."""
+    kind: Literal["ema", "raw", "netG", "discriminator"]
+    images_seen: int | None = None
+    """Real images seen in training, where the file tells."""
+
+
+class Parity(Record):
+    """How far the file was from its reference on the same z."""
+
+    reference: str = "PyTorch"
+    """PyTorch: the generator in float32. Else the ONNX file, itself proven equal, that stood in for lost weights."""
+    backend: str
+    """What ran the file, such as onnxruntime/CPUExecutionProvider."""
+    batches: list[int]
+    images: int
+    max_float_error: float | None
+    """Largest difference of a value in [-1, 1], before it becomes uint8; null where the file does not tell."""
+    max_uint8_error: int
+    """Largest difference of a pixel."""
+    share_of_pixels_off: float
+    """Share of the uint8 values that differ at all."""
+    float_bar: float
+    uint8_bar: int = 1
+    share_bar: float | None = None
+    """Largest share allowed; null in cards of an earlier version."""
+
+
+class Engine(Record):
+    """What a plan is tied to: it runs nowhere else."""
+
+    runtime: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    """Of the runtime that built it."""
+    gpu: str | None
+    """Name of the GPU it was built on; null for a TensorRT-RTX plan built without one."""
+    compute_capability: str | None
+    driver: str | None = Field(pattern=r"^\d+(\.\d+)*$")
+    """CUDA version of the driver."""
+    system: str
+    """Operating system and processor, such as Linux-x86_64."""
+    profiles: list[list[int]]
+    """Smallest, best and largest batch of each optimisation profile."""
+    optimization_level: int
+    onnx: str
+    """The ONNX file beside it that it was built from."""
+    onnx_sha256: str
+
+
+class Card(Record):
+    """The content of model.json, beside model.onnx or model.plan."""
+
+    version: int = VERSION
+    file: str
+    """Name of the model beside the card."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=1)
+    precision: Precision
+    max_batch: int = Field(ge=1)
+    input: Port
+    output: Port
+    network: NetworkConfig
+    source: Source
+    versions: dict[str, str]
+    """Of the packages that took part in the export."""
+    parity: list[Parity] = []
+    engine: Engine | None = None
+
+    @property
+    def output_kind(self) -> Output:
+        """Whether the graph ends in uint8 NHWC or in the network's own float NCHW."""
+        return "uint8" if self.output.dtype == "uint8" else "float"
+
+
+def ports(network: NetworkConfig, output: Output) -> tuple[Port, Port]:
+    """Return input and output of a graph made from `network`."""
+    size, channels = network.image_size, network.channels
+    values = "U(-1, 1)" if network.latent_distribution == "uniform" else "N(0, 1)"
+    z = Port(name="z", dtype="float32", shape=["batch", network.latent_dim], values=values)
+    if output == "uint8":
+        return z, Port(name="image", dtype="uint8", shape=["batch", size, size, channels], values="0 to 255, NHWC")
+    return z, Port(name="image", dtype="float32", shape=["batch", channels, size, size], values="-1 to 1, NCHW")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the installed versions of `packages`, of Python and of this project."""
+    found = {"python": platform.python_version()}
+    for package in ("dcgan-pipeline", *packages):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def card_name(model: str) -> str:
+    """Return the file name of the card that belongs to the file `model`."""
+    return model.rpartition(".")[0] + ".json"
+
+
+def split(model: str) -> tuple[Store, str]:
+    """Return the folder and file name of a model's path or URL."""
+    folder, slash, name = model.rpartition("/")
+    return Store(folder if folder else "/" if slash else "."), name
+
+
+def beside(model: str, name: str) -> str:
+    """Return the path or URL of the file `name` in the folder of `model`."""
+    folder, slash, _ = model.rpartition("/")
+    return f"{folder}{slash}{name}"
+
+
+def write_card(folder: str, card: Card) -> None:
+    """Write `card` beside its model. Written last: a model without a card is half an export."""
+    Store(folder).write(card_name(card.file), (card.model_dump_json(indent=2) + "\n").encode())
+
+
+def read_card(model: str) -> Card:
+    """Read the card of `model`, a path or URL. Raises DataError when there is none or it is not ours."""
+    store, name = split(model)
+    where = store.path(card_name(name))
+    if not store.exists(name):
+        raise DataError(f"{model}: no such file")
+    try:
+        values = json.loads(store.read(card_name(name)))
+        version = values.get("version") if isinstance(values, dict) else None
+        if version != VERSION:
+            raise DataError(f"{where}: version {version!r}; this program reads version {VERSION}")
+        card = Card.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(
+            f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}; export the model again"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); export the model again") from None
+    except DataError as error:
+        if store.exists(card_name(name)):
+            raise
+        raise DataError(f"{where}: {model} has no card beside it ({error}); export it with dcgan-export") from None
+    if card.file != name:
+        raise DataError(f"{where}: is the card of {card.file}, not of {name}; export the model again")
+    if (card.engine is not None) != name.endswith(".plan"):
+        found = "an engine" if card.engine else "no engine"
+        raise DataError(f"{where}: names {found}, expected one of a .plan and none of a .onnx; export the model again")
+    return card
+
+
+def read_model(model: str) -> tuple[Card, bytes]:
+    """Return the card and the bytes of `model`, checked against each other before anything loads them.
+
+    Raises DataError when the file was cut short, edited, or belongs to another export.
+    """
+    card = read_card(model)
+    store, name = split(model)
+    data = store.read(name)
+    if len(data) != card.bytes:
+        raise DataError(
+            f"{model}: {len(data)} bytes, its card says {card.bytes}: cut short or replaced; copy or export it again"
+        )
+    if (found := sha256_bytes(data)) != card.sha256:
+        raise DataError(
+            f"{model}: its SHA-256 is {found[:12]}..., its card says {card.sha256[:12]}...: edited or damaged; "
+            "export it again"
+        )
+    return card, data
+
+
+def require_replaceable(model: Path, sha256: str | None, *, replacing: str) -> None:
+    """Raise UsageError if `model` is to become another file while a plan beside it was built from the one there.
+
+    The plan could not be rebuilt or verified any more. `sha256` is the new file's, where it is known; the plan
+    `replacing` is about to be replaced itself.
+    """
+    if not model.exists() or (old := sha256_file(model)) == sha256:
+        return
+    for plan in sorted(model.parent.glob("*.plan")):
+        with suppress(DataError):
+            engine = read_card(str(plan)).engine
+            if engine and (engine.onnx, engine.onnx_sha256) == (model.name, old) and plan.name != replacing:
+                raise UsageError(
+                    f"{model}: {plan.name} was built from it and could not be rebuilt from another; choose another "
+                    f"--out, or remove {plan.name}"
+                )
+
+
+def copy_model(model: str, folder: str) -> Card:
+    """Copy `model` and then its card, checked against each other, into `folder`, a path or URL. Return the card."""
+    card, data = read_model(model)
+    Store(folder).write(card.file, data)
+    write_card(folder, card)
+    return card

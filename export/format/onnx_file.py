@@ -1,0 +1,83 @@
+"""An ONNX file that is opened: its card, its graph and the notes inside it must say the same."""
+
+from contextlib import suppress
+from typing import Any
+
+from pydantic import ValidationError
+
+from export.format.card import Card, Precision, Source, ports, read_model
+from pipeline.common.errors import DataError
+from pipeline.config import NetworkConfig
+
+
+def notes(network: NetworkConfig, source: Source, precision: Precision, max_batch: int) -> dict[str, str]:
+    """Return the `metadata_props` of an exported graph: what its card says, where an edited card cannot reach."""
+    return {
+        "network": network.model_dump_json(),
+        "weights_sha256": source.sha256,
+        "weights_kind": source.kind,
+        "images_seen": "" if source.images_seen is None else str(source.images_seen),
+        "precision": precision,
+        "max_batch": str(max_batch),
+    }
+
+
+def load_checked(model: str) -> tuple[Card, bytes]:
+    """Return card and bytes of an ONNX model after everything that can be checked without running it.
+
+    Raises DataError when the file does not match its card, is no valid graph, or has a static batch.
+    """
+    import onnx
+
+    card, data = read_model(model)
+    try:
+        proto: Any = onnx.load_from_string(data)
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:  # protobuf's and onnx's own errors have no common class
+        line = str(error).strip().splitlines()[0]
+        raise DataError(f"{model}: not a valid ONNX graph: {line}; export it again") from None
+    _check_ports(model, card, proto)
+    _check_notes(model, card, proto)
+    return card, data
+
+
+def _check_ports(model: str, card: Card, proto: Any) -> None:
+    """Raise DataError unless the graph's inputs and outputs are those of the card, and those of its network."""
+    from onnx import TensorProto
+
+    types = {TensorProto.FLOAT: "float32", TensorProto.UINT8: "uint8"}
+    found = [
+        (
+            value.name,
+            types.get(value.type.tensor_type.elem_type, "another type"),
+            [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+        )
+        for value in (*proto.graph.input, *proto.graph.output)
+    ]
+    expected = [(port.name, port.dtype, port.shape) for port in (card.input, card.output)]
+    if any(isinstance(shape[0], int) for _, _, shape in found if shape):
+        raise DataError(
+            f"{model}: its batch is fixed at {found[0][2][0]}, expected a dynamic one; export it with dcgan-export onnx"
+        )
+    if found != expected:
+        raise DataError(f"{model}: the graph has {found}, its card says {expected}; export it again")
+    check_network(model, card, card.network)
+
+
+def check_network(model: str, card: Card, network: NetworkConfig) -> None:
+    """Raise DataError unless the card describes `network`, input and output in every word."""
+    if card.network != network or (card.input, card.output) != ports(network, card.output_kind):
+        raise DataError(f"{model}: its card describes another network than it was made from; export it again")
+
+
+def _check_notes(model: str, card: Card, proto: Any) -> None:
+    """Raise DataError unless the notes that the export left in the graph are what the card says."""
+    found = {entry.key: entry.value for entry in proto.metadata_props}
+    with suppress(KeyError, ValidationError):  # a newer version may have more fields, with defaults
+        found["network"] = NetworkConfig.model_validate_json(found["network"]).model_dump_json()
+    for key, expected in notes(card.network, card.source, card.precision, card.max_batch).items():
+        if found.get(key) != expected:
+            raise DataError(
+                f"{model}: made with {key} {found.get(key, 'unknown')}, its card says {expected}: the card was edited; "
+                "export it again"
+            )

@@ -1,0 +1,1 @@
+"""One interface to every way of running a generator."""

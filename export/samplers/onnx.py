@@ -1,0 +1,177 @@
+"""Sampling from an ONNX file: OpenVINO on the CPU; ONNX Runtime on the CPU, CUDA or TensorRT."""
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.format.card import Card
+from export.format.driver import driver_version
+from export.samplers.base import Sampler
+from pipeline.common.errors import DataError, UnavailableError
+
+CPU = "CPUExecutionProvider"
+PROVIDERS = {
+    "onnxruntime": [CPU],
+    "onnxruntime-cuda": ["CUDAExecutionProvider"],
+    # What TensorRT does not take goes to CUDA rather than to the CPU.
+    "onnxruntime-tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],
+}
+# By default CUDA times algorithms and takes the quickest, so that bytes differ from run to run, and uses TF32. The
+# TensorRT provider has no such switch: there float32 products run as TF32, which is TensorRT's default.
+PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}}
+
+
+def open_onnx(model: str, card: Card, data: bytes, backend: str, batch: int, threads: int) -> Sampler:
+    """Return a sampler of the ONNX bytes `data`, which belong to `card`; `model` is named in errors."""
+    if backend == "openvino":
+        return OpenVinoSampler(model, card, data, batch, threads)
+    return OnnxRuntimeSampler(model, card, data, backend, batch, threads)
+
+
+class _OnnxSampler(Sampler):
+    """What both share: the graph's output may be the network's float, and is then made uint8 here."""
+
+    def __init__(self, card: Card, batch: int) -> None:
+        super().__init__(card.network, batch, card.sha256)
+        self._float_output = card.output_kind == "float"
+
+    def _pixels(self, output: NDArray[Any]) -> NDArray[np.uint8]:
+        images: NDArray[np.uint8] = output
+        if self._float_output:
+            scaled = output.transpose(0, 2, 3, 1) * np.float32(127.5) + np.float32(128.0)  # as in graph.to_uint8
+            images = np.clip(scaled, 0.0, 255.0).astype(np.uint8)
+        return images
+
+
+class OnnxRuntimeSampler(_OnnxSampler):
+    """ONNX Runtime, one block after the other: it copies in, computes and copies out within one call."""
+
+    def __init__(self, model: str, card: Card, data: bytes, backend: str, batch: int, threads: int) -> None:
+        super().__init__(card, batch)
+        self.backend = backend
+        self._session = create_session(model, data, backend, threads)
+        self.provider = self._session.get_providers()[0]
+        self.device = "cpu" if backend == "onnxruntime" else _gpu_name()
+
+    def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
+        try:
+            return self._pixels(self._session.run(["image"], {"z": z})[0])
+        except Exception as error:  # pybind raises some ten types of its own; most often memory is short
+            raise UnavailableError(
+                f"{self.provider} cannot run a block of {self.batch} images: {_first_line(error)}; "
+                "a smaller --batch needs less memory"
+            ) from None
+
+
+def create_session(model: str, data: bytes, backend: str, threads: int) -> Any:
+    """Return an onnxruntime.InferenceSession of `data` that runs on the providers of `backend` and on nothing else.
+
+    ONNX Runtime by itself moves to the CPU what a provider cannot run, up to the whole graph, with a log line
+    only: at load node by node, at run time after an error. All of that is switched off.
+
+    Raises UnavailableError when the library, the provider or its libraries are missing or do not take the whole
+    graph, DataError when the CPU cannot load it either.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UnavailableError(
+            f"{model}: needs ONNX Runtime: pip install onnxruntime (onnxruntime-gpu on a machine with an NVIDIA GPU)"
+        ) from None
+    providers = PROVIDERS[backend]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.use_deterministic_compute = True
+    if providers != [CPU]:
+        _prepare_cuda(onnxruntime, providers[0])
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    chosen = [(provider, PROVIDER_OPTIONS.get(provider, {})) for provider in providers]
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=chosen, enable_fallback=0)
+    except Exception as error:  # pybind raises some ten types of its own
+        if providers == [CPU]:
+            raise DataError(f"{model}: ONNX Runtime cannot load it: {_first_line(error)}; export it again") from None
+        raise UnavailableError(
+            f"{model}: {providers[0]} cannot run all of it: {_first_line(error)}; "
+            "see https://onnxruntime.ai/docs/execution-providers for the CUDA, cuDNN and TensorRT versions it needs, "
+            "or choose another --backend"
+        ) from None
+    used = session.get_providers()[: len(providers)]
+    if used != providers:
+        raise UnavailableError(f"{model}: ONNX Runtime runs it on {', '.join(used)}, expected {', '.join(providers)}")
+    return session
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _prepare_cuda(onnxruntime: Any, provider: str) -> None:
+    if driver_version() is None:
+        raise UnavailableError(f"{provider} needs an NVIDIA GPU and its driver; on the CPU use --backend openvino")
+    if provider not in onnxruntime.get_available_providers():
+        raise UnavailableError(
+            f"this ONNX Runtime has no {provider}: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+        )
+    onnxruntime.preload_dlls()  # CUDA and cuDNN from PyTorch's own packages
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cuda"
+
+
+class OpenVinoSampler(_OnnxSampler):
+    """OpenVINO on the CPU, compiled for exactly one batch size: that is what makes it quick.
+
+    Large blocks are cut into pieces that run side by side, a thread each: no thread waits for another within a
+    layer, and feature maps stay in the caches. The pieces' size does not depend on the number of threads, so
+    neither do the images.
+    """
+
+    backend = "openvino"
+    device = "cpu"
+    piece = 4
+    """Images in a piece, of blocks of at least four pieces; the quickest of 4, 8, 16 and 32 that were measured."""
+
+    def __init__(self, model: str, card: Card, data: bytes, batch: int, threads: int) -> None:
+        super().__init__(card, batch)
+        try:
+            import openvino
+        except ImportError:
+            raise UnavailableError(f"{model}: --backend openvino needs OpenVINO: pip install openvino") from None
+        self._rows = self.piece if batch >= 4 * self.piece else batch
+        pieces = -(-batch // self._rows)
+        core = openvino.Core()
+        try:
+            graph = core.read_model(io.BytesIO(data))
+            graph.reshape({"z": [self._rows, card.network.latent_dim]})
+            compiled = core.compile_model(
+                graph,
+                "CPU",
+                {
+                    "NUM_STREAMS": min(threads, pieces),
+                    "INFERENCE_NUM_THREADS": threads,
+                    "INFERENCE_PRECISION_HINT": "f32",  # else it takes bf16 where the processor has it
+                },
+            )
+        except RuntimeError as error:
+            line = str(error).strip().splitlines()[-1]
+            raise DataError(f"{model}: OpenVINO cannot load it: {line}; export it again") from None
+        self.provider = f"OpenVINO {compiled.get_property('EXECUTION_DEVICES')[0]}"
+        self._requests = [compiled.create_infer_request() for _ in range(pieces)]
+        self._block = np.zeros((pieces * self._rows, card.network.latent_dim), np.float32)
+
+    def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
+        self._block[: self.batch] = z
+        for index, request in enumerate(self._requests):
+            request.start_async({"z": self._block[index * self._rows : (index + 1) * self._rows]}, share_inputs=True)
+        for request in self._requests:
+            request.wait()
+        outputs = [request.get_output_tensor(0).data for request in self._requests]
+        # A copy: the requests own the tensors and write the next block into them.
+        return self._pixels(np.concatenate(outputs)[: self.batch])

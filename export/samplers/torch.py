@@ -1,0 +1,122 @@
+"""Sampling with PyTorch: as trained, folded and channels_last, compiled, or as a CUDA graph."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.format.card import ComputePrecision
+from export.format.driver import driver_version
+from export.format.graph import DeployedGenerator, to_uint8
+from export.samplers.base import BATCH_ON_CPU, BATCH_ON_GPU, Sampler
+from export.samplers.cuda import CudaSampler, memory_errors
+from pipeline.checkpoints.store import load_generator
+from pipeline.common.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from pipeline.checkpoints.weights import LoadedGenerator
+
+
+def open_checkpoint(
+    reference: str, backend: str, batch: int | None, threads: int, precision: ComputePrecision
+) -> Sampler:
+    """Return a sampler of the generator that `reference` names (any form of --ckpt)."""
+    # Both are asked: a driver without a CUDA build of PyTorch is as useless as the reverse.
+    cuda = driver_version() is not None and torch.cuda.is_available()
+    if backend == "cuda-graphs" and not cuda:
+        raise UnavailableError(
+            "--backend cuda-graphs needs an NVIDIA GPU, its driver and a CUDA build of PyTorch; here use channels_last"
+        )
+    if precision == "fp16" and not cuda:
+        raise UnavailableError("fp16 arithmetic in PyTorch needs an NVIDIA GPU; on the CPU use fp32")
+    loaded = load_generator(reference)
+    if cuda:
+        chosen = "cuda-graphs" if backend == "auto" else backend
+        with memory_errors(batch or BATCH_ON_GPU):
+            return TorchCudaSampler(loaded, chosen, batch or BATCH_ON_GPU, precision)
+    return TorchSampler(loaded, "channels_last" if backend == "auto" else backend, batch or BATCH_ON_CPU, threads)
+
+
+def prepare(loaded: "LoadedGenerator", backend: str, precision: ComputePrecision = "fp32") -> torch.nn.Module:
+    """Return z (N, latent_dim) -> uint8 (N, H, W, C): `eager` as trained; else BatchNorm folded, memory NHWC."""
+    if backend == "eager" and precision == "fp32":
+        return _AsTrained(loaded.generator)
+    deployed = DeployedGenerator(loaded.generator, precision=precision)
+    deployed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if backend == "compiled":
+        deployed.compile(dynamic=False)  # the block size is fixed: one graph, specialised
+    return deployed
+
+
+@contextmanager
+def _compiler_errors() -> Iterator[None]:
+    """Compile when the sampler is opened, and say in one line why that fails: most often there is no compiler."""
+    try:
+        yield
+    except Exception as error:  # dynamo's, inductor's and the compiler's own have no common class
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UnavailableError(
+            f"--backend compiled: torch.compile fails here: {lines[0] if lines else type(error).__name__}; "
+            "it needs a C++ compiler (g++), else use channels_last"
+        ) from None
+
+
+class _AsTrained(torch.nn.Module):
+    """The network untouched, then uint8: what everybody starts from."""
+
+    def __init__(self, generator: torch.nn.Module) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return to_uint8(self.generator(z))
+
+
+class TorchSampler(Sampler):
+    """PyTorch on the CPU."""
+
+    device = "cpu"
+
+    def __init__(self, loaded: "LoadedGenerator", backend: str, batch: int, threads: int) -> None:
+        super().__init__(loaded.config, batch, loaded.sha256)
+        self.backend = backend
+        self.provider = f"torch {torch.__version__}"
+        torch.set_num_threads(threads)
+        self._forward = prepare(loaded, backend)
+        if backend == "compiled":
+            with _compiler_errors():
+                self._run(np.zeros((batch, self.latent_dim), np.float32))
+
+    def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
+        with torch.inference_mode():
+            images: NDArray[np.uint8] = self._forward(torch.from_numpy(z)).numpy()
+        return images
+
+
+class TorchCudaSampler(CudaSampler):
+    """PyTorch on an NVIDIA GPU; `cuda-graphs` replays one recorded launch instead of some twenty."""
+
+    def __init__(self, loaded: "LoadedGenerator", backend: str, batch: int, precision: ComputePrecision) -> None:
+        super().__init__(loaded.config, batch, loaded.sha256)
+        self.backend = backend
+        self.provider = f"torch {torch.__version__} {precision}"
+        # Equal bytes from run to run, and float32 that is float32: TF32 is PyTorch's default for convolutions.
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False  # the newer `conv.fp32_precision` makes others' reads of this one raise
+        self._forward: Any = prepare(loaded, backend, precision).cuda()
+        with torch.inference_mode():
+            with _compiler_errors() if backend == "compiled" else nullcontext():
+                self._warm_up(self._forward)
+            if backend == "cuda-graphs":
+                self._capture(self._forward)
+
+    def _launch(self) -> None:
+        with torch.inference_mode():
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                self._images = self._forward(self._z)

@@ -1,0 +1,183 @@
+"""CheckpointStore: directories of which `state.json`, written last, is the commit (DESIGN contract 4)."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Re-exported so that `pipeline.checkpoints.store` answers every question about --ckpt.
+from pipeline.checkpoints.weights import LoadedDiscriminator, LoadedGenerator, load_discriminator, load_generator
+from pipeline.common.errors import ConfigConflict, DataError
+from pipeline.common.storage import Store, sha256_bytes
+
+__all__ = [
+    "STATE",
+    "VERSION",
+    "Checkpoint",
+    "CheckpointStore",
+    "LoadedDiscriminator",
+    "LoadedGenerator",
+    "load_discriminator",
+    "load_generator",
+]
+
+STATE = "state.json"
+VERSION = 1
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory, every file checked against its hash."""
+
+    path: str
+    state: dict[str, Any]
+    """The content of state.json."""
+    files: dict[str, bytes]
+    """Every other file by name."""
+
+    @property
+    def images_seen(self) -> int:
+        """Position of the run: real images seen over all processes."""
+        return int(self.state["images_seen"])
+
+
+class CheckpointStore:
+    """The checkpoints of a run, on a disk or in an object store.
+
+    A checkpoint is complete exactly when its state.json is there; it names every other file and its SHA-256.
+    """
+
+    def __init__(self, store: Store, *, folder: str = "checkpoints") -> None:
+        self.store = store
+        self.folder = folder
+
+    def _name(self, name: str, file: str = "") -> str:
+        return "/".join(part for part in (self.folder, name, file) if part)
+
+    def path(self, name: str) -> str:
+        """Return the full path or URL of the checkpoint `name`."""
+        return self.store.path(self._name(name))
+
+    def names(self) -> list[str]:
+        """Return the names of the complete checkpoints, oldest first."""
+        found = (name for name in self.store.names(self.folder) if name.isdigit())
+        return [name for name in found if self.store.exists(self._name(name, STATE))]
+
+    def state(self, name: str) -> dict[str, Any]:
+        """Return the content of a checkpoint's state.json.
+
+        Raises DataError when it is damaged, ConfigConflict when another release wrote it: that is no damage, and
+        must not make a run fall back and overwrite it.
+        """
+        where = self.store.path(self._name(name, STATE))
+        try:
+            state = json.loads(self.store.read(self._name(name, STATE)))
+            version, files = state["version"], state["files"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{where}: damaged; expected the JSON that the trainer writes") from None
+        if version != VERSION:
+            raise ConfigConflict(f"{where}: version {version}; this release reads version {VERSION}: use a newer one")
+        if not isinstance(files, dict):
+            raise DataError(f"{where}: damaged; expected the JSON that the trainer writes")
+        return dict(state)
+
+    def verify(self, name: str, file: str) -> bytes:
+        """Return one file of a checkpoint. Raises DataError when it is missing, cut short or altered."""
+        expected = self.state(name)["files"].get(file)
+        where = self.store.path(self._name(name, file))
+        if expected is None:
+            raise DataError(f"{where}: the checkpoint has no such file")
+        data = self.store.read(self._name(name, file))
+        found = sha256_bytes(data)
+        if found != expected:
+            raise DataError(f"{where}: its SHA-256 is {found[:12]}..., state.json says {expected[:12]}...: damaged")
+        return data
+
+    def load(self, name: str) -> Checkpoint:
+        """Read a whole checkpoint. Raises DataError when anything in it is damaged."""
+        state = self.state(name)
+        return Checkpoint(self.path(name), state, {file: self.verify(name, file) for file in state["files"]})
+
+    def load_latest(self) -> Checkpoint | None:
+        """Return the newest undamaged checkpoint, naming those passed over; None if there was never one.
+
+        Raises DataError when there are checkpoints but all are damaged: a run never starts again in silence.
+        """
+        names = self.names()
+        for name in reversed(names):
+            try:
+                return self.load(name)
+            except DataError as error:
+                log.warning("%s; trying the checkpoint before it", error)
+        if names:
+            raise DataError(
+                f"{self.store.path(self.folder)}: all {len(names)} checkpoints are damaged; "
+                "restore one, or start anew in another --out"
+            )
+        return None
+
+    def best(self) -> str | None:
+        """Return the complete checkpoint with the lowest `schedule.best_metric`, or None if none was evaluated.
+
+        The newest checkpoint says which metric that is; those that were not evaluated by it do not count.
+        """
+        states: dict[str, dict[str, Any]] = {}
+        for name in self.names():
+            try:
+                states[name] = self.state(name)
+            except DataError as error:
+                log.warning("%s", error)
+        if not states:
+            return None
+        metric = states[max(states)].get("config", {}).get("schedule", {}).get("best_metric", "swd")
+        values = {name: state.get("metrics", {}).get(metric) for name, state in states.items()}
+        evaluated = {name: float(value) for name, value in values.items() if value is not None}
+        return min(evaluated, key=lambda name: evaluated[name]) if evaluated else None
+
+    def choose(self, choice: str = "") -> str | None:
+        """Return the checkpoint that `best`, `last`, a number of images, or '' (best, else last) means."""
+        names = self.names()
+        if choice.isdigit():
+            return next((name for name in names if int(name) == int(choice)), None)
+        last = names[-1] if names else None
+        if choice == "last":
+            return last
+        best = self.best()
+        return best if choice == "best" else best or last
+
+    def save(self, images_seen: int, files: Mapping[str, bytes], state: Mapping[str, Any]) -> str:
+        """Write a checkpoint and return its name. It counts only when everything in it has reached the disk."""
+        name = f"{images_seen:012d}"
+        self.store.delete(self._name(name, STATE))  # a damaged one at this position must not commit half new files
+        self.store.remove_abandoned(self._name(name))
+        for file, data in files.items():
+            self.store.write(self._name(name, file), data)
+        hashes = {file: sha256_bytes(data) for file, data in files.items()}
+        content = {"version": VERSION, "images_seen": images_seen, **state, "files": hashes}
+        self.store.write(self._name(name, STATE), (json.dumps(content, indent=1) + "\n").encode())
+        return name
+
+    def discard_after(self, images_seen: int) -> None:
+        """Un-commit every checkpoint beyond a position: a run that fell back to an earlier one writes them anew."""
+        for name in self.names():
+            if int(name) > images_seen:
+                self.store.delete(self._name(name, STATE))
+
+    def copy(self, name: str, source: "CheckpointStore") -> None:
+        """Copy the checkpoint `name` of another store into this one, state.json last."""
+        checkpoint = source.load(name)
+        kept = {key: value for key, value in checkpoint.state.items() if key not in ("version", "images_seen", "files")}
+        self.save(checkpoint.images_seen, checkpoint.files, kept)
+
+    def retain(self, keep: int) -> None:
+        """Delete all but the newest `keep` complete checkpoints and the best one; older unfinished ones as well."""
+        names = self.names()
+        kept = {*names[-keep:], self.best()}
+        newest = names[-1] if names else ""
+        for name in self.store.names(self.folder):
+            if name.isdigit() and name not in kept and name < newest:
+                self.store.delete(self._name(name, STATE))  # first, so that what is half deleted never counts
+                self.store.delete(self._name(name))

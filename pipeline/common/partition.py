@@ -1,0 +1,44 @@
+"""One part of a piece of work that several machines share: `--part i/N`, or the index of an Indexed Job."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.common.errors import UsageError
+
+INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `index` of `count`, counted from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    def slice(self, total: int) -> range:
+        """Return which of `total` items are this part's: contiguous, and sizes differ by at most one."""
+        return range(total * self.index // self.count, total * (self.index + 1) // self.count)
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def parse_part(text: str | None, environment: Mapping[str, str] = os.environ) -> Part:
+    """Return the part that `--part` means: `i/N`, or `N` alone with i from JOB_COMPLETION_INDEX; None is the whole.
+
+    Raises UsageError for anything else.
+    """
+    if text is None:
+        return Part()
+    match = re.fullmatch(r"(?:(\d+)/)?(\d+)", text)
+    if match is None:
+        raise UsageError(f"--part {text}: expected i/N such as 0/20, or N with i in {INDEX_VARIABLE}")
+    index = match[1] or environment.get(INDEX_VARIABLE, "")
+    if not index.isdigit():
+        raise UsageError(f"--part {text}: says how many parts but not which one; expected i/N, or {INDEX_VARIABLE} set")
+    part = Part(int(index), int(match[2]))
+    if part.index >= part.count:
+        raise UsageError(f"--part {part}: parts count from 0, so the last one is {part.count - 1}/{part.count}")
+    return part

@@ -1,0 +1,349 @@
+"""Reading and writing files, the same on a disk and in an object store: retries, time limits, atomic output.
+
+The one mechanism for both (DESIGN contract 9). A location is a directory, or the URL of a folder
+(`http(s)://`, `s3://`, `gs://`, `file://`); names inside it use forward slashes.
+"""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import MethodType
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from pipeline.common.errors import DataError, TryAgainError, UnavailableError, UsageError, describe_os_error
+
+SCHEMES = ("http", "https", "s3", "gs", "file", "memory")
+PAUSES_SECONDS = (0.5, 2.0, 5.0, 15.0)
+"""Waits before a store is asked again; one try more than there are waits."""
+TIMEOUT_SECONDS = 60.0
+"""Longest silence of a store within an answer."""
+TEMPORARY = ".tmp"
+"""Suffix of a file that is being written."""
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def is_url(location: str | os.PathLike[str]) -> bool:
+    """Whether `location` is a URL rather than a path. Raises UsageError for a scheme that is not allowed."""
+    text = os.fspath(location)
+    scheme = urlsplit(text).scheme if ":" in text else ""
+    if "://" not in text and scheme != "pipe":
+        return False
+    if scheme not in SCHEMES:
+        raise UsageError(f"{text}: URLs of kind {scheme!r} are refused; expected {', '.join(SCHEMES)}")
+    return True
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it."""
+    make_directory(path.parent)
+    handle, name = _temporary(path)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """Return a new file beside `path`, locked for as long as its descriptor is open: `remove_abandoned` spares it."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)  # taken for abandoned before it was locked
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove the temporary files that killed processes left in `directory`; those being written stay."""
+    for path in directory.glob(f".*{TEMPORARY}"):
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def write_atomic(path: Path, data: bytes | str | Sequence[bytes | memoryview]) -> None:
+    """Write `data`, or its pieces, to `path` so that a crash leaves either the old file or the new one."""
+    with atomic_path(path) as temporary:
+        if isinstance(data, bytes | str):
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            return
+        with temporary.open("wb", buffering=0) as file:
+            for piece in data:
+                rest = memoryview(piece)
+                while rest:
+                    rest = rest[file.write(rest) :]
+
+
+def make_directory(path: Path) -> None:
+    """Create `path` and its parents so that they outlive a crash: a file is safe only when its folders are."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and removals inside `path` durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def sha256_bytes(data: bytes | memoryview) -> str:
+    """Return the hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Store:
+    """A directory or URL whose files are read whole and written atomically.
+
+    Every error becomes a UserError that names the file: DataError when it is not there or not allowed,
+    TryAgainError when the store does not answer, or cuts its answers off, for longer than `PAUSES_SECONDS`.
+    """
+
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        self.location = os.fspath(location).removeprefix("file://").rstrip("/") or "/"
+        self.remote = is_url(self.location)
+        self._fs: Any = None
+        self._root = self.location
+        if self.remote:
+            self._fs, self._root = _filesystem(self.location)
+
+    def path(self, name: str) -> str:
+        """Return the full path or URL of `name`, for messages."""
+        return f"{self.location}/{name}"
+
+    def shown(self, name: str) -> str:
+        """Return a listed `name` as people write it: http servers list, and are asked for, percent-encoded names."""
+        return unquote(name, errors="surrogateescape") if self.location.startswith(("http://", "https://")) else name
+
+    def read(self, name: str) -> bytes:
+        """Return the content of `name`."""
+        if not self.remote:
+            try:
+                return (Path(self.location) / name).read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise DataError(f"{self.path(name)}: no such file") from None
+        data: bytes = self._retry(name, lambda: self._fs.cat_file(f"{self._root}/{name}"))
+        return data
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """Return `size` bytes of `name` from `offset` on. Raises DataError when the file ends before."""
+        if self.remote:
+            end = offset + size
+            data: bytes = self._retry(name, lambda: self._fs.cat_file(f"{self._root}/{name}", start=offset, end=end))
+            if len(data) >= end > size:  # a server without range requests sends the whole file
+                data = data[offset:end]
+        else:
+            with (Path(self.location) / name).open("rb") as file:
+                data = os.pread(file.fileno(), size, offset)
+        if len(data) != size:
+            raise DataError(f"{self.path(name)}: ends before offset {offset + size}")
+        return data
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Download `name` of a remote store to the local file `path`, whole, without holding it in memory."""
+        self._retry(name, lambda: self._fs.get_file(f"{self._root}/{name}", str(path)))
+
+    def write(self, name: str, data: bytes | Sequence[bytes | memoryview]) -> None:
+        """Write `name` so that readers see all of `data`, given whole or in pieces, or nothing."""
+        if self.remote:
+            data = data if isinstance(data, bytes) else b"".join(data)
+            self._retry(name, lambda: self._fs.pipe_file(f"{self._root}/{name}", data))
+        else:
+            write_atomic(Path(self.location) / name, data)
+
+    def exists(self, name: str) -> bool:
+        """Whether `name` is there."""
+        if not self.remote:
+            return (Path(self.location) / name).exists()
+
+        def look() -> bool:
+            # fsspec's `exists` and `info` over http call a store that is away a missing file; a read does not.
+            try:
+                self._fs.cat_file(f"{self._root}/{name}", start=0, end=1)
+            except FileNotFoundError:
+                return False
+            except Exception as error:
+                if "InvalidRange" in str(error.__cause__) or getattr(error, "status", None) == 416:  # an empty file
+                    return True
+                raise
+            return True
+
+        return self._retry(name, look)
+
+    def names(self, folder: str = "") -> list[str]:
+        """Return the names of the files and folders in `folder`, sorted; empty if there is no such folder."""
+        if not self.remote:
+            here = Path(self.location) / folder
+            return sorted(entry.name for entry in here.iterdir()) if here.is_dir() else []
+
+        def listing() -> list[str]:
+            try:
+                self._fs.invalidate_cache()
+                found = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=False)
+            except FileNotFoundError:
+                return []
+            return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
+
+        return self._retry(folder, listing)
+
+    def find(self, folder: str = "") -> list[tuple[str, int]]:
+        """Return (name, bytes) of all files below `folder` of an object store, sorted; 0 bytes where unknown."""
+        root = f"{self._root}/{folder}".rstrip("/")
+
+        def listing() -> list[tuple[str, int]]:
+            self._fs.invalidate_cache()
+            found = self._fs.find(root, detail=True)
+            start = len(self._root) + 1
+            return sorted((name[start:], int(entry.get("size") or 0)) for name, entry in found.items())
+
+        return self._retry(folder, listing)
+
+    def delete(self, name: str) -> None:
+        """Remove the file or folder `name` for good; nothing happens if it is not there."""
+        if self.remote:
+
+            def remove() -> None:
+                with suppress(FileNotFoundError):
+                    self._fs.rm(f"{self._root}/{name}", recursive=True)
+
+            self._retry(name, remove)
+            return
+        import shutil
+
+        path = Path(self.location) / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.exists() or path.is_symlink():
+            path.unlink(missing_ok=True)
+        else:
+            return
+        fsync_directory(path.parent)
+
+    def remove_abandoned(self, folder: str = "") -> None:
+        """Remove what killed processes left half-written in `folder`; an object store keeps no such files."""
+        if not self.remote:
+            remove_abandoned(Path(self.location) / folder)
+
+    def _retry(self, name: str, action: Callable[[], T]) -> T:
+        """Run `action`, again after passing faults with growing pauses; turn what remains into a UserError."""
+        for pause in (*PAUSES_SECONDS, None):
+            try:
+                return action()
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in _LOCAL_FAULTS and error.filename:
+                    raise describe_os_error(error) from None
+                if (refusal := _refusal(error)) is not None:
+                    raise DataError(f"{self.path(name)}: {refusal}") from None
+                fault = f"{type(error).__name__}: {error}".rstrip(": ")
+            if pause is not None:
+                log.warning("%s: %s; asking again in %g s", self.path(name), fault, pause)
+                time.sleep(pause)
+        raise TryAgainError(
+            f"{self.path(name)}: the store failed {len(PAUSES_SECONDS) + 1} times, last with {fault}. "
+            "Run the same command again when it answers: it goes on"
+        )
+
+
+_LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_PASSING_STATUS = (408, 409, 425, 429)
+
+
+def _refusal(error: Exception) -> str | None:
+    """Return the words for a store's final answer, or None for a fault that may pass."""
+    if isinstance(error, FileNotFoundError):
+        return "the store has no such file"
+    # s3fs wraps botocore's error; aiohttp's carries its status itself; gcsfs names a 403 only in words.
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if isinstance(error, OSError) and str(error).startswith("Forbidden: "):
+        status = 403
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", status)
+    said = getattr(error, "message", None) or str(error)
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return f"the store refuses access ({status or 'no status'}: {said}); check the credentials and the rights"
+    if "Credential" in type(error).__name__:
+        return f"no credentials for the store ({said}); set them in the environment, such as AWS_ACCESS_KEY_ID"
+    if status == 404:
+        return "the store has no such file"
+    if status is not None and (400 <= status < 500 or status == 501) and status not in _PASSING_STATUS:
+        return f"the store answers {status} ({said})"
+    return None
+
+
+def _filesystem(location: str) -> tuple[Any, str]:
+    """Return the fsspec filesystem of a URL and the path inside it."""
+    import fsspec
+
+    scheme = urlsplit(location).scheme
+    options: dict[str, Any] = {}
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        options["client_kwargs"] = {
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=TIMEOUT_SECONDS)
+        }
+    elif scheme == "s3":
+        # Tries are counted in one place, `Store._retry`: botocore and s3fs would each multiply them by five.
+        options["config_kwargs"] = {
+            "connect_timeout": 10,
+            "read_timeout": TIMEOUT_SECONDS,
+            "retries": {"total_max_attempts": 1},
+        }
+    elif scheme == "gs":
+        import aiohttp
+
+        options["requests_timeout"] = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=TIMEOUT_SECONDS)
+        # Otherwise gcsfs first asks over gRPC what kind of bucket it is, which proxies and compatible stores cannot
+        # answer: a minute for each file.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    try:
+        filesystem, root = fsspec.core.url_to_fs(location, **options)
+    except ImportError as error:
+        raise UnavailableError(
+            f"{location}: reading {scheme}:// needs a package that is not installed: {error}"
+        ) from None
+    if scheme == "s3":
+        filesystem.retries = 1
+    elif scheme == "gs":
+        # It would try six times within each of ours, and log a traceback after the last.
+        for name in ("_request", "_get_file_request", "_get_file_concurrent"):
+            method = getattr(type(filesystem), name)
+            setattr(filesystem, name, MethodType(getattr(method, "__wrapped__", method), filesystem))
+    return filesystem, root

@@ -1,0 +1,1 @@
+"""`dcgan-data build`: a source becomes shards."""

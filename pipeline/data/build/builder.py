@@ -1,0 +1,294 @@
+"""Build a data set: groups of pictures to shards on all cores, resumable, in parts, merged to the same bytes.
+
+While a build is under way, OUT/.build holds its plan and one record a finished group. `dataset.json` is written
+last and the records are removed: without it there is no data set.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pipeline.common.errors import DataError
+from pipeline.common.imaging import BadImage, Pixels
+from pipeline.common.partition import Part
+from pipeline.common.progress import Progress
+from pipeline.common.storage import Store, is_url
+from pipeline.common.telemetry import Telemetry
+from pipeline.data.build.plan import Work
+from pipeline.data.build.process_pool import run_tasks
+from pipeline.data.build.state import (
+    PLAN,
+    REFUSED,
+    SKIPPED,
+    STATE,
+    Group,
+    State,
+    built_as,
+    check_place,
+    compare,
+    finish_clearing,
+    group_name,
+    identity,
+    read_groups,
+    read_record,
+    read_state,
+    tidy,
+)
+from pipeline.data.build.transform import Recipe, Skipped
+from pipeline.data.dataset import FILE_NAME, Dataset, LabelType, Shard, dump_dataset, load_dataset
+from pipeline.data.shard_reader import ShardWriter, read_shard, write_shard
+from pipeline.data.sources.interface import Item, Listing, RefusalLog, Source, printable, read_picture
+
+DEFAULT_MAX_BAD = 0.01
+REMOTE_READERS = 8
+"""Pictures fetched at the same time by each process, when they come from a URL."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One group, as a worker gets it."""
+
+    index: int
+    items: list[Item]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a group came to, as a worker reports it."""
+
+    pictures: int
+    refused: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Turns one group of pictures into shards. Travels to the workers."""
+
+    source: Source
+    recipe: Recipe
+    labels: dict[str, LabelType]
+    shard_bytes: int
+    out: str
+    remote: bool
+
+    def build(self, task: Task) -> Built:
+        """Write the group's shards and its record; return what it came to."""
+        store = Store(self.out)
+        log, skipped = RefusalLog(), []
+        shards: list[Shard] = []
+        writer = self._writer(task.index, 0)
+        for item, picture in self._pictures(task.items):
+            try:
+                if isinstance(picture, BadImage):
+                    raise picture
+                made = self.recipe.make(item, picture)
+            except BadImage as error:
+                log.add(item.key, str(error))
+                continue
+            except Skipped as reason:
+                skipped.append((printable(item.key), str(reason)))
+                continue
+            for key, image, labels in made:
+                if not writer.add(image, key, labels):
+                    shards.append(write_shard(store, shard_name(task.index, len(shards)), writer))
+                    writer = self._writer(task.index, len(shards))
+                    writer.add(image, key, labels)
+        if writer.images:
+            shards.append(write_shard(store, shard_name(task.index, len(shards)), writer))
+        record = Group(shards=shards, refused=log.entries, skipped=skipped)
+        store.write(group_name(task.index), record.model_dump_json().encode())
+        return Built(len(task.items), log.count, sum(shard.bytes for shard in shards))
+
+    def _writer(self, group: int, number: int) -> ShardWriter:
+        prefix = shard_name(group, number).removesuffix(".tar")
+        return ShardWriter(prefix, self.recipe.encoding, list(self.labels), self.shard_bytes)
+
+    def _pictures(self, items: list[Item]) -> Iterator[tuple[Item, bytes | Pixels | BadImage]]:
+        """Yield every picture in order, fetched ahead when fetching takes time."""
+        if not self.remote:
+            yield from ((item, self._read(item)) for item in items)
+            return
+        with ThreadPoolExecutor(REMOTE_READERS) as readers:
+            for start in range(0, len(items), 8 * REMOTE_READERS):
+                some = items[start : start + 8 * REMOTE_READERS]
+                yield from zip(some, readers.map(self._read, some), strict=True)
+
+    def _read(self, item: Item) -> bytes | Pixels | BadImage:
+        try:
+            return read_picture(self.source, item)
+        except BadImage as error:
+            return error
+
+
+def shard_name(group: int, number: int) -> str:
+    """Return a shard's file name. A group overflows into further shards only when its images are unusually large."""
+    return f"{group:06d}.tar" if number == 0 else f"{group:06d}-{number}.tar"
+
+
+def run(
+    source: Source,
+    listing: Listing,
+    work: Work,
+    recipe: Recipe,
+    *,
+    location: str,
+    out: str,
+    workers: int,
+    part: Part | None = None,
+    max_bad: float | None = None,
+    telemetry: Telemetry | None = None,
+) -> Dataset | None:
+    """Build what is not built yet, and finish the data set; return None after a part, which leaves that to `merge`.
+
+    Raises DataError when more than `max_bad` of the pictures cannot be used (default 1 %, and none may be lost
+    to a damaged source). What was built is kept: with another `max_bad` the same build goes on from there.
+    """
+    store, plan = Store(out), work.plan
+    state = State(
+        plan=plan,
+        location=location,
+        refused=listing.refused.entries,
+        lost=dict(listing.refused.unnamed),
+        damaged=listing.damaged,
+    )
+    if not store.exists(PLAN):
+        store.write(PLAN, state.model_dump_json().encode())
+    part = part or Part()
+    mine = part.slice(plan.groups)
+    present = set(store.names(STATE))
+    todo = [index for index in mine if f"{index:06d}.json" not in present]
+    builder = Builder(source, recipe, plan.labels, plan.shard_bytes, out, is_url(location))
+    tasks = [Task(index, work.group(index)) for index in todo]
+    total = sum(len(work.group(index)) for index in mine)
+    done = total - sum(len(task.items) for task in tasks)
+    metrics = telemetry or Telemetry("build", run=out, part=str(part))
+    metrics.set("dcgan_build_info", 1, source=plan.source["kind"], encoding=recipe.encoding)
+    metrics.add("dcgan_build_target_images", total)
+    metrics.add("dcgan_build_skipped_images_total", done)
+    metrics.set("dcgan_build_last_shard_timestamp_seconds", time.time())
+    with Progress("building", total, "pictures", done=done) as progress:
+        bad = listing.refused.count
+        for built in run_tasks(builder.build, tasks, workers):
+            progress.advance(built.pictures)
+            metrics.add("dcgan_build_images_total", built.pictures - built.refused)
+            metrics.add("dcgan_build_refused_images_total", built.refused)
+            metrics.add("dcgan_build_written_bytes_total", built.bytes)
+            metrics.set("dcgan_build_last_shard_timestamp_seconds", time.time())
+            bad += built.refused
+            if bad > _share(max_bad) * (plan.pictures + listing.refused.count):
+                break  # the check below says what is wrong
+    if part.count > 1:
+        built_here = read_groups(store, mine)
+        _check_refusals(_refusals(state, built_here.values()), state, max_bad, out)
+        return None
+    return finish(out, max_bad=max_bad)
+
+
+def merge(out: str, parts: Iterable[str], *, max_bad: float | None = None) -> Dataset:
+    """Bring the parts of a build together in `out` and finish the data set. `out` may itself hold parts.
+
+    Raises ConfigConflict when `out`, or one of the parts, is of another build.
+    """
+    target = Store(out)
+    finished = load_dataset(out) if target.exists(FILE_NAME) else None
+    if finished is None:
+        check_place(out)
+        finish_clearing(out)
+    for location in parts:
+        store = Store(location)
+        if not store.exists(PLAN):
+            raise DataError(f"{location}: no part of a build is here; expected the OUT of `dcgan-data build … --part`")
+        plan = identity(read_state(store).plan)
+        if finished is not None:
+            compare(plan, built_as(finished), out, "choose another OUT")
+            continue
+        if target.exists(PLAN):
+            compare(plan, identity(read_state(target).plan), out, f"{location} is no part of it")
+        else:
+            target.write(PLAN, store.read(PLAN))
+        present = set(target.names(STATE))
+        for name in store.names(STATE):
+            if name in present or not name[:6].isdigit():
+                continue
+            group = read_record(store, f"{STATE}/{name}", Group)
+            for shard in group.shards:
+                target.write(shard.name, read_shard(store, shard))
+            target.write(f"{STATE}/{name}", group.model_dump_json().encode())
+    if finished is not None:
+        tidy(target)  # it may have been killed just before it did
+        return finished
+    if not target.exists(PLAN):
+        raise DataError(f"{out}: no part of a build is here; name the folders of the parts: merge OUT PART0 PART1 …")
+    return finish(out, max_bad=max_bad)
+
+
+def finish(out: str, *, max_bad: float | None) -> Dataset:
+    """Write dataset.json from the records of all groups and remove them. Raises DataError when some are missing."""
+    store = Store(out)
+    state = read_state(store)
+    plan = state.plan
+    groups = read_groups(store, range(plan.groups))
+    missing = [index for index in range(plan.groups) if index not in groups]
+    refused = _refusals(state, groups.values())
+    _check_refusals(refused, state, max_bad, out)
+    if missing:
+        raise DataError(
+            f"{out}: {len(missing)} of {plan.groups} groups are missing (the first is {missing[0]}); "
+            "build the parts that are not done, then merge again"
+        )
+    shards = [shard for group in groups.values() for shard in group.shards]
+    skipped = sorted(entry for group in groups.values() for entry in group.skipped)
+    if not shards:
+        examples = "; ".join(f"{key}: {reason}" for key, reason in (refused.entries + skipped)[:3])
+        raise DataError(f"{state.location}: none of {plan.pictures:,} pictures gives an image ({examples})")
+    dataset = Dataset(
+        image_size=plan.source["size"],
+        channels=plan.source["channels"],
+        encoding=plan.source["encoding"],
+        labels=plan.labels,
+        source={"location": state.location, **identity(plan)},
+        images=sum(shard.images for shard in shards),
+        bytes=sum(shard.bytes for shard in shards),
+        shards=shards,
+        refused=refused.summary(),
+    )
+    for name, entries in ((REFUSED, sorted(refused.entries)), (SKIPPED, skipped)):
+        if entries:
+            store.write(name, "".join(f"{key}\t{reason}\n" for key, reason in entries).encode())
+    store.write(FILE_NAME, dump_dataset(dataset))
+    tidy(store)
+    return dataset
+
+
+def _share(max_bad: float | None) -> float:
+    return DEFAULT_MAX_BAD if max_bad is None else max_bad
+
+
+def _refusals(state: State, groups: Iterable[Group]) -> RefusalLog:
+    """Return all refusals of the listing and of the given groups."""
+    log = RefusalLog(list(state.refused))
+    log.unnamed.update(state.lost)
+    for group in groups:
+        log.entries += group.refused
+    return log
+
+
+def _check_refusals(refused: RefusalLog, state: State, max_bad: float | None, out: str) -> None:
+    """Raise DataError when too many pictures cannot be used."""
+    pictures = state.plan.pictures + len(state.refused) + sum(state.lost.values())
+    share = refused.count / pictures
+    names = "; ".join(f"{key}: {reason}" for key, reason in refused.entries[:3])
+    lost = "; ".join(f"{number:,} {reason}" for reason, number in refused.unnamed.items())
+    what = "; ".join(filter(None, (names, lost)))
+    advice = "mend the source, or accept them with --max-bad"
+    if state.damaged and max_bad is None:
+        raise DataError(
+            f"{state.location}: {what}. {advice} {share + 0.0005:.3f} (what can be read is already in {out})"
+        )
+    if share > _share(max_bad):
+        raise DataError(
+            f"{state.location}: {refused.count:,} of {pictures:,} pictures cannot be used, more than "
+            f"{_share(max_bad):.1%} ({what}); {advice}"
+        )

@@ -1,0 +1,175 @@
+"""What a build will do, decided before the first image is decoded: order, groups of images, identity.
+
+A group is a fixed run of the ordered listing and becomes one shard, whatever its neighbours hold. So groups can
+be built in any order, by any process, on any machine, and again after a kill: the bytes are the same.
+"""
+
+import hashlib
+import json
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.common.errors import DataError, UsageError
+from pipeline.common.imaging import BadImage
+from pipeline.data.build.transform import Recipe, Skipped
+from pipeline.data.dataset import LabelType, Record
+from pipeline.data.shard_reader import RECORD, ShardWriter, key_hash
+from pipeline.data.sources.interface import KEY, Item, Listing, Source, as_type, printable, read_picture
+
+PROBE_PICTURES = 64
+"""Pictures encoded beforehand to learn how many fill a shard."""
+WANTED_SHARDS = 16
+"""A small set is cut into so many shards, but never into less than MIN_IMAGES each, so that all cores have work."""
+MIN_IMAGES = 256
+
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+class Selection(Record):
+    """Which pictures of the listing are taken."""
+
+    seed: int = 0
+    """Decides the order, and so what `limit` and the split take."""
+    where: tuple[str, ...] = ()
+    """Conditions on labels, such as `male=1` or `yaw<10`; all must hold."""
+    limit: int | None = None
+    """At most so many pictures, the first in the order."""
+    val_fraction: float = 0.0
+    """Share of the pictures that belongs to the validation set."""
+    split: str = "all"
+    """`all`, or with val_fraction `train` or `val`."""
+
+
+class Plan(Record):
+    """The identity of a build. Two builds with equal plans write equal bytes."""
+
+    source: dict[str, Any]
+    """Kind and options of the source, the selection, and the recipe."""
+    labels: dict[str, LabelType]
+    listing: str
+    """SHA-256 over the names, labels and sizes of all selected pictures in their order."""
+    pictures: int
+    """How many those are."""
+    groups: int
+    """Into how many groups they are cut."""
+    shard_bytes: int
+    """No shard is larger."""
+
+
+@dataclass
+class Work:
+    """A plan with the pictures it is about."""
+
+    plan: Plan
+    items: list[Item]
+
+    def group(self, index: int) -> list[Item]:
+        """Return the pictures of a group: contiguous, and group sizes differ by at most one."""
+        total, groups = len(self.items), self.plan.groups
+        return self.items[total * index // groups : total * (index + 1) // groups]
+
+
+def select(listing: Listing, selection: Selection) -> list[Item]:
+    """Return the chosen pictures in their final order. Raises UserError when none is left."""
+    if KEY in listing.labels:
+        raise DataError(f"a label is named {KEY!r}, which is kept for the image's name; rename the column")
+    tests = [_condition(text, listing.labels) for text in selection.where]
+    items = [item for item in listing.items if all(test(item.labels) for test in tests)]
+    if not items:
+        raise UsageError(f"--where {' '.join(selection.where)}: no picture of {len(listing.items):,} fulfils it")
+    items.sort(key=lambda item: key_hash(selection.seed, item.key))
+    items = items[: selection.limit]
+    if selection.split != "all":
+        wanted = selection.split == "val"
+        items = [item for item in items if in_validation(item.key, selection) is wanted]
+        if not items:
+            raise UsageError(f"--val-fraction {selection.val_fraction}: leaves the {selection.split} set empty")
+    return items
+
+
+def in_validation(key: str, selection: Selection) -> bool:
+    """Whether a picture belongs to the validation set: by its name alone, so that it stays there as the set grows."""
+    return int.from_bytes(key_hash(selection.seed, f"val/{key}"), "big") < selection.val_fraction * 2**64
+
+
+def make_work(
+    source: Source,
+    listing: Listing,
+    description: dict[str, Any],
+    selection: Selection,
+    recipe: Recipe,
+    *,
+    shard_bytes: int,
+    shard_images: int | None,
+) -> Work:
+    """Return the plan of a build. `description` is the source's kind and options."""
+    items = select(listing, selection)
+    if shard_images is None:
+        fit = max(1, int(0.95 * shard_bytes / _bytes_each(source, items, recipe, len(listing.labels))))
+        shard_images = min(fit, max(MIN_IMAGES, -(-len(items) // WANTED_SHARDS)))
+    plan = Plan(
+        source={**description, **selection.model_dump(mode="json"), **recipe.model_dump()},
+        labels={**listing.labels, **recipe.extra_labels},
+        listing=_digest(items),
+        pictures=len(items),
+        groups=-(-len(items) // shard_images),
+        shard_bytes=shard_bytes,
+    )
+    return Work(plan, items)
+
+
+def _digest(items: list[Item]) -> str:
+    """Return a SHA-256 over the pictures' names and labels, and their sizes where the listing knows them."""
+    digest = hashlib.sha256()
+    for item in items:
+        size = item.where if isinstance(item.where, int) else 0
+        digest.update(json.dumps([printable(item.key), item.labels, size]).encode())
+    return digest.hexdigest()
+
+
+def _bytes_each(source: Source, items: list[Item], recipe: Recipe, num_labels: int) -> float:
+    """Return about how many bytes of a shard a picture takes, from the first few in the order."""
+    writer = ShardWriter("0" * 6, recipe.encoding, [str(i) for i in range(num_labels + len(recipe.extra_labels))])
+    pictures = 0
+    for item in items[:PROBE_PICTURES]:
+        try:
+            made = recipe.make(item, read_picture(source, item))
+        except (BadImage, Skipped):
+            continue
+        pictures += 1
+        for key, image, labels in made:
+            writer.add(image, key, labels)
+    if not writer.images:  # nothing usable: the build will say so
+        return recipe.size**2 * recipe.channels + 4 * RECORD
+    return max(1.0, writer.nbytes / pictures)
+
+
+def _condition(text: str, labels: dict[str, LabelType]) -> Callable[[tuple[Any, ...]], bool]:
+    """Return the test that `name=value` (or !=, <, <=, >, >=) means. Raises UsageError."""
+    symbol = next((symbol for symbol in _OPERATORS if symbol in text), None)
+    if symbol is None:
+        raise UsageError(f"--where {text}: expected a condition such as male=1, class!=cat or yaw<10")
+    name, _, wanted = (part.strip() for part in text.partition(symbol))
+    if name not in labels:
+        known = ", ".join(sorted(labels)) or "none"
+        raise UsageError(f"--where {text}: there is no label {name!r}; the labels here: {known}")
+    kind = labels[name]
+    try:
+        value = _boolean(wanted) if kind == "bool" else as_type(wanted, kind)
+    except (ValueError, KeyError):
+        raise UsageError(f"--where {text}: {wanted!r} is not of type {kind}, as the label {name} is") from None
+    position, compare = list(labels).index(name), _OPERATORS[symbol]
+    return lambda row: row[position] is not None and compare(row[position], value)
+
+
+def _boolean(text: str) -> bool:
+    return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]

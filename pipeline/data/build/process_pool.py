@@ -1,0 +1,61 @@
+"""A pool of processes that all stop when their parent does, however it ends."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import TypeVar
+
+from pipeline.common.errors import TryAgainError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_tasks(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[R]:
+    """Yield function(task) for every task, as they finish. The first error stops all workers at once.
+
+    Raises what `function` raised, or TryAgainError when a worker was killed from outside.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from map(function, tasks)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])  # imported once, not by every worker
+    lifeline, our_end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, _stay_alive_while, (lifeline,))
+    try:
+        for future in as_completed([pool.submit(function, task) for task in tasks]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise TryAgainError(
+            "a worker process was killed, most likely for want of memory. "
+            "Run the same command again, with a smaller --workers: it goes on"
+        ) from None
+    finally:
+        our_end.close()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _stay_alive_while(lifeline: Connection) -> None:
+    """Prepare a worker: Ctrl-C is the parent's affair, and the end of the parent is ours."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def watch() -> None:
+        with suppress(EOFError, OSError):
+            lifeline.recv()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,1 @@
+"""`dcgan-data dedup`: near-duplicates by the paper's semantic hash."""

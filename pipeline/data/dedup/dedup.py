@@ -1,0 +1,217 @@
+"""`dcgan-data dedup`: near-duplicates found by the paper's semantic hash, the first of each group kept."""
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.common.imaging import Pixels, decode, encode, labelled_sheet
+from pipeline.common.progress import Progress
+from pipeline.common.storage import Store, atomic_path, is_url
+from pipeline.data.build import builder as build
+from pipeline.data.build import state as place
+from pipeline.data.build.plan import Selection, make_work
+from pipeline.data.build.transform import Recipe
+from pipeline.data.dataset import FILE_NAME, Dataset, load_dataset
+from pipeline.data.dedup.hamming import close_pairs
+from pipeline.data.dedup.hash_recall import RADII, measure
+from pipeline.data.dedup.semantic_hash import Codes, SemanticHash
+from pipeline.data.shard_reader import iterate
+from pipeline.data.sources.interface import Item, Listing
+from pipeline.data.sources.tars import Tars
+
+__all__ = ["DEFAULT_RADIUS", "SemanticHash", "dedup", "keep_first"]
+
+DEFAULT_RADIUS = 8
+"""Bits. On the bundled faces, which are distinct, one of 5,000 is dropped; docs/data.md has the whole measurement."""
+TRAIN_BYTES = 256_000_000
+"""The hash learns from the first images, which are shuffled, up to so many bytes of pixels."""
+SHOWN_GROUPS = 60
+SHEET_COLUMNS = 5
+REPORT, SHEET, TABLE = "duplicates.json", "duplicates.png", "duplicates.tsv"
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """What was found: for each image, which one stands for it (itself if it is kept) and how far away that is."""
+
+    kept_by: NDArray[np.int64]
+    distance: NDArray[np.int64]
+
+    @property
+    def keep(self) -> NDArray[np.bool_]:
+        """Which images are kept."""
+        return np.asarray(self.kept_by == np.arange(len(self.kept_by)))
+
+
+def keep_first(codes: Codes, radius: int) -> Duplicates:
+    """Return which images are kept: the first in the order that no kept one is within `radius` bits of.
+
+    An image is dropped only for a kept one within the radius: chains of neighbours do not pull distinct ones in. It
+    is dropped for the nearest that was kept before its code came up first.
+    """
+    unique, first, group = np.unique(codes, axis=0, return_index=True, return_inverse=True)
+    pairs = close_pairs(unique, radius)
+    # In the order of each code's first image; a pair's later code can only be dropped for its earlier one.
+    early, late = first[pairs[:, 0]], first[pairs[:, 1]]
+    early, late = np.minimum(early, late), np.maximum(early, late)
+    order = np.lexsort((early, pairs[:, 2], late))
+    kept_by, distance = np.arange(len(codes)), np.zeros(len(codes), np.int64)
+    dropped = bytearray(len(codes))  # in a loop much faster than an array
+    for a, b, apart in zip(early[order].tolist(), late[order].tolist(), pairs[order, 2].tolist(), strict=True):
+        if not dropped[a] and not dropped[b]:
+            dropped[b] = True
+            kept_by[b], distance[b] = a, apart
+    same = first[group.ravel()]  # the first image with the same code
+    return Duplicates(kept_by[same], distance[same])
+
+
+def dedup(location: str, out: str, *, radius: int, seed: int, workers: int, overwrite: bool) -> Dataset:
+    """Copy the data set at `location` to `out` without near-duplicates, with a report. Raises UserError."""
+    place.refuse_overlap(location, out)
+    dataset = load_dataset(location)
+    place.check_place(out)
+    description = {"kind": "dedup", "of": dataset.fingerprint(), "radius": radius, "hash_seed": seed}
+    if not overwrite and (finished := _finished(out, description)):
+        print(f"{out}: already de-duplicated with these options, nothing to do", file=sys.stderr)
+        return finished
+    place.local_writable(out)
+    source = Tars(location)
+    listing = source.listing()
+    times: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        state = Path(temporary) if is_url(out) else Path(out) / place.STATE
+        semantic_hash, codes = _codes(location, dataset, seed, state, times)
+    began = time.monotonic()
+    found = keep_first(codes, radius)
+    times["neighbours"] = time.monotonic() - began
+    kept = [item for item, keep in zip(listing.items, found.keep, strict=True) if keep]
+    recipe = _recipe(dataset)
+    work = make_work(
+        source,
+        Listing(listing.labels, kept),
+        description,
+        Selection(seed=int(dataset.source.get("seed", 0))),
+        recipe,
+        shard_bytes=max(32_000_000, *(shard.bytes for shard in dataset.shards)),
+        shard_images=None,
+    )
+    place.prepare(out, work.plan, overwrite=overwrite)
+    _write_report(Store(out), source, listing.items, found, semantic_hash, radius, times)
+    result = build.run(source, Listing({}, []), work, recipe, location=location, out=out, workers=workers, max_bad=0.0)
+    assert result is not None
+    return result
+
+
+def _finished(out: str, description: dict[str, object]) -> Dataset | None:
+    """Return the data set in `out` if it came from the same images and options."""
+    if not Store(out).exists(FILE_NAME):
+        return None
+    dataset = load_dataset(out)
+    return dataset if {key: dataset.source.get(key) for key in description} == description else None
+
+
+def _recipe(dataset: Dataset) -> Recipe:
+    """Return the recipe that passes the data set's own images through."""
+    quality = int(dataset.source.get("quality", 100))
+    return Recipe(size=dataset.image_size, channels=dataset.channels, encoding=dataset.encoding, quality=quality)
+
+
+def _codes(
+    location: str, dataset: Dataset, seed: int, state: Path, times: dict[str, float]
+) -> tuple[SemanticHash, Codes]:
+    """Train the hash and hash all images; what a killed run has already done is read from `state`."""
+    weights, coded = state / "hash.safetensors", state / "codes.npy"
+    marker = state / "hash-of.txt"
+    identity = f"{dataset.fingerprint()} {seed}"
+    if marker.exists() and marker.read_text() == identity and weights.exists() and coded.exists():
+        return SemanticHash.load(weights), np.load(coded, allow_pickle=False)
+    semantic_hash = SemanticHash(seed=seed)
+    began = time.monotonic()
+    sample: list[Pixels] = []
+    for images in iterate(location, dataset=dataset):
+        sample.append(images)
+        if sum(images.nbytes for images in sample) >= TRAIN_BYTES:
+            break
+    with Progress("learning the hash", semantic_hash.steps, "steps") as progress:
+        semantic_hash.fit(np.concatenate(sample), progress=progress)
+    times["training"] = time.monotonic() - began
+    began = time.monotonic()
+    codes = []
+    with Progress("hashing", dataset.images) as progress:
+        for images in iterate(location, dataset=dataset, batch=1024):
+            codes.append(semantic_hash.codes(images))
+            progress.advance(len(images))
+    times["hashing"] = time.monotonic() - began
+    all_codes = np.concatenate(codes)
+    state.mkdir(parents=True, exist_ok=True)
+    semantic_hash.save(weights)
+    with atomic_path(coded) as path, path.open("wb") as file:
+        np.save(file, all_codes)
+    with atomic_path(marker) as path:
+        path.write_text(identity)
+    return semantic_hash, all_codes
+
+
+def _write_report(
+    store: Store,
+    source: Tars,
+    items: list[Item],
+    found: Duplicates,
+    semantic_hash: SemanticHash,
+    radius: int,
+    times: dict[str, float],
+) -> None:
+    """Write which image was dropped for which, the figures, and a sheet of groups; say what it comes to."""
+    dropped = np.flatnonzero(~found.keep)
+    lines = [f"{items[i].key}\t{items[found.kept_by[i]].key}\t{found.distance[i]}\n" for i in dropped]
+    store.write(TABLE, ("dropped\tkept\tdistance\n" + "".join(lines)).encode())
+    kept = np.flatnonzero(found.keep)[:1000]
+    report = {
+        "images": len(items),
+        "kept": int(found.keep.sum()),
+        "dropped": len(dropped),
+        "groups": len(np.unique(found.kept_by[dropped])),
+        "radius": radius,
+        "radii": list(RADII),
+        **measure(semantic_hash, np.stack([_pixels(source, items[i]) for i in kept])),
+        "seconds": {name: round(value, 2) for name, value in times.items()},
+    }
+    store.write(REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    if len(dropped):
+        store.write(SHEET, encode(_sheet(source, items, found, dropped), "png"))
+    print(
+        f"{len(dropped):,} of {len(items):,} images dropped ({len(dropped) / len(items):.2%}) at radius {radius}; "
+        f"see {store.path(REPORT)}, {TABLE}" + (f" and {SHEET}" if len(dropped) else ""),
+        file=sys.stderr,
+    )
+
+
+def _sheet(source: Tars, items: list[Item], found: Duplicates, dropped: NDArray[np.int64]) -> Pixels:
+    """Return a picture of groups, the most doubtful first: the kept image, then those dropped for it."""
+    ordered = dropped[np.argsort(found.kept_by[dropped], kind="stable")]
+    kept, starts = np.unique(found.kept_by[ordered], return_index=True)
+    ends = np.append(starts[1:], len(ordered))
+    farthest = np.maximum.reduceat(found.distance[ordered], starts)
+    rows = []
+    for group in np.argsort(-farthest, kind="stable")[:SHOWN_GROUPS]:
+        members = ordered[starts[group] : ends[group]]
+        shown = members[:7]
+        caption = f"{len(members)} dropped, {', '.join(str(found.distance[i]) for i in shown)} bits"
+        rows.append((caption, np.stack([_pixels(source, items[i]) for i in (kept[group], *shown)])))
+    sheets = [labelled_sheet(rows[start::SHEET_COLUMNS]) for start in range(min(SHEET_COLUMNS, len(rows)))]
+    height = max(sheet.shape[0] for sheet in sheets)
+    return np.concatenate(
+        [np.pad(sheet, ((0, height - len(sheet)), (0, 12), (0, 0)), constant_values=255) for sheet in sheets], axis=1
+    )
+
+
+def _pixels(source: Tars, item: Item) -> Pixels:
+    """Return an image of one of our data sets."""
+    picture = source.read(item)
+    return picture if isinstance(picture, np.ndarray) else decode(picture)

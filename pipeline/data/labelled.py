@@ -1,0 +1,87 @@
+"""A data set with its labels, in memory: what the probe and the attribute classifier learn from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.common.errors import DataError, UsageError
+from pipeline.data.dataset import LabelType
+from pipeline.evaluation.images import Pixels
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images (N, H, W, C) uint8 in the data set's order, which is random, and a column for each label.
+
+    A label that some images lack is None there.
+    """
+
+    images: Pixels
+    columns: dict[str, NDArray[Any]]
+    types: dict[str, LabelType]
+    description: dict[str, Any]
+
+    def split(self, held_out: int) -> tuple["Labelled", "Labelled"]:
+        """Return all but the last `held_out` images, and those."""
+        if not 0 < held_out < len(self.images):
+            raise UsageError(f"{held_out} held-out images of {len(self.images)}: expected fewer, and at least one")
+        return self.take(slice(0, -held_out)), self.take(slice(-held_out, None))
+
+    def take(self, rows: slice | NDArray[Any]) -> "Labelled":
+        """Return the chosen rows."""
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return Labelled(self.images[rows], columns, self.types, self.description)
+
+    def having(self, name: str) -> "Labelled":
+        """Return the images that have a label: data sets may leave it open for some. Raises UsageError if none has."""
+        values = self.label(name)
+        rows = np.flatnonzero([value is not None for value in values.tolist()])
+        if len(rows) == len(values):
+            return self
+        if not len(rows):
+            raise UsageError(f"--label {name}: none of {len(values):,} images has it")
+        kept = self.take(rows)
+        kept.columns[name] = np.asarray(kept.columns[name].tolist())  # of the label's own type again
+        return kept
+
+    def label(self, name: str) -> NDArray[Any]:
+        """Return a column. Raises UsageError that names those there are."""
+        if name not in self.columns:
+            known = ", ".join(self.columns) or "none"
+            raise UsageError(f"--label {name}: the data set has no such label; it has: {known}")
+        return self.columns[name]
+
+
+def load_labelled(location: str, limit: int | None = None) -> Labelled:
+    """Read a labelled data set. Raises DataError when it has no labels."""
+    from pipeline.data.dataset import load_dataset
+    from pipeline.data.shard_reader import iterate
+
+    dataset = load_dataset(location)
+    if not dataset.labels:
+        raise DataError(f"{location}: has no labels; build it with `dcgan-data build ... --labels`")
+    images: list[Pixels] = []
+    columns: dict[str, list[Any]] = {name: [] for name in dataset.labels}
+    have = 0
+    for batch, values in iterate(location, dataset=dataset, labels=True):
+        images.append(batch)
+        have += len(batch)
+        for name in columns:
+            columns[name] += values[name]
+        if limit is not None and have >= limit:
+            break
+    description = {
+        "location": location,
+        "fingerprint": dataset.fingerprint(),
+        "images": dataset.images,
+        "used": have if limit is None else min(have, limit),
+    }
+    whole = Labelled(
+        np.concatenate(images),
+        {name: np.asarray(values) for name, values in columns.items()},
+        dataset.labels,
+        description,
+    )
+    return whole.take(slice(0, limit))

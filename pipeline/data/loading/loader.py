@@ -1,0 +1,267 @@
+"""Training batches: image i of a run is a pure function of (seed, i), read ahead by threads (DESIGN contract 3)."""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from functools import partial
+from heapq import merge
+from itertools import islice
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+
+from pipeline.data.dataset import Dataset, load_dataset
+from pipeline.data.loading.shard_buffer import Arena, Images
+from pipeline.data.loading.shuffle import Indices, Order, Visit, check_division
+from pipeline.data.loading.thread_pool import Workers
+
+RESIDENT_BYTES = 512 << 20
+"""A data set whose decoded images need no more than this is decoded once and stays in memory."""
+
+PREFETCH = 4
+"""Batches made ahead of the caller."""
+
+CLOSE_SECONDS = 2.0
+"""Longest wait for threads to end: all but those that read from a store that hangs do so at once."""
+
+MISALIGNMENT = 32
+"""Batches begin half of it off its multiples: libjpeg-turbo writes to aligned rows past the cache, 8 % slower."""
+
+PLANNED_IMAGES = 8192
+"""Images whose places are computed at once: numpy's fixed costs vanish among so many."""
+
+
+Batch = tuple[Images, list[Future[None]]]
+"""Images, and what must be done before all of them are there."""
+
+
+class Stream:
+    """This rank's part of every global batch, endlessly: uint8 NHWC of batch / world_size images.
+
+    `batch` is global; `start` is the number of images seen so far over all ranks, the one integer of state.
+    Rank r owns the streams s with s mod world_size = r, and so the images i with i mod world_size = r, in order.
+    A remote data set is kept on disk under `cache_dir`.
+
+    Raises ConfigConflict when `streams` does not divide `batch`, `world_size` does not divide `streams`, or there
+    are fewer images than streams; DataError when the data set is missing or damaged. What goes wrong in a thread
+    is raised by the next `next_batch`.
+    """
+
+    def __init__(
+        self,
+        location: str | os.PathLike[str],
+        *,
+        seed: int,
+        streams: int,
+        batch: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 2,
+        cache_dir: Path | None = None,
+        dataset: Dataset | None = None,
+        resident_limit: int = RESIDENT_BYTES,
+    ) -> None:
+        self.dataset = dataset or load_dataset(location)
+        check_division(batch, streams, world_size, self.dataset.images)
+        self.batch, self.streams, self.rank, self.world_size = batch, streams, rank, world_size
+        self.position = start
+        """Images handed out so far over all ranks."""
+        self.wait_seconds = 0.0
+        """How long callers of `next_batch` have waited for data, in all."""
+        self._order = Order([shard.images for shard in self.dataset.shards], seed=seed, streams=streams)
+        self._shape = (self.dataset.image_size, self.dataset.image_size, self.dataset.channels)
+        self._pinned = torch.cuda.is_available()
+
+        resident = self.dataset.images * self.dataset.image_bytes <= resident_limit
+        slots = len(self.dataset.shards) if resident else streams // world_size + 1
+        self._arena = Arena(location, self.dataset, slots=slots, decode=resident, cache_dir=cache_dir)
+        self.resident_bytes = self._arena.nbytes + (PREFETCH + 1) * (batch // world_size) * self.dataset.image_bytes
+        """Most that it holds in memory: the arena of shards and the batches ahead."""
+        # Rows are gathered by the planning thread itself, at the speed of memory; decoding is cut over threads.
+        self._decoders = None if self._arena.rows_kept else Workers(threads, "decoder")
+        self._threads = threads
+
+        self._ready: SimpleQueue[Batch | BaseException] = SimpleQueue()
+        self._item: Batch | BaseException | None = None
+        self._room = threading.Semaphore(PREFETCH)
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._planner = threading.Thread(target=self._run, args=(start,), name="stream", daemon=True)
+        self._planner.start()
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yield `next_batch()` as torch tensors, endlessly; in pinned memory when CUDA is there."""
+        while True:
+            yield torch.from_numpy(self.next_batch())
+
+    def next_batch(self) -> Images:
+        """Return this rank's part of the next global batch, uint8 (batch / world_size, H, W, C), the caller's to keep.
+
+        Raises the UserError of whatever went wrong while it was made, and again when called again.
+        """
+        if self._failure is not None:
+            raise self._failure
+        before = time.perf_counter()
+        try:
+            # Kept until it is whole, so that an interrupt while waiting loses no batch.
+            self._item = self._item or self._ready.get()
+            if isinstance(self._item, BaseException):
+                raise self._item
+            images, parts = self._item
+            for part in parts:
+                part.result()
+        except Exception as error:
+            self._failure = error
+            raise
+        finally:
+            self.wait_seconds += time.perf_counter() - before
+        self._item = None
+        self._room.release()
+        self.position += self.batch
+        return images
+
+    def ids(self, images_seen: int | None = None) -> Indices:
+        """Return the data-set indices of this rank's part of the batch after `images_seen` (default: the next)."""
+        return self._order.ids(self._images(self.position if images_seen is None else images_seen, 1))
+
+    def close(self) -> None:
+        """End the threads. One that a store keeps waiting is left behind; `next_batch` must not be called any more."""
+        self._closed = True
+        self._failure = self._failure or RuntimeError("the stream is closed")
+        self._room.release()
+        self._ready.put(self._failure)
+        self._arena.close()
+        if self._decoders is not None:
+            self._decoders.close()
+        # Joined, because a thread inside C++ code when the interpreter ends takes the process down with SIGABRT.
+        until = time.monotonic() + CLOSE_SECONDS
+        self._planner.join(CLOSE_SECONDS)
+        self._arena.join(until)
+        if self._decoders is not None:
+            self._decoders.join(until)
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _images(self, start: int, batches: int) -> Indices:
+        """Return which images of the run are this rank's in `batches` global batches after `start` images, int64."""
+        first = start + (self.rank - start) % self.world_size
+        return np.arange(first, start + batches * self.batch, self.world_size, dtype=np.int64)
+
+    def _run(self, start: int) -> None:
+        """Make batches until closed; hand over what goes wrong instead of a batch."""
+        try:
+            self._make_batches(start)
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _make_batches(self, start: int) -> None:
+        share = self.batch // self.world_size
+        ahead = _Lookahead(self._order, range(self.rank, self.streams, self.world_size), start // self.streams)
+        planned_batches = 1
+        while True:
+            images = self._images(start, planned_batches)
+            shards, rows = self._order.locate(images)
+            offsets = images // self.streams
+            for first in range(0, len(images), share):
+                self._room.acquire()
+                if self._closed:
+                    return
+                part = slice(first, first + share)
+                self._ready.put(self._make(shards[part], rows[part], offsets[part], ahead))
+            start += planned_batches * self.batch
+            planned_batches = min(2 * planned_batches, max(1, PLANNED_IMAGES // share))
+
+    def _make(self, shards: Indices, rows: Indices, offsets: Indices, ahead: "_Lookahead") -> Batch:
+        """Return the batch of the images at `rows` of `shards`."""
+        images = self._empty(len(shards))
+        parts: list[Future[None]] = []
+        if self._arena.complete and self._decoders is None:
+            self._arena.copy(shards, rows, self._arena.bases(shards), images)
+            return images, parts
+        for begin, end, needed in self._segments(shards):
+            if (wanted := ahead.wanted(needed, int(offsets[end - 1]), self._arena.slots)) is not None:
+                self._arena.hold(wanted)
+            self._arena.wait(needed)
+            bases = self._arena.bases(shards[begin:end])
+            step = -(-(end - begin) // self._threads) if self._decoders else end - begin
+            for cut in range(0, end - begin, step):
+                here, there = slice(cut, cut + step), slice(begin + cut, min(begin + cut + step, end))
+                copy = partial(self._arena.copy, shards[there], rows[there], bases[here], images[there])
+                if self._decoders is None:
+                    copy()
+                else:
+                    parts.append(self._decoders.submit(copy))
+            self._arena.read_by(parts)
+        return images, parts
+
+    def _segments(self, shards: Indices) -> Iterator[tuple[int, int, list[int]]]:
+        """Cut a batch where it needs more shards than there are slots: yield (begin, end, its shards)."""
+        begin = 0
+        needed: dict[int, None] = {}
+        # Nearly always one segment: `dict.fromkeys` keeps the shards in the order of their first use.
+        if len(whole := dict.fromkeys(shards.tolist())) <= self._arena.slots:
+            yield 0, len(shards), list(whole)
+            return
+        for index, shard in enumerate(shards.tolist()):
+            if shard not in needed and len(needed) == self._arena.slots:
+                yield begin, index, list(needed)
+                begin, needed = index, {}
+            needed[shard] = None
+        yield begin, len(shards), list(needed)
+
+    def _empty(self, count: int) -> Images:
+        """Return an uninitialised batch, which torch's caching allocator pins when CUDA is there."""
+        size = count * self.dataset.image_bytes
+        if self._pinned:
+            # From the block's beginning: by that address alone does torch's allocator know, when the caller copies
+            # the batch to the GPU and lets go of it, that its memory must not be given away before the copy is done.
+            pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            return pinned.numpy().reshape(count, *self._shape)
+        flat = np.empty(size + MISALIGNMENT, np.uint8)
+        skip = (MISALIGNMENT // 2 - flat.ctypes.data) % MISALIGNMENT
+        return flat[skip : skip + size].reshape(count, *self._shape)
+
+
+class _Lookahead:
+    """Which shards this rank's streams enter next, in the order in which they are needed."""
+
+    def __init__(self, order: Order, streams: range, offset: int) -> None:
+        self._entered: dict[int, int] = {}
+        self._visits: Iterator[Visit] = merge(*(order.visits(stream, offset) for stream in streams))
+        self._coming: deque[Visit] = deque()
+        self._last: dict[int, None] = {}
+
+    def wanted(self, needed: list[int], offset: int, limit: int) -> list[int] | None:
+        """Return at most `limit` shards to hold: `needed`, those the streams are in at `offset`, those that follow.
+
+        None means that the answer is the one before.
+        """
+        entered = False
+        while self._peek(0).offset <= offset:
+            visit = self._coming.popleft()
+            self._entered[visit.stream] = visit.shard
+            entered = True
+        if not entered and all(shard in self._last for shard in needed):
+            return None
+        wanted = dict.fromkeys([*needed, *self._entered.values()])
+        position = 0
+        while len(wanted) < limit and position < 4 * limit:
+            wanted[self._peek(position).shard] = None
+            position += 1
+        self._last = dict.fromkeys(islice(wanted, limit))
+        return list(self._last)
+
+    def _peek(self, position: int) -> Visit:
+        while len(self._coming) <= position:
+            self._coming.append(next(self._visits))
+        return self._coming[position]

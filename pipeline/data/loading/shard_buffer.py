@@ -1,0 +1,265 @@
+"""Shards in memory: one buffer of fixed size, cut into slots that verified shards are read into."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
+from io import FileIO
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+from pipeline.common.errors import DataError, describe_os_error
+from pipeline.common.imaging import BadImage, decode
+from pipeline.common.storage import Store
+from pipeline.data.dataset import Dataset, Encoding, Shard
+from pipeline.data.loading.shard_cache import ShardCache, default_directory
+from pipeline.data.loading.thread_pool import Workers
+
+Images = NDArray[np.uint8]
+Identity = tuple[int, int, int]
+
+PIECE_BYTES = 1 << 20
+"""Read and hashed at once: small enough to be hashed while it is in the processor's cache."""
+
+LOADERS = 4
+"""Shards read at once: enough to hide a store's latency at the start and where an epoch ends."""
+
+
+class Arena:
+    """At most `slots` shards in memory, as decoded rows or as the files' bytes, each verified when first read.
+
+    Rows (packed data sets, and any other when `decode` is set) are uint8 images one behind the other. A shard
+    whose bytes are not those of dataset.json raises DataError from `wait`, before any of its images are used.
+    """
+
+    def __init__(
+        self, location: str | os.PathLike[str], dataset: Dataset, *, slots: int, decode: bool, cache_dir: Path | None
+    ) -> None:
+        for shard in dataset.shards:
+            _check_offsets(shard, Store(location).path(shard.name))
+        self.dataset = dataset
+        self.rows_kept = decode or dataset.encoding == "packed"
+        self._store = Store(location)
+        self._cache = ShardCache(cache_dir or default_directory()) if self._store.remote else None
+        self._shape = (dataset.image_size, dataset.image_size, dataset.channels)
+        self._decode = (_jpeg_decoder if dataset.encoding == "jpg" else _picture_decoder)(self._shape)
+        self._first_member = np.cumsum([0, *(len(shard.offsets) for shard in dataset.shards)])
+        self._offsets = np.concatenate([np.asarray(shard.offsets, np.int64) for shard in dataset.shards])
+        self._sizes = np.concatenate([np.asarray(shard.sizes, np.int64) for shard in dataset.shards])
+        slots = min(slots, len(dataset.shards))
+        units = [shard.images if self.rows_kept else shard.bytes for shard in dataset.shards]
+        # Everything fits: each shard its own place. Otherwise all slots are as large as the largest shard.
+        widths = units if slots == len(units) else [max(units)] * slots
+        self._bases = list(accumulate(widths, initial=0))
+        unit_bytes = dataset.image_bytes if self.rows_kept else 1
+        self.nbytes = self._bases[-1] * unit_bytes
+        self._buffer = np.empty((self._bases[-1], unit_bytes), np.uint8)
+        self._holder: list[int | None] = [None] * slots
+        self._base_of = np.full(len(units), -1, np.int64)
+        self._loads: dict[int, Future[None]] = {}
+        self._readers: list[Future[None]] = []
+        self._complete = False
+        self._verified: dict[int, Identity] = {}
+        self._workers = Workers(min(LOADERS, slots), "shard-loader")
+
+    @property
+    def slots(self) -> int:
+        """How many shards it can hold."""
+        return len(self._holder)
+
+    def hold(self, shards: Sequence[int]) -> None:
+        """Begin to load those of `shards` (distinct, at most `slots`) that are absent, in the slots of others."""
+        wanted = set(shards)
+        free = (slot for slot, holder in enumerate(self._holder) if holder not in wanted)
+        for shard in shards:
+            if shard in self._loads:
+                continue
+            # With a slot for each shard, a shard's slot has its own number and its own width.
+            slot = shard if self.slots == len(self.dataset.shards) else next(free)
+            self._readers = [reader for reader in self._readers if not reader.done()]
+            before = list(self._readers)
+            if (old := self._holder[slot]) is not None:
+                before.append(self._loads.pop(old))
+            self._holder[slot] = shard
+            self._base_of[shard] = base = self._bases[slot]
+            self._loads[shard] = self._workers.submit(partial(self._load, shard, base, before))
+
+    def wait(self, shards: Iterable[int]) -> None:
+        """Return when all of `shards`, which must be held, are loaded; raise what went wrong otherwise."""
+        for shard in shards:
+            self._loads[shard].result()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all shards are loaded, and so stay."""
+        if not self._complete and len(self._loads) == len(self.dataset.shards):
+            self._complete = all(load.done() and not load.exception() for load in self._loads.values())
+        return self._complete
+
+    def read_by(self, readers: Iterable["Future[None]"]) -> None:
+        """Let no slot be overwritten before `readers` are done."""
+        self._readers.extend(readers)
+
+    def bases(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where the slots of held `shards` begin, for `copy`: valid until `hold` leaves the shards out."""
+        return self._base_of[shards]
+
+    def copy(self, shards: NDArray[np.int64], rows: NDArray[np.int64], bases: NDArray[np.int64], out: Images) -> None:
+        """Write the images at `rows` of loaded `shards` (n), which begin at `bases`, into `out`, uint8 (n, H, W, C)."""
+        if self.rows_kept:
+            # mode="clip" because numpy gathers through a second buffer when it may have to raise.
+            np.take(self._buffer, bases + rows, axis=0, out=out.reshape(len(out), -1), mode="clip")
+            return
+        content = self._buffer.reshape(-1).data
+        members = self._first_member[shards] + rows
+        starts = bases + self._offsets[members]
+        ends = starts + self._sizes[members]
+        done = 0
+        try:
+            for start, end, image in zip(starts.tolist(), ends.tolist(), out, strict=True):
+                self._decode(content[start:end], image)
+                done += 1
+        except BadImage as error:
+            raise self._unusable(int(shards[done]), int(rows[done]), error) from None
+
+    def close(self) -> None:
+        """Stop loading."""
+        self._workers.close()
+
+    def join(self, until: float) -> None:
+        """Wait for the loaders to end, but not beyond `time.monotonic()` = `until`."""
+        self._workers.join(until)
+
+    def _load(self, shard: int, base: int, before: list["Future[None]"]) -> None:
+        """Read `shard` to `base`, once nothing reads or writes there any more."""
+        wait(before)
+        entry = self.dataset.shards[shard]
+        width = entry.images if self.rows_kept else entry.bytes
+        target = self._buffer[base : base + width]
+        try:
+            try:
+                self._fill(shard, entry, target)
+            except DataError:
+                if self._cache is None:
+                    raise
+                self._cache.drop(entry)  # damaged on this disk or on its way here: once more from the store
+                self._fill(shard, entry, target)
+        except FileNotFoundError:
+            raise DataError(
+                f"{self._store.path(entry.name)}: this shard of the data set is missing; build the data set again"
+            ) from None
+        except OSError as error:
+            raise describe_os_error(error) from error
+
+    def _fill(self, shard: int, entry: Shard, target: Images) -> None:
+        """Read a shard's file into `target`, hashing it unless the very same file was verified before."""
+        path = self._store.path(entry.name)
+        with FileIO(path) if self._cache is None else self._cache.open(self._store, entry) as file:
+            self._read(shard, entry, file, target)
+
+    def _read(self, shard: int, entry: Shard, file: FileIO, target: Images) -> None:
+        stat = os.fstat(file.fileno())
+        identity = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        if self.rows_kept and self.dataset.encoding != "packed":
+            content = np.empty((entry.bytes, 1), np.uint8)
+        else:
+            content = target
+        verify = self._verified.get(shard) != identity
+        digest = hashlib.sha256()
+        length = 0
+        for piece in _pieces(entry, content.reshape(-1).data, self.dataset.encoding):
+            got = _read_into(file, piece)
+            length += got
+            if verify:
+                digest.update(piece[:got])
+        while chunk := file.read(PIECE_BYTES):
+            digest.update(chunk)
+            length += len(chunk)
+        if length != entry.bytes or (verify and digest.hexdigest() != entry.sha256):
+            found = digest.hexdigest() if verify else "not computed"
+            raise DataError(
+                f"{self._store.path(entry.name)}: damaged: {length} bytes with sha256 {found}, but dataset.json says "
+                f"{entry.bytes} bytes with sha256 {entry.sha256}; copy or build the data set again"
+            )
+        self._verified[shard] = identity
+        if content is not target:
+            view = content.reshape(-1).data
+            for row, (offset, size) in enumerate(zip(entry.offsets, entry.sizes, strict=True)):
+                try:
+                    self._decode(view[offset : offset + size], target[row].reshape(self._shape))
+                except BadImage as error:
+                    raise self._unusable(shard, row, error) from None
+
+    def _unusable(self, shard: int, row: int, error: BadImage) -> DataError:
+        entry = self.dataset.shards[shard]
+        return DataError(
+            f"{self._store.path(entry.name)}: the image at offset {entry.offsets[row]} cannot be used: {error}; "
+            "build the data set again"
+        )
+
+
+def _jpeg_decoder(shape: tuple[int, int, int]) -> Callable[[memoryview, Images], None]:
+    mode = "RGB" if shape[2] == 3 else "GRAY"
+    decode_jpeg = simplejpeg.decode_jpeg
+
+    def decode_into(data: memoryview, out: Images) -> None:
+        """Decode a JPEG straight into its place: by way of another array it takes a third longer."""
+        try:
+            found = decode_jpeg(data, mode, buffer=out).shape
+        except ValueError as error:  # no JPEG, or larger than `out`
+            raise BadImage(f"undecodable ({error})") from None
+        if found != shape:
+            raise BadImage(f"its shape is {found}, expected {shape}")
+
+    return decode_into
+
+
+def _picture_decoder(shape: tuple[int, int, int]) -> Callable[[memoryview, Images], None]:
+    def decode_into(data: memoryview, out: Images) -> None:
+        pixels = decode(data, shape[2])
+        if pixels.shape != shape:
+            raise BadImage(f"its shape is {pixels.shape}, expected {shape}")
+        out[:] = pixels
+
+    return decode_into
+
+
+def _check_offsets(entry: Shard, where: str) -> None:
+    """Raise DataError unless the members lie in the file one behind the other."""
+    starts, ends = np.asarray(entry.offsets), np.asarray(entry.offsets) + np.asarray(entry.sizes)
+    if starts[0] < 0 or (ends < starts).any() or (starts[1:] < ends[:-1]).any() or ends[-1] > entry.bytes:
+        raise DataError(
+            f"{where}: dataset.json lists members outside its {entry.bytes} bytes or over one another; "
+            "build the data set again"
+        )
+
+
+def _pieces(entry: Shard, content: memoryview, encoding: Encoding) -> Iterable[memoryview]:
+    """Yield, in file order, where each part of a shard's file goes: pixels to `content`, tar headers to a scrap."""
+    if encoding == "packed":
+        position = filled = 0
+        for offset, size in zip(entry.offsets, entry.sizes, strict=True):
+            yield memoryview(bytearray(offset - position))
+            yield from _cut(content[filled : filled + size])
+            filled += size
+            position = offset + size
+        yield memoryview(bytearray(entry.bytes - position))
+    else:
+        yield from _cut(content[: entry.bytes])
+
+
+def _cut(content: memoryview) -> Iterable[memoryview]:
+    return (content[start : start + PIECE_BYTES] for start in range(0, len(content), PIECE_BYTES))
+
+
+def _read_into(file: FileIO, target: memoryview) -> int:
+    """Fill `target` as far as the file goes; return the bytes read."""
+    filled = 0
+    while filled < len(target) and (got := file.readinto(target[filled:])):
+        filled += got
+    return filled

@@ -1,0 +1,86 @@
+"""Shards of remote data sets on the local disk: bounded, least recently used goes first, shared by processes."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+
+from pipeline.common.storage import Store, atomic_path, remove_abandoned
+from pipeline.data.dataset import Shard
+
+LIMIT_BYTES = 16 << 30
+
+
+def default_directory() -> Path:
+    """Return `$DCGAN_CACHE`, else the user's cache folder."""
+    if chosen := os.environ.get("DCGAN_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcgan" / "shards"
+
+
+class ShardCache:
+    """At most `limit_bytes` of shards in `directory`, each under its SHA-256, so that equal shards are one file.
+
+    Nothing here trusts a file for its name: the reader verifies what it opens, and calls `drop` when it is damaged.
+    """
+
+    def __init__(self, directory: Path, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.directory = directory
+        self.limit_bytes = limit_bytes
+
+    def open(self, store: Store, shard: Shard) -> FileIO:
+        """Return the shard's file, downloaded first if it is not here. Once open, its removal does no harm."""
+        path = self._path(shard)
+        while True:
+            try:
+                file = FileIO(path, "r")
+            except FileNotFoundError:
+                self._download(store, shard)
+                continue
+            with suppress(FileNotFoundError):  # the access time is what `_evict` goes by; mounts may not keep it
+                os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
+            return file
+
+    def drop(self, shard: Shard) -> None:
+        """Forget a shard whose copy is damaged."""
+        self._path(shard).unlink(missing_ok=True)
+
+    def _path(self, shard: Shard) -> Path:
+        return self.directory / f"{shard.sha256}.tar"
+
+    def _download(self, store: Store, shard: Shard) -> None:
+        path = self._path(shard)
+        # One of 256 locks, so that processes do not fetch the same shard twice and lock files stay few.
+        with self._locked(shard.sha256[:2]):
+            if path.exists():
+                return
+            with atomic_path(path) as temporary:
+                store.fetch(shard.name, temporary)
+        with self._locked("evict"):
+            self._evict(keep=path)
+
+    def _evict(self, keep: Path) -> None:
+        """Remove the shards read longest ago until the rest fits, and what killed processes left half-written."""
+        remove_abandoned(self.directory)
+        entries = []
+        for path in self.directory.iterdir():
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                if path.suffix == ".tar" and path != keep:
+                    entries.append((stat.st_atime_ns, stat.st_size, path))
+        excess = keep.stat().st_size + sum(size for _, size, _ in entries) - self.limit_bytes if keep.exists() else 0
+        for _, size, path in sorted(entries):
+            if excess <= 0:
+                return
+            path.unlink(missing_ok=True)
+            excess -= size
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / f"{name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield

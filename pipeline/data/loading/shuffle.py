@@ -1,0 +1,117 @@
+"""Which image comes when: the pure arithmetic of the stream (DESIGN contract 3). Reads no shard.
+
+Image i of a run belongs to stream s = i mod S, at offset o = i div S. Epoch e = o div L, with L = floor(N / S),
+orders the N images anew; stream s reads the places s*L to (s+1)*L of that order, and the N - S*L last places are
+left over. An order is a permutation of the shards, and of the images inside each.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.common.errors import ConfigConflict
+from pipeline.common.randomness import Purpose, permutation
+from pipeline.data.dataset import Dataset
+
+Indices = NDArray[np.int64]
+
+
+class Visit(NamedTuple):
+    """From `offset` on, `stream` reads images of `shard`."""
+
+    offset: int
+    stream: int
+    shard: int
+
+
+class Order:
+    """The order of a run's images over shards of `shard_images` images each, at least `streams` together."""
+
+    def __init__(self, shard_images: Sequence[int], *, seed: int, streams: int) -> None:
+        self.sizes = np.asarray(shard_images, np.int64)
+        self.shard_starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        self.seed = seed
+        self.streams = streams
+        self.images = int(self.sizes.sum())
+        self.range_images = self.images // streams
+        assert self.range_images > 0, "check_division comes first"
+        # An epoch's boundary falls inside a batch, so two are in use; a stream is in one shard, or between two.
+        self._epoch = lru_cache(maxsize=4)(self._order_shards)
+        self._inside = lru_cache(maxsize=4 * streams)(self._order_images)
+
+    def _order_shards(self, epoch: int) -> tuple[list[int], list[int], Indices, Indices]:
+        """Return an epoch's shards in order and their first places (and the total), as lists and as arrays."""
+        shards = permutation(len(self.sizes), self.seed, Purpose.SHARD_ORDER, lane=epoch)
+        places = list(accumulate(self.sizes[shards].tolist(), initial=0))
+        return shards.tolist(), places, shards, np.asarray(places, np.int64)
+
+    def _order_images(self, epoch: int, shard: int) -> Indices:
+        # Epochs and shards both stay far below 2^32, so that no two pairs share a lane.
+        return permutation(int(self.sizes[shard]), self.seed, Purpose.IMAGE_ORDER, lane=(epoch << 32) | shard)
+
+    def locate(self, images: Indices) -> tuple[Indices, Indices]:
+        """Return the shard of each image of the run, and its row inside that shard; int64, shaped like `images`."""
+        stream, offset = images % self.streams, images // self.streams
+        epochs, within = offset // self.range_images, offset % self.range_images
+        place = stream * self.range_images + within
+        shards, rows = np.empty_like(place), np.empty_like(place)
+        for epoch in np.unique(epochs).tolist():
+            here = np.flatnonzero(epochs == epoch)
+            _, _, order, places = self._epoch(epoch)
+            rank = np.searchsorted(places, place[here], side="right") - 1
+            shards[here] = order[rank]
+            local = place[here] - places[rank]
+            for shard in np.unique(shards[here]).tolist():
+                inside = shards[here] == shard
+                rows[here[inside]] = self._inside(epoch, shard)[local[inside]]
+        return shards, rows
+
+    def ids(self, images: Indices) -> Indices:
+        """Return the index of each image of the run in the data set's own order, int64."""
+        shards, rows = self.locate(images)
+        return self.shard_starts[shards] + rows
+
+    def visits(self, stream: int, offset: int) -> Iterator[Visit]:
+        """Yield, endlessly, each shard that `stream` enters from `offset` on, and where."""
+        while True:
+            epoch, within = divmod(offset, self.range_images)
+            shards, places, _, array = self._epoch(epoch)
+            place, end = stream * self.range_images + within, (stream + 1) * self.range_images
+            rank = int(np.searchsorted(array, place, side="right")) - 1
+            while place < end:
+                yield Visit(offset, stream, shards[rank])
+                rank += 1
+                offset, place = offset + places[rank] - place, places[rank]
+            offset = (epoch + 1) * self.range_images
+
+
+def image_ids(dataset: Dataset, seed: int, streams: int, start: int, count: int) -> Indices:
+    """Return the data-set indices of images `start` to `start + count` of a run, int64: contract 3 as a function."""
+    check_division(streams, streams, 1, dataset.images)
+    order = Order([shard.images for shard in dataset.shards], seed=seed, streams=streams)
+    return order.ids(np.arange(start, start + count, dtype=np.int64))
+
+
+def check_division(batch: int, streams: int, world_size: int, images: int) -> None:
+    """Raise ConfigConflict, with the numbers and the nearest that works, unless everything divides."""
+    if batch % streams:
+        near = max(streams, round(batch / streams) * streams)
+        raise ConfigConflict(
+            f"recipe.streams={streams} does not divide recipe.batch={batch}; the nearest batch that works: {near}"
+        )
+    if images < streams:
+        near = max(count for count in range(1, images + 1) if batch % count == 0)
+        raise ConfigConflict(
+            f"recipe.streams={streams} is more than the {images} images of the data set; "
+            f"the most that work for recipe.batch={batch}: {near}"
+        )
+    if streams % world_size:
+        near = min((n for n in range(1, streams + 1) if streams % n == 0), key=lambda n: abs(n - world_size))
+        raise ConfigConflict(
+            f"{world_size} processes do not divide recipe.streams={streams}; "
+            f"the nearest process count that works: {near}"
+        )

@@ -1,0 +1,216 @@
+"""Feature extractors for the Fréchet distance and its kin: TorchScript, ONNX, our classifier, or a small fallback.
+
+No package carries the weights that published numbers rest on, and a cluster may have no way out: an
+extractor is a file, named by path or URL and pinned by its SHA-256. What was used is part of every result.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.common.errors import DataError, UnavailableError, UsageError
+from pipeline.common.storage import Store, is_url, sha256_bytes
+from pipeline.evaluation.images import Pixels
+from pipeline.evaluation.inputs import device
+
+FALLBACK = "fallback"
+FALLBACK_NAME = "dcgan-fallback-v1 (untrained convolutions; never compare with published numbers)"
+FALLBACK_SEED = 20151119
+INCEPTION = "inception-2015-12-05"
+"""The TorchScript Inception of the StyleGAN line: uint8 in, resizes itself, features or class probabilities out."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What an extractor says of a batch."""
+
+    features: NDArray[np.float32]
+    """(N, F)."""
+    probabilities: NDArray[np.float32] | None
+    """(N, classes), where the extractor knows classes."""
+
+
+class Extractor(ABC):
+    """Images in, features out. `name` and `sha256` go into the result; the cache is keyed by them."""
+
+    name: str
+    sha256: str
+    comparable: bool = False
+    """Whether numbers made with it may stand beside published ones."""
+
+    @abstractmethod
+    def read(self, images: Pixels) -> Read:
+        """Return features of uint8 NHWC images; grey ones are repeated to three channels where needed."""
+
+
+def load_extractor(reference: str, sha256: str | None = None, *, resize: int | None = None) -> Extractor:
+    """Return the extractor that `--extractor` names: `fallback`, or the path or URL of a .pt, .onnx or .safetensors.
+
+    A URL needs its SHA-256. Raises UsageError, and DataError when the file is not the one that was meant.
+    """
+    if reference == FALLBACK:
+        return FallbackExtractor(resize)
+    if is_url(reference) and sha256 is None:
+        raise UsageError(f"--extractor {reference}: a URL needs --extractor-sha256, so that it is what you mean")
+    folder, _, name = reference.rpartition("/")
+    data = Store(folder or ("/" if reference.startswith("/") else ".")).read(name)
+    found = sha256_bytes(data)
+    if sha256 is not None and sha256.lower() != found:
+        raise DataError(f"--extractor {reference}: its SHA-256 is {found}, expected {sha256.lower()}: another file")
+    if name.endswith(".onnx"):
+        return OnnxExtractor(data, name, found, resize)
+    if name.endswith(".safetensors"):
+        return ClassifierExtractor(reference, name, found)
+    if name.endswith((".pt", ".pth", ".jit")):
+        return TorchScriptExtractor(data, name, found, resize)
+    raise UsageError(
+        f"--extractor {reference}: expected {FALLBACK}, or a .pt (TorchScript), .onnx or .safetensors file"
+    )
+
+
+class FallbackExtractor(Extractor):
+    """Three layers of fixed random filters: enough to rank runs on one data set, and to test the machinery."""
+
+    SMALLEST = 16
+    """Pixels: the third layer halves them to 2x2, and a single value would have no deviation."""
+
+    def __init__(self, resize: int | None = None) -> None:
+        self.name = FALLBACK_NAME
+        self.resize = resize
+        generator = torch.Generator().manual_seed(FALLBACK_SEED)
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
+            convolution = nn.Conv2d(inputs, outputs, 4, 2, 1, bias=False)
+            nn.init.normal_(convolution.weight, 0.0, (2.0 / (inputs * 16)) ** 0.5, generator=generator)
+            layers += [convolution, nn.ReLU()]
+        self.network = nn.Sequential(*layers).to(device()).requires_grad_(False)
+        self.sha256 = sha256_bytes(b"".join(p.cpu().numpy().tobytes() for p in self.network.parameters()))
+
+    def read(self, images: Pixels) -> Read:
+        maps = _prepare(images, self.resize) / 127.5 - 1
+        if maps.shape[2] < self.SMALLEST:
+            raise UsageError(
+                f"the fallback extractor got images of {maps.shape[2]} pixels; expected at least {self.SMALLEST} "
+                "(--resize)"
+            )
+        means, deviations = [], []
+        for layer in self.network:
+            maps = layer(maps)
+            if isinstance(layer, nn.ReLU):
+                means.append(maps.mean((2, 3)))
+                deviations.append(maps.std((2, 3)))
+        return Read(_numpy(torch.cat([*means, *deviations], 1)), None)
+
+
+class TorchScriptExtractor(Extractor):
+    """Any TorchScript module that takes NCHW images in [0, 255]; the Inception of the StyleGAN line is one."""
+
+    def __init__(self, data: bytes, name: str, sha256: str, resize: int | None) -> None:
+        import io
+
+        self.name, self.sha256, self.resize = name, sha256, resize
+        try:
+            self.network = torch.jit.load(io.BytesIO(data), map_location=device()).eval()  # type: ignore[no-untyped-call]
+        except (RuntimeError, ValueError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise DataError(f"--extractor {name}: not a TorchScript module ({line})") from None
+        arguments = {argument.name for argument in self.network.forward.schema.arguments}
+        self._inception = "return_features" in arguments
+        self._no_bias = {"no_output_bias": True} if "no_output_bias" in arguments else {}
+        self.comparable = self._inception and name.startswith(INCEPTION)
+
+    @torch.no_grad()
+    def read(self, images: Pixels) -> Read:
+        batch = _prepare(images, self.resize)
+        try:
+            if self._inception:
+                features = self.network(batch.to(torch.uint8), return_features=True)
+                return Read(_numpy(features), _numpy(self.network(batch.to(torch.uint8), **self._no_bias)))
+            output = self.network(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise _refused(self.name, batch, error) from None
+        features, logits = output if isinstance(output, tuple) else (output, None)
+        if features.ndim != 2:
+            features = features.flatten(1)
+        return Read(_numpy(features), None if logits is None else _numpy(logits.softmax(1)))
+
+
+class OnnxExtractor(Extractor):
+    """Any ONNX graph that takes float32 NCHW images in [0, 255]; a second output is taken for class logits."""
+
+    def __init__(self, data: bytes, name: str, sha256: str, resize: int | None) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise UnavailableError("--extractor *.onnx needs ONNX Runtime: install the extra `cpu` or `gpu`") from None
+        self.name, self.sha256, self.resize = name, sha256, resize
+        try:
+            self.session = onnxruntime.InferenceSession(data, providers=onnxruntime.get_available_providers())
+        except Exception as error:
+            raise DataError(f"--extractor {name}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from None
+
+    def read(self, images: Pixels) -> Read:
+        batch = _prepare(images, self.resize).cpu().numpy()
+        try:
+            outputs = self.session.run(None, {self.session.get_inputs()[0].name: batch})
+        except Exception as error:  # ONNX Runtime's own have no common class
+            raise _refused(self.name, batch, error) from None
+        probabilities = None
+        if len(outputs) > 1:
+            probabilities = _numpy(torch.from_numpy(outputs[1]).softmax(1))
+        return Read(np.asarray(outputs[0], np.float32).reshape(len(images), -1), probabilities)
+
+
+class ClassifierExtractor(Extractor):
+    """Our attribute classifier: classes are all combinations of its yes-or-no attributes."""
+
+    MOST_CLASSES = 6
+    """The first so many yes-or-no attributes make the classes: 2^6 of them at most."""
+
+    def __init__(self, reference: str, name: str, sha256: str) -> None:
+        from pipeline.evaluation.classifier import load_classifier
+
+        self.classifier = load_classifier(reference)
+        bools = [head.name for head in self.classifier.heads.values() if head.kind == "bool"]
+        self.attributes = bools[: self.MOST_CLASSES]
+        self.name = f"{name} (attribute classifier; classes from {', '.join(self.attributes)})"
+        self.sha256 = sha256
+
+    def read(self, images: Pixels) -> Read:
+        read = self.classifier.read(images)
+        classes = np.ones((len(images), 1), np.float32)
+        for attribute in self.attributes:
+            yes = read[attribute][:, None]
+            classes = np.concatenate([classes * yes, classes * (1 - yes)], 1)
+        return Read(self.classifier.features(images), classes if self.attributes else None)
+
+
+def _refused(name: str, batch: Tensor | NDArray[np.float32], error: Exception) -> DataError:
+    """Return what to say when an extractor cannot take a batch: most often it was made for another size."""
+    line = next((text for text in reversed(str(error).strip().splitlines()) if text.strip()), type(error).__name__)
+    return DataError(
+        f"--extractor {name}: cannot take images of shape {tuple(batch.shape[1:])} ({line.strip()[:160]}); "
+        "give it the size that it was made for with --resize"
+    )
+
+
+def _prepare(images: Pixels, resize: int | None) -> Tensor:
+    """uint8 NHWC -> float32 (N, 3, H, W) in [0, 255] on the device, resized with antialiasing if asked."""
+    batch = torch.from_numpy(np.ascontiguousarray(images)).to(device()).permute(0, 3, 1, 2).float()
+    if batch.shape[1] == 1:
+        batch = batch.expand(-1, 3, -1, -1)
+    if resize is not None and batch.shape[2] != resize:
+        batch = F.interpolate(batch, (resize, resize), mode="bilinear", align_corners=False, antialias=True)
+        batch = batch.clamp(0, 255).round()
+    return batch.contiguous()
+
+
+def _numpy(tensor: Tensor) -> NDArray[np.float32]:
+    return np.asarray(tensor.float().cpu().numpy(), np.float32)

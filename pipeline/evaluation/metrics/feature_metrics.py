@@ -1,0 +1,188 @@
+"""What `dcgan-eval fid`, `kid`, `is` and `precision-recall` do: read features, compare, write down."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.common.errors import UsageError
+from pipeline.evaluation import charts, inputs
+from pipeline.evaluation.images import Images, ShardImages
+from pipeline.evaluation.metrics.extractors import Extractor, load_extractor
+from pipeline.evaluation.metrics.feature_distances import (
+    Moments,
+    Shared,
+    cached,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    read_features,
+    read_moments,
+)
+from pipeline.evaluation.results import Result
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+NOT_COMPARABLE = (
+    "These numbers rest on an extractor of our own: compare them only with others of the same extractor, data set, "
+    "resize and number of images, never with published ones. Published figures need the Inception network "
+    "`inception-2015-12-05.pt`."
+)
+COMPARABLE = "Compare only for the same data set, crop, resize and number of images; 50,000 samples are customary."
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options that the four commands share."""
+
+    out: Path
+    ckpt: str | None
+    samples: str | None
+    data: str | None
+    count: int
+    seed: int
+    extractor: str
+    extractor_sha256: str | None
+    resize: int | None
+    cache: Path | None
+
+
+class Measurement:
+    """One command's sets, extractor and result, on every process that takes part."""
+
+    def __init__(self, name: str, request: Request, accelerator: "Accelerator | None" = None) -> None:
+        self.name = name
+        self.request = request
+        self.shared = Shared(accelerator)
+        self.extractor: Extractor = load_extractor(request.extractor, request.extractor_sha256, resize=request.resize)
+        self.fakes, subject = inputs.fakes(request.ckpt, request.samples, request.count, request.seed)
+        settings = {
+            "images": self.fakes.count,
+            "seed": request.seed,
+            "extractor": self.extractor.name,
+            "extractor_sha256": self.extractor.sha256,
+            "resize": request.resize,
+            "processes": self.shared.size,
+        }
+        self.result = Result(name, request.out, subject, settings=settings)
+        self.reals: ShardImages | None = None
+        if request.data is not None:
+            self.reals, self.result.data = inputs.reals(request.data, request.count)
+            inputs.check_same_shape(self.fakes, self.reals, "the samples")
+            settings["images_real"] = self.reals.count
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the result."""
+        return self.shared.rank == 0
+
+    def moments(self) -> tuple[Moments, Moments]:
+        """Return the moments of the real images (from the cache where they are) and of the samples."""
+
+        def make() -> dict[str, NDArray[Any]]:
+            made = read_moments(self._reals(), self.extractor, self.shared, "features of real images")
+            return {"total": made.total, "outer": made.outer}
+
+        kept = cached(self._cache(), self._key("moments"), make)
+        reals = Moments(kept["total"], kept["outer"], self._reals().count)
+        return reals, read_moments(self.fakes, self.extractor, self.shared, "features of samples")
+
+    def features(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the features of the real images (from the cache where they are) and of the samples."""
+
+        def make() -> dict[str, NDArray[Any]]:
+            return {"features": read_features(self._reals(), self.extractor, self.shared, "features of real images")[0]}
+
+        reals = cached(self._cache(), self._key("features"), make)["features"]
+        return reals, read_features(self.fakes, self.extractor, self.shared, "features of samples")[0]
+
+    def probabilities(self) -> NDArray[np.float32]:
+        """Return class probabilities of the samples. Raises UsageError when the extractor knows no classes."""
+        one = np.zeros((1, *self.fakes.shape), np.uint8)
+        if self.extractor.read(one).probabilities is None:  # known before all samples are made
+            raise UsageError(
+                f"--extractor {self.request.extractor}: knows no classes, which an Inception score needs; name an "
+                "Inception, a classifier with logits, or a classifier.safetensors of `dcgan-eval classifier`"
+            )
+        _, found = read_features(self.fakes, self.extractor, self.shared, "classes of samples")
+        assert found is not None
+        return found
+
+    def write(self, numbers: dict[str, float], summary: str) -> dict[str, float]:
+        """Write the JSON and a sheet of samples beside real images, on the main process."""
+        if self.main:
+            rows = [("samples", _some(self.fakes))]
+            if self.reals is not None:
+                rows.append(("real images", _some(self.reals)))
+            self.result.picture(charts.sheet(rows, 12), "Samples and, below, real images")
+            note = COMPARABLE if self.extractor.comparable else NOT_COMPARABLE
+            self.result.write(dict(numbers), summary=summary, note=note)
+        return numbers
+
+    def _reals(self) -> ShardImages:
+        assert self.reals is not None
+        return self.reals
+
+    def _cache(self) -> Path | None:
+        # Only the main process could write; the others would wait for it. So a shared run keeps nothing.
+        return self.request.cache if self.shared.size == 1 else None
+
+    def _key(self, kind: str) -> dict[str, Any]:
+        reals = self._reals()
+        return {
+            "kind": kind,
+            "data": reals.dataset.fingerprint(),
+            "images": reals.count,
+            "extractor": self.extractor.sha256,
+            "resize": self.request.resize,
+        }
+
+
+@contextmanager
+def processes() -> Iterator["Accelerator | None"]:
+    """Yield the group of processes that a launcher started, or None when this one is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    try:
+        yield accelerator
+    finally:
+        accelerator.end_training()
+
+
+def measure(name: str, request: Request, accelerator: "Accelerator | None" = None) -> dict[str, float]:
+    """Run `fid`, `kid`, `is` or `precision-recall`, write its result, and return the numbers."""
+    if name != "is" and request.data is None:
+        raise UsageError("--data is missing: the real images to compare with")
+    measurement = Measurement(name, request, accelerator)
+    extractor = measurement.extractor.name
+    if name == "fid":
+        value = frechet_distance(*measurement.moments())
+        return measurement.write({"fid": value}, f"Fréchet distance {value:.3f} by {extractor}.")
+    if name == "kid":
+        mean, deviation = kernel_distance(*measurement.features(), request.seed)
+        summary = f"Kernel distance × 1000: {mean * 1e3:.3f} ± {deviation * 1e3:.3f} by {extractor}."
+        return measurement.write({"kid_x1000": mean * 1e3, "deviation_x1000": deviation * 1e3}, summary)
+    if name == "is":
+        mean, deviation = inception_score(measurement.probabilities(), request.seed)
+        return measurement.write(
+            {"is": mean, "deviation": deviation}, f"Inception score {mean:.3f} ± {deviation:.3f} by {extractor}."
+        )
+    precision, recall = precision_recall(*measurement.features())
+    summary = f"{precision:.1%} of the samples lie among real images, {recall:.1%} of the real images among samples."
+    return measurement.write({"precision": precision, "recall": recall}, f"{summary} Features by {extractor}.")
+
+
+def _some(images: Images, number: int = 24) -> NDArray[np.uint8]:
+    _, block = next(iter(images.blocks()))
+    return block[:number]

@@ -1,0 +1,1 @@
+"""The analyses of the paper (Radford et al. 2015)."""

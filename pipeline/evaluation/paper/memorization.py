@@ -1,0 +1,162 @@
+"""`dcgan-eval memorization`: has the generator learned, or does it repeat (sections 3, 4.1.1 and 6.1)?"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.common.progress import Progress
+from pipeline.data.dedup.semantic_hash import THRESHOLD_IMAGES, SemanticHash
+from pipeline.evaluation import charts, inputs
+from pipeline.evaluation.confidence import wilson
+from pipeline.evaluation.images import GeneratedImages, Images, Watched, first
+from pipeline.evaluation.paper.nearest import Nearest, Rows, flat, gather
+from pipeline.evaluation.paper.walks import draw, images_of, spherical, unevenness
+from pipeline.evaluation.results import Result
+from pipeline.model.networks import Generator
+
+SIZES = (1_000, 10_000, 100_000)
+"""The authors' faces run logs the distance from held-out images to so many samples."""
+REAL_QUERIES = 1_000
+"""Real images whose nearest sample is looked for."""
+WALKS, WALK_STEPS = 64, 33
+HASHED = 4_096
+HASH_STEPS = 1_000
+
+
+def run_memorization(
+    out: Path, *, ckpt: str, data: str, held_out: str | None, most: int, limit: int | None, seed: int
+) -> dict[str, Any]:
+    """Write memorization.json with its pictures, and return the numbers.
+
+    Three questions: are the training images nearer to the samples than held-out ones, do samples collide
+    with training images under the semantic hash, and do walks in latent space jump?
+    """
+    loaded, subject = inputs.generator(ckpt)
+    trained, description = inputs.reals(data, limit)
+    sizes = [*(size for size in SIZES if size < most), most]
+    settings: dict[str, Any] = {"samples": sizes, "held_out": held_out, "seed": seed, "walks": WALKS}
+    result = Result("memorization", out, subject, description, settings)
+    numbers: dict[str, Any] = {}
+
+    locations = {"training": data} | ({"held-out": held_out} if held_out else {})
+    queries = {
+        name: flat(gather(inputs.reals(location, min(limit or REAL_QUERIES, REAL_QUERIES))[0], f"{name} images"))
+        for name, location in locations.items()
+    }
+    curves = distance_curves(loaded.generator, queries, sizes, seed)
+    for name, curve in curves.items():
+        numbers |= {f"distance_{name}_{size}": value for size, value in zip(sizes, curve, strict=True)}
+    if len(sizes) > 1:
+        chart, area = charts.axes(6)
+        for name, curve in curves.items():
+            area.plot(sizes, curve, marker="o", label=f"{name} images")
+        area.set_xscale("log")
+        area.set_xlabel("samples")
+        area.set_ylabel("mean distance to the nearest sample")
+        area.legend(frameon=False)
+        result.chart(chart, "Distance from real images to their nearest sample")
+
+    evenness = walk_unevenness(loaded.generator, seed)
+    numbers |= {"walk_unevenness": float(np.mean(evenness)), "walk_unevenness_largest": float(np.max(evenness))}
+    ends = draw(loaded.config, seed, 0, 2 * WALKS)
+    worst = int(np.argmax(evenness))
+    walk = images_of(loaded.generator, spherical(ends[2 * worst], ends[2 * worst + 1], 17))
+    result.picture(charts.sheet([("the least even of all walks", walk)], 17, 1), "The least even walk", "-walk")
+
+    sentences = [
+        f"The largest step of a walk between random z is {numbers['walk_unevenness']:.2f} times its mean step "
+        f"(the least even of {WALKS}: {numbers['walk_unevenness_largest']:.2f}); memorised images would make jumps."
+    ]
+    collided = collisions(trained, loaded.generator, seed)
+    numbers |= collided
+    low, high = wilson(collided["samples_that_collide"], HASHED)
+    sentences.append(
+        f"{collided['samples_that_collide']:.2%} of {HASHED:,} samples have the semantic hash of a training image "
+        f"(95 % interval {low:.2%} to {high:.2%}); of the training images {collided['reals_that_collide']:.2%} share "
+        f"theirs with another one. The nearest code is {collided['bits_from_samples']:.1f} bits away on average, "
+        f"for training images {collided['bits_between_reals']:.1f}."
+    )
+    last = sizes[-1]
+    if held_out:
+        near, far = numbers[f"distance_training_{last}"], numbers[f"distance_held-out_{last}"]
+        sentences.insert(
+            0,
+            f"The nearest of {last:,} samples is {near:.2f} grey levels from a training image and {far:.2f} from a "
+            f"held-out one ({far / near - 1:+.1%}); a generator that memorises is much nearer to what it has seen.",
+        )
+    else:
+        sentences.insert(0, "No --held-out images were given, so distances say little; build the data with a split.")
+    result.write(numbers, summary=" ".join(sentences))
+    return numbers
+
+
+def distance_curves(
+    generator: Generator, queries: dict[str, Rows], sizes: list[int], seed: int
+) -> dict[str, list[float]]:
+    """Return, for each set of real images, the mean distance to the nearest of the first `size` samples."""
+    best = {name: Nearest(rows) for name, rows in queries.items()}
+    curves: dict[str, list[float]] = {name: [] for name in queries}
+    seen = 0
+    with Progress("distance to samples", sizes[-1]) as progress:
+        for _, pixels in GeneratedImages(generator, sizes[-1], seed).blocks():
+            rows, start = flat(pixels), 0
+            for edge in [size for size in sizes if seen < size <= seen + len(rows)] + [seen + len(rows)]:
+                piece = rows[start : edge - seen]
+                start = edge - seen
+                for name in queries:
+                    best[name].update(piece)
+                    if edge in sizes and len(curves[name]) < len(sizes) and sizes[len(curves[name])] == edge:
+                        curves[name].append(float(best[name].distance.mean()))
+            seen += len(rows)
+            progress.advance(len(rows))
+    return curves
+
+
+def walk_unevenness(generator: Generator, seed: int) -> list[float]:
+    """Return the unevenness of walks between pairs of random z."""
+    ends = draw(generator.config, seed, 0, 2 * WALKS)
+    with Progress("walking", WALKS, "walks") as progress:
+        found = []
+        for walk in range(WALKS):
+            found.append(unevenness(images_of(generator, spherical(ends[2 * walk], ends[2 * walk + 1], WALK_STEPS))))
+            progress.advance(1)
+    return found
+
+
+def collisions(known: Images, generator: Generator, seed: int) -> dict[str, float]:
+    """Return how often samples have the 128-bit hash of a training image, beside training images among themselves.
+
+    The hash is learned from the first 16,384 images at most (their order is random); in memory are those, and
+    16 bytes of every image.
+    """
+    hasher = SemanticHash(seed=seed, steps=HASH_STEPS)
+    with Progress("learning the semantic hash", hasher.steps, "steps") as progress:
+        hasher.fit(
+            np.concatenate(list(first((block for _, block in known.blocks()), THRESHOLD_IMAGES))), progress=progress
+        )
+    codes = np.concatenate([hasher.codes(block) for _, block in Watched(known, "hashing").blocks()])
+    sampled = [hasher.codes(pixels) for _, pixels in GeneratedImages(generator, HASHED, seed).blocks()]
+    bits = nearest_code(np.concatenate(sampled), codes)
+    own = nearest_code(codes[:HASHED], codes, skip_self=True)
+    return {
+        "samples_that_collide": float((bits == 0).mean()),
+        "reals_that_collide": float((own == 0).mean()),
+        "bits_from_samples": float(bits.mean()),
+        "bits_between_reals": float(own.mean()),
+    }
+
+
+def nearest_code(
+    queries: NDArray[np.uint8], references: NDArray[np.uint8], *, skip_self: bool = False
+) -> NDArray[np.int64]:
+    """Return each packed code's distance in bits to the nearest of `references`, of which it may be one."""
+    a, b = queries.view(np.uint64), references.view(np.uint64)
+    nearest_bits = np.empty(len(a), np.int64)
+    for row, code in enumerate(a):
+        distance = np.bitwise_count(b ^ code).sum(1)
+        if skip_self:
+            distance[row] = 128
+        nearest_bits[row] = distance.min()
+    return nearest_bits

@@ -1,0 +1,169 @@
+"""`dcgan-eval probe`: what D's features know (section 5 of the paper), against pixels and an untrained D."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.common.errors import UsageError
+from pipeline.common.progress import Progress
+from pipeline.common.randomness import Purpose, permutation
+from pipeline.data.labelled import Labelled, load_labelled
+from pipeline.evaluation import charts, inputs, published
+from pipeline.evaluation.confidence import interval_of_mean, wilson
+from pipeline.evaluation.images import Pixels
+from pipeline.evaluation.paper.discriminator_features import features, random_discriminator, reestimate_batchnorm
+from pipeline.evaluation.paper.linear_svm import balanced_draw, choose_c, fit
+from pipeline.evaluation.results import Result
+
+CS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+TUNING_DRAWS = 10
+VALIDATION = 0.2
+
+Features = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy on the test images, with its 95 % interval."""
+
+    accuracy: float
+    low: float
+    high: float
+    c: float
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How labels are drawn."""
+
+    labels: int | None
+    """Class-balanced labels a draw, or None for all there are, once."""
+    draws: int = 100
+    seed: int = 0
+
+
+def run_probe(
+    out: Path, *, ckpt: str, data: str, label: str, test_data: str | None, limit: int | None, protocol: Protocol
+) -> dict[str, float]:
+    """Write probe.json and probe.png, and return the accuracies."""
+    loaded, subject = inputs.discriminator(ckpt)
+    everything = load_labelled(data, limit)
+    whole = everything.having(label)
+    without = len(everything.images) - len(whole.images)
+    if test_data:
+        learn, tested = whole, load_labelled(test_data)
+        test = tested.having(label)
+        without += len(tested.images) - len(test.images)
+    else:
+        learn, test = whole.split(max(1, len(whole.images) // 5))
+    for labelled in (learn, test):
+        inputs.check_fits(loaded.config, labelled.images.shape[1:])
+    truth, truth_test = _classes(learn, label), _classes(test, label)
+    next(_draws(truth[_parts(truth)[1]], protocol, 1, lane=0))  # too few labels are refused before features are made
+    settings = {
+        "label": label,
+        **asdict(protocol),
+        "training_images": len(truth),
+        "test_images": len(truth_test),
+        "images_without_label": without,
+    }
+    result = Result("probe", out, subject, whole.description, settings)
+
+    trained = reestimate_batchnorm(loaded.discriminator, learn.images)
+    untrained = reestimate_batchnorm(random_discriminator(loaded.config, protocol.seed), learn.images)
+    scores: dict[str, Score] = {}
+    for name, network in (("discriminator", trained), ("untrained discriminator", untrained), ("raw pixels", None)):
+        x, x_test = (_pixels(s.images) if network is None else features(network, s.images) for s in (learn, test))
+        scores[name] = probe(x, truth, x_test, truth_test, protocol, name)
+    majority = max(np.unique(truth_test, return_counts=True)[1]) / len(truth_test)
+
+    chart = charts.bars(
+        [label], {name: [s.accuracy] for name, s in scores.items()} | {"majority": [majority]}, "accuracy"
+    )
+    result.chart(chart, f"Accuracy of a linear SVM for '{label}'")
+    best, pixels, chance = scores["discriminator"], scores["raw pixels"], scores["untrained discriminator"]
+    of = (
+        f"from {protocol.labels:,} labels ({protocol.draws} draws)"
+        if protocol.labels
+        else f"from {len(truth):,} labels"
+    )
+    result.write(
+        {name: asdict(score) for name, score in scores.items()} | {"majority": majority},
+        summary=(
+            f"A linear SVM on the discriminator's features tells '{label}' {of} in {best.accuracy:.1%} of the test "
+            f"images (95 % interval {best.low:.1%} to {best.high:.1%}); on raw pixels {pixels.accuracy:.1%}, "
+            f"on an untrained discriminator {chance.accuracy:.1%}; "
+            f"the commoner answer is right in {majority:.1%}."
+            + (f" {without:,} images without this label were left out." if without else "")
+        ),
+        table=[
+            ["features", "accuracy", "95 % interval", "C"],
+            *([n, f"{s.accuracy:.3f}", f"{s.low:.3f} to {s.high:.3f}", f"{s.c:g}"] for n, s in scores.items()),
+            ["commoner answer", f"{majority:.3f}", "", ""],
+        ],
+        published=[asdict(figure) for figure in published.PROBE],
+    )
+    numbers = {name: score.accuracy for name, score in scores.items()} | {"majority": float(majority)}
+    return numbers | ({"images without the label": without} if without else {})
+
+
+def probe(
+    x: Features,
+    truth: NDArray[Any],
+    x_test: Features,
+    truth_test: NDArray[Any],
+    protocol: Protocol,
+    what: str = "probe",
+) -> Score:
+    """Choose C on a validation split, then learn and test: once with all labels, or over many draws of a few.
+
+    The interval is of the mean over the draws (the paper's), or Wilson's for a single fit.
+    """
+    held, rest = _parts(truth)
+    draws = list(_draws(truth[rest], protocol, TUNING_DRAWS if protocol.labels else 1, lane=0))
+    total = len(draws) + (protocol.draws if protocol.labels else 1)
+    with Progress(f"probing: {what}", total, "fits") as progress:
+        tuned = np.zeros(len(CS))
+        for rows in draws:
+            machines = fit(x[rest][rows], truth[rest][rows], CS)
+            tuned += [machine.accuracy(x[held], truth[held]) for machine in machines]
+            progress.advance(1)
+        c = choose_c(list(zip(CS, tuned.tolist(), strict=True)))
+        if protocol.labels is None:
+            accuracy = fit(x, truth, [c])[0].accuracy(x_test, truth_test)
+            progress.advance(1)
+            return Score(accuracy, *wilson(accuracy, len(truth_test)), c)
+        accuracies = []
+        for rows in _draws(truth[rest], protocol, protocol.draws, lane=1):
+            accuracies.append(fit(x[rest][rows], truth[rest][rows], [c])[0].accuracy(x_test, truth_test))
+            progress.advance(1)
+    return Score(float(np.mean(accuracies)), *interval_of_mean(accuracies), c)
+
+
+def _parts(truth: NDArray[Any]) -> tuple[slice, slice]:
+    """Return the rows that C is chosen on, and those that are learned from."""
+    validation = max(1, int(len(truth) * VALIDATION))
+    return slice(0, validation), slice(validation, None)
+
+
+def _draws(truth: NDArray[Any], protocol: Protocol, count: int, *, lane: int) -> Iterator[NDArray[np.int64]]:
+    for draw in range(count):
+        order = permutation(len(truth), protocol.seed, Purpose.ANALYSIS, lane=(2 + lane << 32) + draw)
+        yield order if protocol.labels is None else balanced_draw(truth, protocol.labels, order)
+
+
+def _classes(labelled: Labelled, label: str) -> NDArray[Any]:
+    values = labelled.label(label)
+    if labelled.types[label] == "float":
+        raise UsageError(f"--label {label}: holds numbers; a probe needs classes (bool, int or str)")
+    if len(np.unique(values)) < 2:
+        raise UsageError(f"--label {label}: every image has the value {values[0]!s}; a probe needs two classes")
+    return values
+
+
+def _pixels(images: Pixels) -> Features:
+    return (images.reshape(len(images), -1) / np.float32(127.5) - 1).astype(np.float32)

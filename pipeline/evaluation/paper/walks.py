@@ -1,0 +1,60 @@
+"""Points and paths in latent space, and the images they become."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.common.randomness import Purpose
+from pipeline.config import NetworkConfig
+from pipeline.evaluation.images import Pixels
+from pipeline.model.latents import latents
+from pipeline.model.networks import Generator
+
+Z = NDArray[np.float32]
+BLOCK = 64
+
+
+def draw(config: NetworkConfig, seed: int, start: int, count: int) -> Z:
+    """Return z (count, latent_dim) of the analyses' own sequence."""
+    return latents(seed, Purpose.ANALYSIS, start, count, config.latent_dim, config.latent_distribution)
+
+
+@torch.no_grad()
+def images_of(generator: Generator, z: Z) -> Pixels:
+    """Return uint8 (N, H, W, C) of z (N, latent_dim)."""
+    device = next(generator.parameters()).device
+    parts = []
+    for start in range(0, len(z), BLOCK):
+        fake = generator(torch.from_numpy(np.ascontiguousarray(z[start : start + BLOCK], np.float32)).to(device))
+        scaled = fake.float().permute(0, 2, 3, 1) * 127.5 + 128.0
+        parts.append(scaled.clamp(0, 255).to(torch.uint8).cpu())
+    return np.asarray(torch.cat(parts).numpy())
+
+
+def straight(a: Z, b: Z, steps: int) -> Z:
+    """Return `steps` points from a to b in equal steps: (steps, dim)."""
+    share = np.linspace(0, 1, steps, dtype=np.float32)[:, None]
+    return a[None] * (1 - share) + b[None] * share
+
+
+def spherical(a: Z, b: Z, steps: int) -> Z:
+    """Return `steps` points from a to b along the great circle, their lengths changing evenly (Shoemake 1985).
+
+    A straight line between two random z passes nearer to the origin than random z ever lie; this does not.
+    """
+    norms = np.linalg.norm(a), np.linalg.norm(b)
+    angle = np.arccos(np.clip(np.dot(a / norms[0], b / norms[1]), -1, 1))
+    if angle < 1e-4:
+        return straight(a, b, steps)
+    share = np.linspace(0, 1, steps)[:, None]
+    ways = (np.sin((1 - share) * angle) * a / norms[0] + np.sin(share * angle) * b / norms[1]) / np.sin(angle)
+    return np.asarray(ways * ((1 - share) * norms[0] + share * norms[1]), np.float32)
+
+
+def unevenness(images: Pixels) -> float:
+    """Return the largest step of a walk over its mean step, by pixel distance; 1 is perfectly smooth.
+
+    The paper takes sharp transitions for a sign of memorisation (section 6.1). Images (steps, H, W, C).
+    """
+    steps = np.sqrt(np.square(np.diff(images.astype(np.float32), axis=0)).mean((1, 2, 3)))
+    return float(steps.max() / max(float(steps.mean()), 1e-9))

@@ -1,0 +1,1 @@
+"""`dcgan-eval report`: one page about a run."""

@@ -1,0 +1,136 @@
+"""`dcgan-eval report`: one self-contained page about a run. What is missing is left out, not an error."""
+
+import base64
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.common import svg
+from pipeline.common.errors import DataError, UsageError
+from pipeline.common.storage import write_atomic
+from pipeline.evaluation.report import sections
+from pipeline.evaluation.results import FOLDER, read_results
+
+LIMIT_BYTES = 5_000_000
+STRIP = 6
+"""Grids shown from the beginning to the end of training."""
+QUALITIES = ((88, 1400), (75, 1100), (60, 800), (45, 560))
+"""WebP quality and largest width, tried in turn until the page is small enough."""
+
+
+def write_report(
+    run: Path, out: Path, *, results: Path | None = None, bench: Sequence[Path] = (), title: str | None = None
+) -> Path:
+    """Write the page and return its path.
+
+    Raises DataError when RUN is no run directory or a file in it is damaged, UsageError when RUN is not there.
+    """
+    if not run.is_dir():
+        raise UsageError(f"{run}: no such folder; expected a run directory")
+    if not (run / "config.json").is_file() and not (run / "metrics.jsonl").is_file():
+        raise DataError(f"{run}: neither config.json nor metrics.jsonl in it; expected a run directory")
+    if results is not None and not results.is_dir():
+        raise UsageError(f"--results {results}: no such folder")
+    for path in bench:
+        if not path.is_file():
+            raise UsageError(f"--bench {path}: no such file; expected the bench.json of dcgan-export bench")
+    folder = results or run / FOLDER
+    content = _collect(run, read_results(folder), folder, bench)
+    content["title"] = title or f"{run.resolve().name}: a DCGAN and what it learned"
+    for quality, width in QUALITIES:
+        page = _render(content, quality, width)
+        if len(page) <= LIMIT_BYTES:
+            write_atomic(out, page)
+            return out
+    raise DataError(f"{out}: the page would be {len(page) / 1e6:.1f} MB, over {LIMIT_BYTES / 1e6:.0f} MB: "
+                    f"move some results out of {folder}")  # fmt: skip
+
+
+def _collect(run: Path, results: dict[str, dict[str, Any]], folder: Path, bench: Sequence[Path]) -> dict[str, Any]:
+    """Return everything that the template shows; pictures as paths."""
+    config = _read_json(run / "config.json")
+    metrics, timing = read_lines(run / "metrics.jsonl"), read_lines(run / "timing.jsonl")
+    grids = [(int(path.stem), path) for path in sorted((run / "samples").glob("*.png")) if path.stem.isdigit()]
+    return {
+        "facts": sections.facts(config, metrics, timing),
+        "summary": sections.summary(config, metrics),
+        "grids": _spread(grids),
+        "last_grid": grids[-1] if grids else None,
+        "charts": sections.charts(metrics, timing),
+        "quality": sections.quality_table(metrics, results),
+        "analyses": sections.analyses(results, folder),
+        "benches": [sections.bench_table(_read_json(path), path.stem) for path in bench],
+        "settings": sections.settings(config),
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _render(content: dict[str, Any], quality: int, width: int) -> bytes:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("pipeline.evaluation.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["picture"] = lambda path, most=width: picture(path, quality, min(most, width))
+    environment.filters["short"] = svg.short
+    return environment.get_template("report.html").render(**content).encode()
+
+
+def picture(path: Path, quality: int, width: int) -> dict[str, Any]:
+    """Return {"src": data URL, "width", "height"} of a picture, made smaller where it is wider than `width`."""
+    import io
+
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{path}: not a readable picture ({error}); remove it or make it again") from None
+    if image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, method=4)
+    source = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"src": source, "width": image.width, "height": image.height}
+
+
+def _spread(grids: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
+    """Return some grids from first to last, denser at the beginning, where most happens."""
+    if len(grids) <= STRIP:
+        return list(grids)
+    places = np.unique(np.round((len(grids) - 1) * np.linspace(0, 1, STRIP) ** 1.7).astype(int))
+    return [grids[place] for place in places]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a .jsonl file; none when it is not there. A torn last line is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(errors="replace").splitlines()
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise DataError(f"{path}: line {number} is not JSON; restore the file or remove the line") from None
+    return [entry for entry in found if isinstance(entry, dict) and "images" in entry]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not JSON ({error}); restore it or remove it") from None
+    return content if isinstance(content, dict) else {"rows": content}

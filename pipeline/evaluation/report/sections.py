@@ -1,0 +1,295 @@
+"""The report's content, section by section, from what the files of a run say. Each part may be missing."""
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.common.errors import DataError
+from pipeline.common.svg import Line, line_chart, short
+from pipeline.config import RunConfig
+
+Entries = Sequence[dict[str, Any]]
+
+ANALYSES = {
+    "interpolate": ("A walk between samples", "Figure 4 of the paper"),
+    "arithmetic": ("Arithmetic with faces", "Figure 7 of the paper"),
+    "turn": ("Turning a head", "Figure 8 of the paper"),
+    "features": ("What the discriminator looks at", "Figure 5 of the paper"),
+    "forget": ("Forgetting an object", "Figure 6 of the paper"),
+    "probe": ("What the features know", "Tables 1 and 2 of the paper"),
+    "neighbors": ("Nearest training images", "Is anything copied?"),
+    "memorization": ("Learned or memorised", "Section 3 of the paper"),
+    "classifier": ("The judge", "The attribute classifier that scores the results above"),
+}
+"""Order, heading and relation to the paper. Other results follow under their own names."""
+
+QUALITY = {
+    "swd": "Sliced Wasserstein distance × 1000",
+    "ms_ssim": "MS-SSIM of random pairs",
+    "fid": "Fréchet distance",
+    "kid": "Kernel distance",
+    "is": "Inception score",
+    "precision-recall": "Precision and recall",
+}
+
+
+def run_config(content: dict[str, Any]) -> RunConfig | None:
+    """Return the configuration in a config.json, or None when there is none that this version reads."""
+    try:
+        return RunConfig.model_validate(content.get("config"))
+    except ValidationError:
+        return None
+
+
+def data_name(content: dict[str, Any]) -> str:
+    """Return what to call the data set: the last folder of its location."""
+    location = str(content.get("dataset", {}).get("location", "")).rstrip("/")
+    return location.rpartition("/")[2] or "an unknown data set"
+
+
+def summary(content: dict[str, Any], metrics: Entries) -> str:
+    """Return one sentence: what was trained on what, and how long."""
+    config = run_config(content)
+    seen = max((entry["images"] for entry in metrics), default=0)
+    total = content.get("dataset", {}).get("images")
+    what = "A DCGAN"
+    if config is not None:
+        network = config.network
+        kind = "colour" if network.channels == 3 else "grey"
+        what = f"A DCGAN for {kind} images of {network.image_size}×{network.image_size} pixels"
+    trained = f", trained on {data_name(content)}" + (f" ({total:,} images)" if total else "")
+    length = f" for {seen:,} images" + (f", {seen / total:.1f} times through" if total else "") if seen else ""
+    return f"{what}{trained}{length}."
+
+
+def facts(content: dict[str, Any], metrics: Entries, timing: Entries) -> list[tuple[str, str, str]]:
+    """Return (value, what it is, detail) for the cards at the top."""
+    found = []
+    config = run_config(content)
+    seen = max((entry["images"] for entry in metrics), default=None)
+    if seen is not None:
+        steps = f"{seen // config.recipe.batch:,} updates of {config.recipe.batch}" if config else ""
+        found.append((short(seen), "images seen", steps))
+    data = content.get("dataset", {})
+    if data.get("images"):
+        found.append((short(data["images"]), "images in the data set", data_name(content)))
+    if config is not None:
+        generator, discriminator = parameters(config)
+        detail = f"D {short(discriminator)}; width {config.network.width}"
+        found.append((short(generator), "parameters in the generator", detail))
+    evaluated = [entry for entry in metrics if "swd" in entry]
+    if evaluated:
+        best = min(evaluated, key=lambda entry: float(entry["swd"]))
+        found.append((f"{best['swd']:.1f}", "best SWD × 1000", f"after {best['images']:,} images"))
+    rates = [float(entry["images_per_second"]) for entry in timing if entry.get("images_per_second")]
+    if rates:
+        found.append((f"{median(rates):,.0f}", "images a second", "median while training"))
+    return found
+
+
+def parameters(config: RunConfig) -> tuple[int, int]:
+    """Return the number of parameters of G and D; nothing is allocated."""
+    import torch
+
+    from pipeline.model.networks import Discriminator, Generator
+
+    with torch.device("meta"):
+        networks = Generator(config.network), Discriminator(config.network)
+    generator, discriminator = (sum(p.numel() for p in network.parameters()) for network in networks)
+    return generator, discriminator
+
+
+def charts(metrics: Entries, timing: Entries) -> list[dict[str, str]]:
+    """Return {"title", "text", "svg"} for every curve that there is something to draw of."""
+
+    def line(key: str, name: str, source: Entries = metrics, dashed: bool = False) -> Line:
+        return Line(name, [(e["images"], float(e[key])) for e in source if e.get(key) is not None], dashed)
+
+    levels = sorted({k for e in metrics for k in e if k.startswith("swd_")}, key=lambda k: -int(k[4:]))
+    made = [
+        (
+            "Losses",
+            "Neither falls to zero when both networks keep up with each other.",
+            line_chart([line("loss_d", "discriminator"), line("loss_g", "generator")], label="Losses", zero=True),
+        ),
+        (
+            "What the discriminator believes",
+            "Mean probability that it gives to be real. At 0.5 it cannot tell.",
+            line_chart([line("d_real", "real images"), line("d_fake", "samples")], label="Outputs of D", zero=True),
+        ),
+        (
+            "Distance from the data",
+            "Sliced Wasserstein distance × 1000 by level of detail; smaller is nearer.",
+            line_chart(
+                [line("swd", "mean"), *(line(k, f"{k[4:]} px", dashed=True) for k in levels)], label="SWD", zero=True
+            ),
+        ),
+        (
+            "Distance of features",
+            "Fréchet distance by the run's own extractor; compare within the run.",
+            line_chart([line("fid", "FID")], label="FID", zero=True),
+        ),
+        (
+            "Likeness of samples",
+            "MS-SSIM of random pairs. Above the real images' the generator repeats itself.",
+            line_chart(
+                [line("ms_ssim", "samples"), line("ms_ssim_real", "real images", dashed=True)],
+                label="MS-SSIM",
+                zero=True,
+            ),
+        ),
+        (
+            "Spread of the pixels",
+            "Deviation within a batch of samples over that of a real batch; near 0 means collapse.",
+            line_chart([line("diversity", "samples / real")], label="Diversity", zero=True),
+        ),
+        (
+            "Gradients",
+            "Mean L2 norm before the update.",
+            line_chart(
+                [line("grad_norm_d", "discriminator"), line("grad_norm_g", "generator")], label="Gradients", zero=True
+            ),
+        ),
+        (
+            "Speed",
+            "Images a second, all processes together.",
+            line_chart([line("images_per_second", "images a second", timing)], label="Speed", zero=True),
+        ),
+    ]
+    return [{"title": title, "text": text, "svg": svg} for title, text, svg in made if svg]
+
+
+def quality_table(metrics: Entries, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a block for each metric: rows of (name, value), what it was measured on, and published rows."""
+    blocks = []
+    for name, title in QUALITY.items():
+        if name not in results:
+            continue
+        result = results[name]
+        settings = result.get("settings", {})
+        rows = [("these samples", flat_numbers(result["results"]))]
+        for extra, label in (
+            ("samples_against_half", "samples against half"),
+            ("real_against_real", "real against real"),
+        ):
+            if isinstance(result["results"].get(extra), dict):
+                rows.append((label, flat_numbers(result["results"][extra])))
+        rows += [
+            (f"{figure['what']} ({figure['source']})", flat_numbers(figure["values"]))
+            for figure in result.get("published", [])
+        ]
+        columns = [key for key in rows[0][1] if key != "real_against_real_images"]
+        blocks.append(
+            {
+                "title": title,
+                "columns": [key.replace("_", " ") for key in columns],
+                "rows": [(label, [number(values.get(key)) for key in columns]) for label, values in rows],
+                "note": result.get("note", ""),
+                "measured": measured_on(settings),
+            }
+        )
+    for earlier, later in reversed(list(pairwise(blocks))):
+        if earlier["note"] == later["note"]:
+            earlier["note"] = ""  # said once, below the last of them
+    evaluated = [entry for entry in metrics if "swd" in entry]
+    if evaluated and "swd" not in results:
+        last = evaluated[-1]
+        columns = [key for key in last if key.startswith(("swd", "ms_ssim"))]
+        blocks.append(
+            {
+                "title": "Measured while training",
+                "columns": [key.replace("_", " ") for key in columns],
+                "rows": [(f"after {last['images']:,} images", [number(last[key]) for key in columns])],
+                "note": "From fewer patches and images than published figures: for comparison within this run only.",
+                "measured": "",
+            }
+        )
+    return blocks
+
+
+def measured_on(settings: dict[str, Any]) -> str:
+    """Return a line such as `images 10,000, seed 0`."""
+    told = {key: value for key, value in settings.items() if value is not None and (key, value) != ("processes", 1)}
+    return ", ".join(f"{key.replace('_', ' ')} {_shortened(number(value))}" for key, value in told.items())
+
+
+def _shortened(text: str) -> str:
+    """Cut a SHA-256 to what people compare."""
+    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
+
+
+def flat_numbers(values: dict[str, Any]) -> dict[str, float]:
+    """Return the entries that are numbers."""
+    return {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def number(value: Any) -> str:
+    """Write a value for a table."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def analyses(results: dict[str, dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Return heading, sentence, pictures and table of every result that is no quality number."""
+    order = [name for name in ANALYSES if name in results]
+    order += [name for name in results if name not in ANALYSES and name not in QUALITY]
+    found = []
+    for name in order:
+        result = results[name]
+        title, relation = ANALYSES.get(name, (name.capitalize(), ""))
+        pictures = []
+        for entry in result["pictures"]:
+            path = folder / str(entry["file"])
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise DataError(f"{folder / name}.json: names the picture {entry['file']!r} outside its folder")
+            if path.is_file():
+                pictures.append((path, entry.get("caption", "")))
+        table = result.get("table")
+        found.append(
+            {
+                "name": name,
+                "title": title,
+                "relation": relation,
+                "summary": result.get("summary", ""),
+                "note": result.get("note", ""),
+                "pictures": pictures,
+                "table": table if isinstance(table, list) and len(table) > 1 else [],
+            }
+        )
+    return found
+
+
+def bench_table(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a throughput table from the JSON of a benchmark: its rows are objects with the same keys."""
+    rows = content.get("rows") or content.get("results") or []
+    rows = [row for row in rows if isinstance(row, dict)]
+    columns = [key for key in (rows[0] if rows else {}) if not isinstance(rows[0][key], dict | list)]
+    hardware = content.get("hardware") or content.get("machine") or ""
+    if isinstance(hardware, dict):
+        hardware = ", ".join(f"{value}" for value in hardware.values())
+    return {
+        "title": str(content.get("title") or name.replace("_", " ")),
+        "hardware": str(hardware),
+        "columns": [key.replace("_", " ") for key in columns],
+        "rows": [[number(row.get(key)) for key in columns] for row in rows],
+    }
+
+
+def settings(content: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the configuration, group by group, and where the data came from."""
+    groups = []
+    for section, values in content.get("config", {}).items():
+        if isinstance(values, dict):
+            groups.append((section, [(key, str(value)) for key, value in values.items()]))
+    data = content.get("dataset", {})
+    if data:
+        groups.append(("data set", [(key, str(value)) for key, value in data.items()]))
+    return groups

@@ -1,0 +1,1 @@
+"""The networks, their latents and losses, the average of the weights."""

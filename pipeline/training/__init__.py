@@ -1,0 +1,1 @@
+"""The adversarial loop, and everything that it does beside an update."""

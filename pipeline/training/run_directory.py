@@ -1,0 +1,134 @@
+"""RUN/: the files that a run leaves behind, and the lock that keeps a second trainer out."""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.common.errors import TryAgainError
+from pipeline.common.storage import make_directory, remove_abandoned, write_atomic
+
+LOCK_PATIENCE_SECONDS = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """Owned by the main process of a run. `metrics.jsonl` follows from position; `timing.jsonl` does not."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.timing = path / "timing.jsonl"
+        make_directory(path)
+        self._lock = _lock(path / ".lock")
+        for folder in (path, path / "samples"):
+            remove_abandoned(folder)
+        self._log = logging.FileHandler(path / "log.txt")
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger("pipeline").addHandler(self._log)
+        self._board: Any = None
+
+    def write_config(self, content: dict[str, Any]) -> int:
+        """Write config.json, which also counts how often the run was started; return that."""
+        path = self.path / "config.json"
+        try:
+            starts = 1 + int(json.loads(path.read_text())["starts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            starts = 1
+        write_atomic(path, json.dumps({**content, "starts": starts}, indent=1) + "\n")
+        return starts
+
+    def restore_metrics(self, content: bytes) -> None:
+        """Put metrics.jsonl back to what it was at a checkpoint."""
+        write_atomic(self.metrics, content)
+
+    def open_board(self, images_seen: int) -> None:
+        """Begin TensorBoard files, hiding what an earlier start wrote beyond `images_seen`."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            log.warning("TensorBoard files are not written: install the extra `eval` (package tensorboard)")
+            return
+        threading.excepthook = _excepthook
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=images_seen + 1)
+
+    def record(self, images_seen: int, values: dict[str, float], *, timing: dict[str, float] | None = None) -> None:
+        """Append values that follow from position to metrics.jsonl, rates and times to timing.jsonl."""
+        _append(self.metrics, {"images": images_seen, **values})
+        if timing is not None:
+            _append(self.timing, {"images": images_seen, "time": round(time.time(), 3), **timing})
+        if self._board is not None:
+            for name, value in {**values, **(timing or {})}.items():
+                self._board.add_scalar(name, value, images_seen)
+
+    def close(self) -> None:
+        """Flush everything and let the next trainer in."""
+        if self._board is not None:
+            self._board.close()
+        logging.getLogger("pipeline").removeHandler(self._log)
+        self._log.close()
+        self._lock.close()
+
+
+def _excepthook(arguments: threading.ExceptHookArgs) -> None:
+    """Leave out the traceback of TensorBoard's thread: on a full disk our own next write says in one line what is."""
+    if type(arguments.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(arguments)
+
+
+class ProgressLine:
+    """One line that rewrites itself on a terminal; in a log a plain line every `log_seconds`."""
+
+    def __init__(self, log_seconds: float = 10.0) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._every = log_seconds
+        self._last = float("-inf")
+
+    def show(self, text: str, *, last: bool = False) -> None:
+        """Show `text` as the state of things."""
+        if self._terminal:
+            sys.stderr.write(f"\r\x1b[K{text}" + ("\n" if last else ""))
+        elif last or time.monotonic() - self._last >= self._every:
+            sys.stderr.write(text + "\n")
+            self._last = time.monotonic()
+        sys.stderr.flush()
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _lock(path: Path) -> IO[str]:
+    """Take the run's lock, waiting a little for a trainer that is about to leave."""
+    file = path.open("a+")
+    give_up = time.monotonic() + LOCK_PATIENCE_SECONDS
+    waiting = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if time.monotonic() > give_up:
+                file.close()
+                raise TryAgainError(
+                    f"{path.parent}: {holder} is training this run; stop it, or choose another --out"
+                ) from None
+            if not waiting:
+                print(f"{path.parent}: waiting for {holder} to finish", file=sys.stderr, flush=True)
+                waiting = True
+            time.sleep(0.5)
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file

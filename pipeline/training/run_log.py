@@ -1,0 +1,111 @@
+"""Tells people and machines how a run goes: metrics.jsonl, TensorBoard, /metrics, and the progress line."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.common.telemetry import Telemetry
+from pipeline.config import RunConfig
+from pipeline.training.run_directory import ProgressLine, RunDirectory
+from pipeline.training.window import Report
+
+
+class Observer:
+    """Each rank has one; those without a run directory or a telemetry endpoint simply say less."""
+
+    def __init__(self, config: RunConfig, run: RunDirectory | None, telemetry: Telemetry | None) -> None:
+        self.target = config.schedule.total_images
+        self.batch = config.recipe.batch
+        self.run = run
+        self.telemetry = telemetry
+        self._progress = ProgressLine()
+        self._busy_seconds = 0.0
+        self._mirror_failures = 0
+
+    def begin(self, *, seen: int, world_size: int, precision: str, device: str) -> None:
+        """Say what runs."""
+        if (metrics := self.telemetry) is None:
+            return
+        metrics.set("dcgan_train_info", 1, precision=precision, device=device)
+        metrics.set("dcgan_train_processes", world_size)
+        metrics.set("dcgan_train_target_images", self.target)
+        metrics.set("dcgan_train_seen_images", seen)
+        # A start that never reaches its first step or checkpoint is to be seen as well.
+        metrics.set("dcgan_train_last_step_timestamp_seconds", time.time())
+        metrics.set("dcgan_train_checkpoint_timestamp_seconds", time.time())
+
+    def started(self, starts: int) -> None:
+        """Say how often this run has been started by now."""
+        if self.telemetry is not None:
+            self.telemetry.set("dcgan_train_restarts", starts - 1)
+
+    def step(self, seconds: float) -> None:
+        """Note one update and its host time."""
+        if (metrics := self.telemetry) is not None:
+            metrics.observe("dcgan_train_step_duration_seconds", seconds)
+            metrics.add("dcgan_train_images_total", self.batch)
+            metrics.set("dcgan_train_last_step_timestamp_seconds", time.time())
+
+    def interval(self, report: Report, seen: int, *, mirror_failures: int = 0) -> None:
+        """Record a log interval. `mirror_failures` counts since this process began."""
+        seconds = max(report.seconds - self._busy_seconds, 1e-9)  # without grids, evaluations and checkpoints
+        self._busy_seconds = 0.0
+        rate, wait = report.images / seconds, report.data_wait_seconds / seconds
+        if self.run is not None:
+            timing = {
+                "images_per_second": round(rate, 2),
+                "data_wait_share": round(wait, 4),
+                "step_milliseconds": round(1e3 * report.step_seconds / report.steps, 3),
+            }
+            self.run.record(seen, report.values, timing=timing)
+            self._progress.show(self._line(report, seen, rate, wait), last=seen >= self.target)
+        if (metrics := self.telemetry) is None:
+            return
+        values = report.values
+        metrics.set("dcgan_train_seen_images", seen)
+        metrics.add("dcgan_train_nonfinite_steps_total", report.nonfinite_steps)
+        metrics.add("dcgan_train_mirror_failures_total", mirror_failures - self._mirror_failures)
+        self._mirror_failures = mirror_failures
+        metrics.add("dcgan_train_phase_seconds_total", report.data_wait_seconds, phase="data_wait")
+        metrics.add("dcgan_train_phase_seconds_total", max(seconds - report.data_wait_seconds, 0.0), phase="step")
+        for network, letter in (("generator", "g"), ("discriminator", "d")):
+            metrics.set("dcgan_train_loss", values[f"loss_{letter}"], network=network)
+            metrics.set("dcgan_train_gradient_norm", values[f"grad_norm_{letter}"], network=network)
+        for batch in ("real", "fake"):
+            metrics.set("dcgan_train_discriminator_output", values[f"d_{batch}"], batch=batch)
+        metrics.set("dcgan_train_sample_diversity_ratio", values["diversity"])
+
+    def quality(self, values: dict[str, float], seen: int) -> None:
+        """Record an evaluation."""
+        if self.run is not None:
+            self.run.record(seen, values)
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self._progress.show(f"image {seen:,}: {shown}", last=True)
+        if self.telemetry is not None:
+            for name, value in values.items():
+                if math.isfinite(value):
+                    self.telemetry.set("dcgan_train_quality", value, metric=name)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Account the time of a grid, an evaluation or a checkpoint to its own phase instead of the training rate."""
+        start = time.monotonic()
+        yield
+        seconds = time.monotonic() - start
+        self._busy_seconds += seconds
+        if self.telemetry is not None:
+            self.telemetry.add("dcgan_train_phase_seconds_total", seconds, phase=name)
+            if name == "checkpoint":
+                self.telemetry.set("dcgan_train_checkpoint_duration_seconds", seconds)
+                self.telemetry.set("dcgan_train_checkpoint_timestamp_seconds", time.time())
+
+    def _line(self, report: Report, seen: int, rate: float, wait: float) -> str:
+        values, left = report.values, max(self.target - seen, 0) / rate
+        clock = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+        return (
+            f"{seen:,}/{self.target:,} images ({seen / self.target:.0%})  {rate:,.0f}/s  "
+            f"loss D {values['loss_d']:.3f} G {values['loss_g']:.3f}  "
+            f"D(real) {values['d_real']:.2f} D(fake) {values['d_fake']:.2f}  "
+            f"data wait {wait:.1%}  {clock} left"
+        )

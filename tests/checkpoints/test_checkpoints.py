@@ -1,0 +1,220 @@
+"""A checkpoint counts only when it is whole; damage is named; the best and the only good one are never lost."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoints.mirror import Mirror
+from pipeline.checkpoints.store import STATE, Checkpoint, CheckpointStore
+from pipeline.common.errors import ConfigConflict, DataError
+from pipeline.common.storage import Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(Store(tmp_path / "run"))
+
+
+def save(store: CheckpointStore, images: int, swd: float | None = None, content: bytes = b"weights") -> Path:
+    name = store.save(images, {"a.bin": content, "b.bin": b"more"}, {"metrics": {} if swd is None else {"swd": swd}})
+    return Path(store.path(name))
+
+
+def test_what_is_saved_comes_back(store: CheckpointStore) -> None:
+    save(store, 64, content=b"first")
+    save(store, 128, content=b"second")
+    checkpoint = store.load_latest()
+    assert checkpoint is not None
+    assert (checkpoint.images_seen, checkpoint.files["a.bin"]) == (128, b"second")
+
+
+def test_without_its_state_a_checkpoint_does_not_count(store: CheckpointStore) -> None:
+    save(store, 64)
+    (save(store, 128) / STATE).unlink()
+    checkpoint = store.load_latest()
+    assert checkpoint is not None
+    assert checkpoint.images_seen == 64
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "state"])
+def test_damage_falls_back_to_the_one_before_and_says_so(
+    store: CheckpointStore, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(store, 64)
+    folder = save(store, 128)
+    file = folder / ("state.json" if damage == "state" else "a.bin")
+    if damage == "remove":
+        file.unlink()
+    else:
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] if damage == "truncate" else bytes([data[0] ^ 1]) + data[1:])
+    with caplog.at_level(logging.WARNING):
+        checkpoint = store.load_latest()
+    assert checkpoint is not None
+    assert checkpoint.images_seen == 64
+    assert file.name in caplog.text
+
+
+def test_a_run_never_starts_again_in_silence(store: CheckpointStore) -> None:
+    assert store.load_latest() is None
+    (save(store, 64) / "a.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="all 1 checkpoints are damaged"):
+        store.load_latest()
+
+
+def test_a_newer_format_is_refused_with_its_version_and_not_passed_over(store: CheckpointStore) -> None:
+    save(store, 32)
+    path = save(store, 64) / STATE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+    with pytest.raises(ConfigConflict, match="version 99"):
+        store.load_latest()
+
+
+def test_retention_keeps_the_newest_and_the_best(store: CheckpointStore) -> None:
+    for images, swd in ((1, 9.0), (2, 3.0), (3, 5.0), (4, None), (5, 6.0)):
+        save(store, images, swd)
+        store.retain(2)
+    assert [int(name) for name in store.names()] == [2, 4, 5]
+    assert store.choose("best") == store.choose() == store.names()[0]
+    assert store.choose("last") == store.names()[-1]
+    assert store.choose("4") == store.names()[1]
+    assert store.choose("3") is None
+
+
+def test_falling_back_takes_the_damaged_ones_out_of_the_count(store: CheckpointStore) -> None:
+    """Otherwise retention would count them among the newest and delete the good one."""
+    save(store, 64)
+    (save(store, 128) / "a.bin").write_bytes(b"")
+    checkpoint = store.load_latest()
+    assert checkpoint is not None
+    store.discard_after(checkpoint.images_seen)
+    save(store, 96)
+    store.retain(1)
+    assert [int(name) for name in store.names()] == [96]
+
+
+def test_an_interrupted_overwrite_never_counts(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(store, 64, content=b"old")
+    write = store.store.write
+
+    def fail_at_second(name: str, data: bytes) -> None:
+        if name.endswith("b.bin"):
+            raise OSError(28, "No space left on device", name)
+        write(name, data)
+
+    monkeypatch.setattr(store.store, "write", fail_at_second)
+    with pytest.raises(OSError, match="No space"):
+        save(store, 64, content=b"new")
+    assert store.names() == []
+
+
+def test_the_mirror_brings_a_run_back_on_an_empty_disk(store: CheckpointStore, tmp_path: Path) -> None:
+    save(store, 64, 1.0)
+    save(store, 128, 2.0)
+    location = f"file://{tmp_path}/mirror"
+    mirror = Mirror(location, store, 2)
+    mirror.push()
+    mirror.close()
+    assert mirror.failures == 0
+    fresh = CheckpointStore(Store(tmp_path / "elsewhere"))
+    assert Mirror(location, fresh, 2).restore()
+    checkpoint = fresh.load_latest()
+    assert checkpoint is not None
+    assert checkpoint.images_seen == 128
+    assert checkpoint.state["metrics"] == {"swd": 2.0}
+
+
+def mirrored(store: CheckpointStore, tmp_path: Path, **options: bool) -> list[int]:
+    """Start with the mirror as a run does, and copy; return what the mirror holds then."""
+    mirror = Mirror(f"file://{tmp_path}/mirror", store, 2)
+    if options.get("restore", True):
+        mirror.restore()
+    mirror.push()
+    mirror.close()
+    return [int(name) for name in mirror.checkpoints.names()]
+
+
+def test_the_mirror_follows_a_run_that_went_back(store: CheckpointStore, tmp_path: Path) -> None:
+    """Otherwise its later checkpoints, of a course that was given up, would be the ones to come back."""
+    for images in (64, 128):
+        save(store, images)
+    assert mirrored(store, tmp_path) == [128]
+    for where in (tmp_path / "mirror", tmp_path / "run"):  # the last one is damaged everywhere
+        (where / f"checkpoints/{128:012d}/a.bin").write_bytes(b"")
+    assert not Mirror(f"file://{tmp_path}/mirror", store, 2).restore()
+    store.discard_after(64)
+    save(store, 96)
+    assert mirrored(store, tmp_path) == [96]
+
+
+def test_a_run_that_moves_back_goes_on_from_the_newer_mirror(store: CheckpointStore, tmp_path: Path) -> None:
+    """Not from what it left on this disk, which would then take the place of all that was done elsewhere."""
+    elsewhere = CheckpointStore(Store(tmp_path / "elsewhere"))
+    save(elsewhere, 4000, 1.0)
+    save(elsewhere, 5000, 2.0)
+    mirrored(elsewhere, tmp_path)
+    save(store, 128)
+    mirror = Mirror(f"file://{tmp_path}/mirror", store, 2)
+
+    def refuse(checkpoint: Checkpoint) -> None:
+        raise ConfigConflict(f"{checkpoint.images_seen} is of another run")
+
+    with pytest.raises(ConfigConflict, match="5000 is of another run"):
+        mirror.restore(refuse)
+    assert mirror.restore()
+    checkpoint = store.load_latest()
+    assert checkpoint is not None
+    assert checkpoint.images_seen == 5000
+
+
+def test_a_mirror_that_was_away_at_the_start_loses_nothing(
+    store: CheckpointStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere = CheckpointStore(Store(tmp_path / "elsewhere"))
+    save(elsewhere, 4000)
+    mirrored(elsewhere, tmp_path)
+    save(store, 128)
+    assert mirrored(store, tmp_path, restore=False) == [4000]
+    assert "holds checkpoint 4000, but did not answer" in caplog.text
+
+
+def test_one_damaged_checkpoint_keeps_no_other_from_the_mirror(store: CheckpointStore, tmp_path: Path) -> None:
+    (save(store, 64, 1.0) / "a.bin").write_bytes(b"")  # the best one
+    save(store, 128, 2.0)
+    assert mirrored(store, tmp_path) == [128]
+
+
+def test_the_run_says_which_metric_is_the_best_ones(store: CheckpointStore) -> None:
+    for images, swd, fid in ((64, 1.0, 9.0), (128, 2.0, 8.0), (192, 3.0, None)):
+        metrics = {"swd": swd} | ({} if fid is None else {"fid": fid})
+        store.save(images, {}, {"config": {"schedule": {"best_metric": "fid"}}, "metrics": metrics})
+    assert store.best() == f"{128:012d}"
+    store.retain(1)
+    assert [int(name) for name in store.names()] == [128, 192]
+
+
+def test_the_mirror_helps_where_all_local_checkpoints_are_damaged(store: CheckpointStore, tmp_path: Path) -> None:
+    folder = save(store, 64)
+    mirror = Mirror(f"file://{tmp_path}/mirror", store, 2)
+    mirror.push()
+    mirror.close()
+    (folder / "a.bin").write_bytes(b"")
+    assert Mirror(f"file://{tmp_path}/mirror", store, 2).restore()
+    checkpoint = store.load_latest()
+    assert checkpoint is not None
+    assert checkpoint.files["a.bin"] == b"weights"
+
+
+def test_a_mirror_that_is_away_costs_a_warning(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.common.storage.PAUSES_SECONDS", (0.02, 0.02))
+    save(store, 64)
+    mirror = Mirror("http://127.0.0.1:9/mirror", store, 2)
+    with caplog.at_level(logging.WARNING):
+        mirror.push()
+        mirror.close()
+    assert mirror.failures >= 1
+    assert "the mirror lacks the last checkpoint" in caplog.text

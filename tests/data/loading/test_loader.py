@@ -1,0 +1,258 @@
+"""Every process count, batch and restart must give the same images; damage must stop a run before it is learned."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from loader_cases import all_images, write_dataset
+
+from pipeline.common.errors import ConfigConflict, DataError
+from pipeline.data.dataset import load_dataset
+from pipeline.data.loading.loader import RESIDENT_BYTES, Stream
+from pipeline.data.loading.shuffle import image_ids
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> dict[str, object]:
+    """A data set, a run over it, and the same run gone on with on other processes in other batches."""
+    sizes = draw(st.lists(st.integers(1, 24), min_size=1, max_size=7))
+    streams = draw(st.integers(1, min(12, sum(sizes))))
+    divisors = [count for count in range(1, streams + 1) if streams % count == 0]
+    legs = st.fixed_dictionaries(
+        {
+            "world_size": st.sampled_from(divisors),
+            "batch": st.integers(1, 5).map(lambda k: k * streams),
+            "batches": st.integers(1, 5),
+            "resident_limit": st.sampled_from([0, RESIDENT_BYTES]),
+            "threads": st.integers(1, 3),
+        }
+    )
+    return {
+        "sizes": sizes,
+        "encoding": draw(st.sampled_from(["packed", "packed", "jpg", "webp", "png"])),
+        "channels": draw(st.sampled_from([1, 3])),
+        "streams": streams,
+        "seed": draw(st.integers(0, 2**64 - 1)),
+        "start": draw(st.integers(0, 100)) * streams,
+        "legs": draw(st.lists(legs, min_size=2, max_size=3)),
+    }
+
+
+@pytest.mark.timeout(240)
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(runs())
+def test_any_processes_batches_and_restarts_see_the_images_of_one_process(run: dict) -> None:  # type: ignore[type-arg]
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = write_dataset(Path(folder), run["sizes"], run["encoding"], channels=run["channels"])
+        images = all_images(Path(folder))
+        seen = run["start"]
+        for leg in run["legs"]:
+            world_size, batch, batches = leg["world_size"], leg["batch"], leg["batches"]
+            expected = image_ids(dataset, run["seed"], run["streams"], seen, batches * batch).reshape(batches, batch)
+            for rank in range(world_size):
+                with Stream(
+                    folder,
+                    seed=run["seed"],
+                    streams=run["streams"],
+                    batch=batch,
+                    start=seen,
+                    rank=rank,
+                    world_size=world_size,
+                    threads=leg["threads"],
+                    resident_limit=leg["resident_limit"],
+                ) as stream:
+                    for ids in expected[:, rank::world_size]:
+                        assert np.array_equal(stream.ids(), ids)
+                        assert np.array_equal(stream.next_batch(), images[ids])
+                    assert stream.position == seen + batches * batch
+            seen += batches * batch
+
+
+def test_batches_are_the_callers_to_keep(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [20, 20, 20])
+    with Stream(tmp_path, seed=0, streams=4, batch=8, resident_limit=0) as stream:
+        batches = [stream.next_batch() for _ in range(30)]
+        copies = [batch.copy() for batch in batches]
+        for _ in range(30):
+            stream.next_batch()
+    assert all(np.array_equal(batch, copy) for batch, copy in zip(batches, copies, strict=True))
+
+
+def draw_until_shard(stream: Stream, first_id: int) -> None:
+    """Draw up to 70 batches, none of which may hold the image `first_id` or a later one."""
+    for _ in range(70):
+        ids = stream.ids()
+        stream.next_batch()
+        assert ids.max() < first_id, "an image of a damaged shard was handed out"
+
+
+@pytest.mark.parametrize("encoding", ["packed", "png"])
+@pytest.mark.parametrize("limit", [0, RESIDENT_BYTES])
+def test_an_altered_shard_is_refused_with_both_hashes(tmp_path: Path, encoding: str, limit: int) -> None:
+    dataset = write_dataset(tmp_path, [16, 16], encoding)  # type: ignore[arg-type]
+    path = tmp_path / dataset.shards[1].name
+    content = bytearray(path.read_bytes())
+    content[dataset.shards[1].offsets[0]] ^= 1
+    path.write_bytes(content)
+    with Stream(tmp_path, seed=0, streams=2, batch=2, resident_limit=limit) as stream:
+        with pytest.raises(DataError) as caught:
+            draw_until_shard(stream, 16)
+        assert path.name in str(caught.value)
+        assert dataset.shards[1].sha256 in str(caught.value)
+        assert str(caught.value).count("sha256") == 2
+        with pytest.raises(DataError, match=path.name):  # and it stays an error
+            stream.next_batch()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 600, -1])
+def test_a_shard_cut_short_is_refused(tmp_path: Path, keep: int) -> None:
+    dataset = write_dataset(tmp_path, [16])
+    path = tmp_path / dataset.shards[0].name
+    path.write_bytes(path.read_bytes()[:keep])
+    with (
+        Stream(tmp_path, seed=0, streams=2, batch=2) as stream,
+        pytest.raises(DataError, match=f"{path.name}.*{path.stat().st_size} bytes.*{dataset.shards[0].bytes} bytes"),
+    ):
+        stream.next_batch()
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, [16])
+    (tmp_path / dataset.shards[0].name).unlink()
+    with (
+        Stream(tmp_path, seed=0, streams=2, batch=2) as stream,
+        pytest.raises(DataError, match=r"000000\.tar.*missing"),
+    ):
+        stream.next_batch()
+
+
+def test_a_shard_that_changes_during_the_run_is_read_anew_and_refused(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [8] * 8)
+    with Stream(tmp_path, seed=0, streams=1, batch=1, resident_limit=0) as stream:
+        for _ in range(64):  # every shard was verified once
+            stream.next_batch()
+        for path in tmp_path.glob("*.tar"):
+            content = bytearray(path.read_bytes())
+            content[700] ^= 255
+            path.write_bytes(content)
+        with pytest.raises(DataError, match="sha256"):
+            draw_until_shard(stream, 64)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, [6], "jpg")
+    shard = dataset.shards[0]
+    path = tmp_path / shard.name
+    content = bytearray(path.read_bytes())
+    content[shard.offsets[4] : shard.offsets[4] + shard.sizes[4]] = bytes(shard.sizes[4])
+    path.write_bytes(content)
+    import hashlib
+
+    honest = shard.model_copy(update={"sha256": hashlib.sha256(content).hexdigest()})
+    dataset = dataset.model_copy(update={"shards": [honest]})
+    for limit in (0, RESIDENT_BYTES):
+        with (
+            Stream(tmp_path, seed=0, streams=1, batch=6, dataset=dataset, resident_limit=limit) as stream,
+            pytest.raises(DataError, match=rf"000000\.tar.*offset {shard.offsets[4]}"),
+        ):
+            stream.next_batch()
+
+
+def test_offsets_that_lie_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, [6, 6], "jpg")
+    shard = dataset.shards[1]
+    for offsets in ([-5, *shard.offsets[1:]], [*shard.offsets[:-1], shard.bytes], shard.offsets[::-1]):
+        lying = dataset.model_copy(
+            update={"shards": [dataset.shards[0], shard.model_copy(update={"offsets": offsets})]}
+        )
+        with pytest.raises(DataError, match=shard.name):
+            Stream(tmp_path, seed=0, streams=1, batch=1, dataset=lying)
+
+
+def test_what_cannot_be_divided_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [20])
+    for wrong in ({"batch": 15}, {"world_size": 3}, {"streams": 32, "batch": 32}):
+        with pytest.raises(ConfigConflict):
+            Stream(tmp_path, **{"seed": 0, "streams": 8, "batch": 16, **wrong})
+
+
+def test_memory_is_one_shard_a_stream_and_one_ahead(tmp_path: Path) -> None:
+    """In a process of its own, whose peak is read from the kernel; the data set is ten times the bound."""
+    write_dataset(tmp_path, [85] * 100, side=64)  # 100 shards of 1 MB
+    script = f"""
+        import resource, torch
+        from pipeline.data.loading.loader import Stream
+        with Stream({str(tmp_path / "warm")!r}, seed=0, streams=8, batch=16) as stream:
+            stream.next_batch()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with Stream({str(tmp_path)!r}, seed=0, streams=8, batch=16, resident_limit=0) as stream:
+            for _ in range(85 * 100 // 16):
+                stream.next_batch()
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print(stream.resident_bytes, grown * 1024)
+    """
+    write_dataset(tmp_path / "warm", [100])
+    output = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True, text=True
+    ).stdout
+    promised, grown = map(int, output.split())
+    largest = max(shard.images for shard in load_dataset(tmp_path).shards) * 64 * 64 * 3
+    assert promised == 9 * largest + 5 * 16 * 64 * 64 * 3
+    assert grown < promised + (6 << 20)
+
+
+def test_close_ends_the_threads_and_a_waiting_caller(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [30])
+    before = threading.active_count()
+    stream = Stream(tmp_path, seed=0, streams=2, batch=4)
+    stream.next_batch()
+    stream.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        stream.next_batch()
+    for thread in threading.enumerate():
+        if thread.name.startswith(("stream", "shard-loader", "decoder")):
+            thread.join(10)
+    assert threading.active_count() <= before
+
+
+def test_close_does_not_wait_for_a_disk_that_hangs(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, [30])
+    path = tmp_path / dataset.shards[0].name
+    path.unlink()
+    os.mkfifo(path)  # opening it blocks until someone writes
+    stream = Stream(tmp_path, seed=0, streams=2, batch=4)
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            stream.next_batch()
+        except RuntimeError as error:
+            caught.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    stream.close()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert caught
+    os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))  # lets the reader end
+
+
+def test_the_time_spent_waiting_is_counted(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, [30])
+    path = tmp_path / dataset.shards[0].name
+    content = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    with Stream(tmp_path, seed=0, streams=2, batch=4) as stream:
+        threading.Timer(0.5, path.write_bytes, [content]).start()
+        stream.next_batch()
+        assert 0.3 < stream.wait_seconds < 60

@@ -1,0 +1,157 @@
+"""SWD agrees with a sort of every projection, and orders sets as their distance is."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.stats
+from evaluation_cases import Unheld
+from numpy.typing import NDArray
+
+from pipeline.common.errors import DataError
+from pipeline.evaluation.images import ArrayImages, rebatch
+from pipeline.evaluation.metrics import swd
+from pipeline.evaluation.metrics.ms_ssim import ms_ssim
+from pipeline.training.quality import quality, reference
+
+Pixels = NDArray[np.uint8]
+
+
+def brute_force(reals: Pixels, fakes: Pixels, sampling: swd.Sampling) -> dict[str, float]:
+    """Every step in the plainest form: 2-D convolutions, python loops, scipy's 1-D Wasserstein distance."""
+    binomial = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+
+    def pyramid(image: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+        levels = [image]
+        while levels[-1].shape[0] > swd.SMALLEST_LEVEL:
+            smaller = np.stack(
+                [scipy.ndimage.convolve(plane, binomial, mode="mirror") for plane in levels[-1].transpose(2, 0, 1)], -1
+            )[::2, ::2]
+            spread = np.zeros_like(levels[-1])
+            spread[::2, ::2] = smaller
+            larger = np.stack(
+                [scipy.ndimage.convolve(plane, 4 * binomial, mode="mirror") for plane in spread.transpose(2, 0, 1)], -1
+            )
+            levels[-1] = levels[-1] - larger
+            levels.append(smaller)
+        return levels
+
+    def described(images: Pixels, level: int, lane: int) -> NDArray[np.float64]:
+        rows = []
+        for index, image in enumerate(images):
+            detail = pyramid(image.astype(np.float64))[level]
+            words = swd.raw_bits(sampling.seed, swd.Purpose.PROJECTIONS, index * (sampling.patches // 4),
+                                 sampling.patches, lane=lane)  # fmt: skip
+            for word in words.tolist():
+                room = detail.shape[0] - 6
+                top, left = (word >> 32) * room >> 32, (word & 0xFFFFFFFF) * room >> 32
+                rows.append(detail[top : top + 7, left : left + 7].transpose(2, 0, 1))
+        stacked = np.stack(rows)
+        stacked -= stacked.mean((0, 2, 3), keepdims=True)
+        stacked /= stacked.std((0, 2, 3), keepdims=True)
+        return stacked.reshape(len(stacked), -1)
+
+    result = {}
+    for level, resolution in enumerate(swd.resolutions(reals.shape[1])):
+        a, b = described(reals, level, 3 * level + 1), described(fakes, level, 3 * level + 2)
+        directions = swd._directions(a.shape[1], 3 * level, sampling).astype(np.float64)
+        each = [scipy.stats.wasserstein_distance(a @ d, b @ d) for d in directions.T]
+        result[f"swd_{resolution}"] = float(np.mean(each)) * 1e3
+    return result
+
+
+def distance(reals: Pixels, fakes: Pixels, sampling: swd.Sampling = swd.Sampling(0, 32, 64)) -> dict[str, float]:
+    return swd.distances(
+        swd.project(ArrayImages(reals), sampling, real=True), swd.project(ArrayImages(fakes), sampling, real=False)
+    )
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_agrees_with_sorting_every_projection(pictures: Pixels, size: int) -> None:
+    sampling = swd.Sampling(seed=3, patches=16, directions=24)
+    step = 64 // size
+    reals, fakes = pictures[:24, ::step, ::step], pictures[200:224, ::step, ::step] // 2
+    ours = distance(reals, fakes, sampling)
+    independent = brute_force(reals, fakes, sampling)
+    for level, expected in independent.items():
+        assert ours[level] == pytest.approx(expected, rel=2e-3, abs=0.05), level
+    assert ours["swd"] == pytest.approx(np.mean(list(independent.values())), rel=2e-3)
+
+
+def test_sets_of_unequal_size_are_compared_as_distributions(pictures: Pixels) -> None:
+    ours = distance(pictures[:200], pictures[200:300])
+    assert ours["swd"] == pytest.approx(distance(pictures[:200], pictures[200:400])["swd"], rel=0.5)
+
+
+def test_orders_a_split_a_blurred_a_noisy_and_another_set(pictures: Pixels) -> None:
+    real, other = pictures[:256], pictures[256:]
+    blurred = scipy.ndimage.gaussian_filter(other, (0, 1.5, 1.5, 0))
+    noise = np.random.default_rng(0).integers(0, 256, other.shape, dtype=np.uint8)
+    split, soft, noisy = (distance(real, x)["swd"] for x in (other, blurred, noise))
+    assert split * 2 < soft
+    assert soft * 2 < noisy
+    # A blur leaves the coarsest level nearly alone and destroys the finest: the levels must tell.
+    levels = distance(real, blurred)
+    assert levels["swd_16"] * 3 < levels["swd_64"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_quality_is_equal_for_every_world_size(pictures: Pixels, world_size: int) -> None:
+    import threading
+
+    reals, fakes = pictures[:256], pictures[256:]
+    alone = quality(reals, fakes, seed=7, patches=8, directions=16)
+    barrier = threading.Barrier(world_size)
+    slots: list[NDArray[np.generic]] = [np.zeros(0)] * world_size
+    results: list[dict[str, float]] = [{}] * world_size
+
+    def one(rank: int) -> None:
+        def total(array: NDArray[np.generic]) -> NDArray[np.generic]:
+            slots[rank] = array
+            barrier.wait()
+            summed = np.sum(slots, axis=0)
+            barrier.wait()
+            return np.asarray(summed)
+
+        shared = {"seed": 7, "rank": rank, "world_size": world_size, "sum_over_ranks": total}
+        real_side = reference(reals, patches=8, directions=16, **shared)  # type: ignore[arg-type]
+        results[rank] = quality(real_side, fakes, patches=8, directions=16, **shared)  # type: ignore[arg-type]
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(result == alone for result in results)
+    assert set(alone) == {"swd", "swd_64", "swd_32", "swd_16", "ms_ssim", "ms_ssim_real"}
+
+
+def test_the_seed_decides_and_nothing_else(pictures: Pixels) -> None:
+    halves = pictures[:128], pictures[128:256]
+    assert distance(*halves) == distance(*halves)
+    assert distance(*halves) != distance(*halves, swd.Sampling(1, 32, 64))
+
+
+def test_memory_is_flat_in_the_number_of_images(peak_bytes: Callable[[Callable[[], object]], int]) -> None:
+    sampling = swd.Sampling(patches=4, directions=4)
+
+    def measure(count: int) -> None:
+        swd.project(Unheld(count), sampling, real=True)
+        ms_ssim(Unheld(count))
+
+    few, many = (peak_bytes(partial(measure, count)) for count in (256, 2_560))
+    assert many < few + 200_000  # the further images are 7 MB
+
+
+def test_too_small_images_are_refused() -> None:
+    with pytest.raises(DataError, match="8 pixels are too small"):
+        distance(np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 8, 8, 3), np.uint8))
+
+
+def test_rebatch_keeps_every_image_in_order() -> None:
+    pieces = [np.arange(a, b, dtype=np.uint8).reshape(-1, 1, 1, 1) for a, b in [(0, 3), (3, 3), (3, 20), (20, 21)]]
+    blocks = list(rebatch(pieces, 8))
+    assert [len(block) for block in blocks] == [8, 8, 5]
+    assert np.concatenate(blocks).ravel().tolist() == list(range(21))

@@ -1,0 +1,148 @@
+"""Guided backpropagation follows its rule, ascent climbs, and the object's maps are those that draw it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from planted import NETWORK, legible_generator, planted
+
+from pipeline.common.errors import DataError, UsageError
+from pipeline.evaluation.classifier import to_network
+from pipeline.evaluation.paper.discriminator_features import activations, random_discriminator, reestimate_batchnorm
+from pipeline.evaluation.paper.features import (
+    ascend,
+    guided_backpropagation,
+    peak_responses,
+    run_features,
+    strongest,
+)
+from pipeline.evaluation.paper.forget import Box, object_maps, read_boxes, run_forget, second_highest, without_maps
+from pipeline.evaluation.paper.walks import draw, images_of
+from pipeline.model.networks import Discriminator
+
+
+@pytest.fixture(scope="module")
+def network() -> Discriminator:
+    return reestimate_batchnorm(random_discriminator(NETWORK, 0), planted(256, seed=1)[0])
+
+
+def test_guided_backpropagation_shows_only_what_feeds_the_unit(network: Discriminator) -> None:
+    images, _ = planted(2, seed=0)
+    shown = guided_backpropagation(network, images, layer=1, unit=3).astype(int) - 128
+    with torch.no_grad():
+        first = next(iter(activations(network, to_network(images))))[:, 3]
+    for picture, maps in zip(shown, first, strict=True):
+        row, column = divmod(int(maps.argmax()), maps.shape[1])
+        rows, columns = np.nonzero(np.abs(picture).max(-1) > 1)
+        assert abs(rows - 2 * row).max() <= 3  # a 4x4 filter with stride 2 sees no further
+        assert abs(columns - 2 * column).max() <= 3
+        assert np.abs(picture).max() == pytest.approx(127, abs=1)
+
+
+def test_ascent_excites_the_unit_more_than_any_real_image(network: Discriminator) -> None:
+    images, _ = planted(64, seed=0)
+
+    def mean_response(pixels: np.ndarray) -> float:  # type: ignore[type-arg]
+        with torch.no_grad():
+            return float(list(activations(network, to_network(pixels)))[1][:, 5].mean((1, 2)).max())
+
+    assert mean_response(ascend(network, 2, 5, (32, 32, 3), seed=0)) > mean_response(images)
+
+
+def test_the_strongest_units_are_those_that_single_images_out() -> None:
+    draw_ = np.random.default_rng(0)
+    peaks = draw_.normal(size=(200, 6)).astype(np.float32)
+    peaks[:8, 4] += 30
+    units, strength = strongest(peaks, 2)
+    assert units[0] == 4
+    assert strength[0] > 4 > strength[1]
+
+
+def test_features_writes_trained_beside_random(run: Path, labelled: Path, tmp_path: Path) -> None:
+    run_features(tmp_path, ckpt=str(run), data=str(labelled), layer=2, units=3, images_each=4, seed=0)
+    written = json.loads((tmp_path / "features.json").read_text())
+    assert len(written["pictures"]) == 4
+    with pytest.raises(UsageError, match="layers 1 to 3"):
+        run_features(tmp_path, ckpt=str(run), data=str(labelled), layer=4, units=3, images_each=4, seed=0)
+    assert peak_responses(random_discriminator(NETWORK, 0).eval(), planted(5, seed=0)[0], 1).shape == (5, 8)
+
+
+def squares() -> list[int]:
+    """Samples of the legible generator that show a square clearly."""
+    return np.flatnonzero(draw(NETWORK, 0, 0, 200)[:, 1] > 0.3).tolist()
+
+
+def test_the_map_that_draws_the_object_is_found_and_dropped() -> None:
+    generator = legible_generator()
+    layer = second_highest(generator)
+    weights, accuracy = object_maps(generator, layer, [Box(i, 8, 8, 24, 24) for i in squares()], seed=0)
+    assert weights.argmax() == 2
+    assert accuracy > 0.8
+    z = np.zeros((2, NETWORK.latent_dim), np.float32)
+    z[0, 1], z[1, 0] = 1, 1
+    before, after = images_of(generator, z), without_maps(generator, layer, np.array([2]), z)
+    assert before[0, 14:18, 14:18].mean() > 200
+    np.testing.assert_array_equal(after[0], np.full_like(after[0], 128))  # the square is gone
+    np.testing.assert_array_equal(after[1], before[1])  # and nothing else
+    np.testing.assert_array_equal(images_of(generator, z), before)  # nor for good
+    half = without_maps(generator, layer, np.array([2]), z, strength=0.5)
+    assert 128 < half[0, 15, 15, 0] < before[0, 15, 15, 0]
+
+
+def test_what_is_outside_one_box_and_inside_another_is_inside() -> None:
+    generator = legible_generator()
+    layer = second_highest(generator)
+    whole = [Box(i, 8, 8, 24, 24) for i in squares()]
+    left, right = ([Box(i, a, 8, b, 24) for i in squares()] for a, b in ((8, 16), (16, 24)))
+    expected, accuracy = object_maps(generator, layer, whole, seed=0)
+    weights, again = object_maps(generator, layer, [*left, *right], seed=0)
+    np.testing.assert_array_equal(weights, expected)
+    assert again == accuracy
+
+
+def test_forget_takes_boxes_from_a_file(legible_run: Path, tmp_path: Path) -> None:
+    boxes = tmp_path / "boxes.csv"
+    lines = [f"{index},8,8,24,24" for index in squares()]
+    boxes.write_text("\n".join(["index,left,top,right,bottom", *lines]))
+    options = {"ckpt": str(legible_run), "attribute": None, "region": None, "classifier": None, "data": None}
+    numbers = run_forget(tmp_path, boxes=boxes, samples=16, strength=1.0, seed=0, **options)  # type: ignore[arg-type]
+    assert numbers["dropped"] >= 1
+    assert (tmp_path / "forget.png").is_file()
+    for text, message in (
+        ("index,left\n1,2", "line 2: expected the columns"),
+        ("index,left,top,right,bottom\n1,8,8,24,99", "line 2: the box is not inside"),
+        ("index,left,top,right,bottom\n4096,8,8,24,24", "line 2: there is no sample 4096; expected 0 to 4095"),
+        ("\n".join(["index,left,top,right,bottom", *lines[:3] * 9]), "boxes in only 3 samples"),
+    ):
+        boxes.write_text(text)
+        with pytest.raises(DataError, match=message):
+            run_forget(tmp_path, boxes=boxes, samples=16, strength=1.0, seed=0, **options)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="where is the object"):
+        run_forget(tmp_path, boxes=None, samples=16, strength=1.0, seed=0, **options)  # type: ignore[arg-type]
+
+
+def test_forget_finds_the_object_by_attribute_and_measures_what_is_left(
+    legible_run: Path, judge_file: Path, tmp_path: Path
+) -> None:
+    numbers = run_forget(
+        tmp_path,
+        ckpt=str(legible_run),
+        boxes=None,
+        attribute="bright",
+        region=(8, 8, 24, 24),
+        classifier=str(judge_file),
+        data=None,
+        samples=64,
+        strength=1.0,
+        seed=0,
+    )
+    assert 0 <= numbers["kept"] <= 1
+    assert "fresh samples with bright" in json.loads((tmp_path / "forget.json").read_text())["summary"]
+
+
+def test_object_boxes_are_read_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "boxes.csv"
+    path.write_text("index,left,top,right,bottom\n3,0,1,4,5\n7,2,2,9,9\n")
+    assert read_boxes(path, 32) == [Box(3, 0, 1, 4, 5), Box(7, 2, 2, 9, 9)]

@@ -1,0 +1,49 @@
+"""z must depend on (seed, purpose, index) alone, and never change between versions."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.common.errors import UsageError
+from pipeline.common.randomness import Purpose, permutation
+from pipeline.model.latents import latents
+
+
+@given(st.integers(0, 2**40), st.integers(0, 300), st.integers(1, 40), st.integers(1, 130))
+def test_any_range_equals_the_slice_of_a_longer_one(start: int, skip: int, count: int, dim: int) -> None:
+    whole = latents(7, Purpose.SAMPLE, start, skip + count, dim)
+    assert np.array_equal(whole[skip:], latents(7, Purpose.SAMPLE, start + skip, count, dim))
+    every_third = latents(7, Purpose.SAMPLE, start, skip + count, dim, rows=slice(1, None, 3))
+    assert np.array_equal(whole[1::3], every_third)
+
+
+def test_golden_values_do_not_change() -> None:
+    assert latents(3, Purpose.GRID, 5, 1, 3).tolist() == [GOLDEN_UNIFORM]
+    assert latents(3, Purpose.GRID, 5, 1, 3, "normal").tolist() == [pytest.approx(GOLDEN_NORMAL, abs=1e-7)]
+    assert permutation(8, 3, Purpose.SHARD_ORDER, lane=2).tolist() == GOLDEN_ORDER
+
+
+def test_moments_and_ranges() -> None:
+    uniform = latents(0, Purpose.SAMPLE, 0, 20_000, 10)
+    assert uniform.dtype == np.float32
+    assert np.abs(uniform).max() <= 1
+    assert uniform.var() == pytest.approx(1 / 3, rel=0.01)
+    normal = latents(0, Purpose.SAMPLE, 0, 20_000, 10, "normal")
+    assert (normal.mean(), normal.std()) == (pytest.approx(0, abs=0.01), pytest.approx(1, rel=0.01))
+
+
+def test_purposes_and_seeds_share_nothing() -> None:
+    draws = [latents(seed, purpose, 0, 4, 8) for seed in (0, 1) for purpose in Purpose]
+    assert len({draw.tobytes() for draw in draws}) == len(draws)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(UsageError, match="seed"):
+        latents(seed, Purpose.SAMPLE, 0, 1, 8)
+
+
+GOLDEN_UNIFORM = [-0.666147768497467, 0.08593065291643143, 0.5169968605041504]
+GOLDEN_NORMAL = [-0.966383695602417, 0.10790715366601944, 0.7014806270599365]
+GOLDEN_ORDER = [4, 2, 0, 1, 7, 5, 6, 3]

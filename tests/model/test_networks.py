@@ -1,0 +1,64 @@
+"""The whole family has the paper's shapes, weights and layers."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import NetworkConfig
+from pipeline.model.networks import Discriminator, Generator, initialise
+
+FAMILY = [
+    NetworkConfig(
+        image_size=size, channels=channels, width=4, kernel_size=kernel, upsampling=up, head=head, latent_dim=6
+    )
+    for size, channels, kernel, up, head in itertools.product(
+        (32, 64, 128), (1, 3), (4, 5), ("transposed", "bilinear"), ("convolution", "average")
+    )
+]
+
+
+@pytest.mark.parametrize("config", FAMILY)
+def test_shapes_and_ranges(config: NetworkConfig) -> None:
+    images = Generator(config)(torch.rand(2, 6) * 2 - 1)
+    assert images.shape == (2, config.channels, config.image_size, config.image_size)
+    assert images.abs().max() <= 1
+    assert Discriminator(config)(images).shape == (2,)
+
+
+def test_parameter_counts_of_the_tutorial_and_the_paper() -> None:
+    def count(network: nn.Module) -> int:
+        return sum(weight.numel() for weight in network.parameters())
+
+    # pytorch/examples' DCGAN at ngf = ndf = 64: 3,576,704 and 2,765,568 parameters.
+    tutorial = NetworkConfig(width=64)
+    assert (count(Generator(tutorial)), count(Discriminator(tutorial))) == (3_576_704, 2_765_568)
+    paper = NetworkConfig(width=128)
+    assert [round(count(net(paper)) / 1e6, 1) for net in (Generator, Discriminator)] == [12.7, 11.0]
+
+
+def test_normalisation_is_where_the_paper_has_it() -> None:
+    config = NetworkConfig(width=8)
+    generator, discriminator = list(Generator(config).layers), list(Discriminator(config).layers)
+    assert isinstance(generator[-1], nn.Tanh)
+    assert isinstance(generator[-2], nn.ConvTranspose2d)
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in generator) == 4
+    assert isinstance(discriminator[1], nn.LeakyReLU)
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in discriminator) == 3
+
+
+def test_initial_weights_follow_the_paper_and_the_seed() -> None:
+    config = NetworkConfig(width=32)
+    first, again, other = Generator(config), Generator(config), Generator(config)
+    initialise(first, 5, lane=0)
+    initialise(again, 5, lane=0)
+    initialise(other, 6, lane=0)
+    state, same, different = first.state_dict(), again.state_dict(), other.state_dict()
+    assert all(torch.equal(state[key], same[key]) for key in state)
+    assert not torch.equal(state["layers.0.weight"], different["layers.0.weight"])
+    weight = state["layers.0.weight"]
+    assert abs(weight.mean()) < 1e-3
+    assert weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert state["layers.1.weight"].mean().item() == pytest.approx(1, abs=0.01)
+    assert not state["layers.1.bias"].any()

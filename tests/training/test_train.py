@@ -1,0 +1,397 @@
+"""Training as a user starts it: exact resume, the same images on two processes, signals, refusals, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from support import TINY, Trainer, train_command, write_dataset
+
+from pipeline.checkpoints.store import CheckpointStore
+from pipeline.common.storage import Store
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+SCHEDULE = (
+    "schedule.total_images=256",
+    "schedule.log_every_images=32",
+    "schedule.grid_every_images=128",
+    "schedule.checkpoint_every_images=64",
+    "schedule.evaluate_every_images=128",
+    "schedule.evaluate_samples=64",
+)
+
+
+@pytest.fixture(scope="module")
+def whole_run(faces32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = subprocess.run(
+        train_command(faces32, out, *SCHEDULE),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def hashes(run: Path, images: int) -> dict[str, str]:
+    """Return the SHA-256 of every file of a checkpoint: weights, average, optimizers, metrics so far."""
+    state = json.loads((run / "checkpoints" / f"{images:012d}" / "state.json").read_text())
+    files: dict[str, str] = state["files"]
+    return files
+
+
+def test_a_run_leaves_what_people_look_for(whole_run: Path) -> None:
+    grids = sorted(path.name for path in (whole_run / "samples").iterdir())
+    assert grids == ["000000000.png", "000000128.png", "000000256.png"]
+    assert Image.open(whole_run / "samples" / grids[-1]).size == (8 * 32, 8 * 32)
+    assert json.loads((whole_run / "config.json").read_text())["config"]["recipe"]["batch"] == 16
+    lines = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines if "loss_d" in line] == list(range(32, 257, 32))
+    assert [line["images"] for line in lines if "swd" in line] == [128, 256]
+    assert list((whole_run / "tensorboard").iterdir())
+    assert "continuing" not in (whole_run / "log.txt").read_text()
+    timing = (whole_run / "timing.jsonl").read_text().splitlines()
+    assert json.loads(timing[0])["images_per_second"] > 0
+
+
+@pytest.fixture
+def started(faces32: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run in progress, slow enough to be hit."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        train_command(faces32, out, *SCHEDULE), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    yield process, out
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+def wait_for_lines(out: Path, count: int) -> None:
+    """Wait until metrics.jsonl has `count` lines."""
+    for _ in range(1200):
+        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_bytes().splitlines()) >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run did not get that far")
+
+
+@pytest.mark.parametrize("lines", [1, 4])
+def test_killed_and_resumed_equals_uninterrupted(
+    started: tuple[subprocess.Popen[str], Path], faces32: Path, whole_run: Path, trainer: Trainer, lines: int
+) -> None:
+    process, out = started
+    wait_for_lines(out, lines)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = [out / ".config.json.1.tmp", out / "samples/.a.png.1.tmp", out / f"checkpoints/{256:012d}/.o.pt.1.tmp"]
+    for path in left:  # as a kill in the middle of a write leaves it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    done = trainer(faces32, out, *SCHEDULE)
+    assert done.returncode == 0, done.stderr
+    assert not any(path.exists() for path in left)
+    assert json.loads((out / "config.json").read_text())["starts"] == 2
+    assert hashes(out, 256) == hashes(whole_run, 256)
+    assert (out / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
+    for grid in (whole_run / "samples").iterdir():
+        assert (out / "samples" / grid.name).read_bytes() == grid.read_bytes()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_signal_saves_and_the_run_goes_on(
+    started: tuple[subprocess.Popen[str], Path],
+    faces32: Path,
+    whole_run: Path,
+    trainer: Trainer,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    process, out = started
+    wait_for_lines(out, 1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert "run it again to go on" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert list((out / "checkpoints").glob("*/state.json"))
+    done = trainer(faces32, out)  # the run knows its own settings
+    assert done.returncode == 0, done.stderr
+    assert "continuing at image" in done.stderr
+    assert hashes(out, 256) == hashes(whole_run, 256)
+
+
+def test_accelerate_launch_does_not_leave_its_trainer_behind(faces32: Path, tmp_path: Path) -> None:
+    """The launcher ends at SIGTERM without a word to its child, which then saves and ends as well."""
+    out = tmp_path / "run"
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--num_processes", "1"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    settings = (*SCHEDULE, "schedule.total_images=1000000", "schedule.checkpoint_every_images=1000000")
+    command = [*launch, *train_command(faces32, out, *settings, "schedule.evaluate_every_images=1000000")[1:]]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_lines(out, 1)
+        (trainer,) = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        assert psutil.wait_procs([trainer], timeout=60)[1] == []
+    finally:
+        process.kill()
+    assert len(list(out.glob("checkpoints/*/state.json"))) == 1
+
+
+def test_a_finished_run_says_so_at_once(whole_run: Path, faces32: Path, trainer: Trainer) -> None:
+    before = hashes(whole_run, 256)
+    done = trainer(faces32, whole_run, *SCHEDULE)
+    assert done.returncode == 0
+    assert "done: 256 images" in done.stderr
+    assert hashes(whole_run, 256) == before
+
+
+WORKER = """
+import json, sys, pathlib
+import numpy as np
+from accelerate import PartialState
+from pipeline.config import load_config
+from pipeline.training.loop import train
+data, out, record, processes, *overrides = sys.argv[1:]
+batches = []
+def note(position, reals, z):
+    batches.append((position, [r.tobytes().hex()[:64] for r in reals], z.tobytes().hex()))
+train(load_config(overrides=overrides), data=data, out=pathlib.Path(out), on_batch=note)
+state = PartialState()
+assert state.num_processes == int(processes), state.num_processes
+pathlib.Path(f"{record}.{state.process_index}").write_text(json.dumps(batches))
+"""
+
+
+def test_two_processes_see_the_images_and_z_of_one(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", images=150)  # 20 batches of 16 pass the end of the epoch twice
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    overrides = [*TINY, "schedule.total_images=320", "schedule.evaluate_samples=64"]
+    records: dict[int, list[list[Any]]] = {}
+    for processes in (1, 2):
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(processes)]
+        launch += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+        record = tmp_path / f"record{processes}"
+        arguments = [str(data), str(tmp_path / f"run{processes}"), str(record), str(processes), *overrides]
+        done = subprocess.run(
+            [*launch, str(worker), *arguments],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        records[processes] = [json.loads(Path(f"{record}.{rank}").read_text()) for rank in range(processes)]
+    one, (first, second) = records[1][0], records[2]
+    assert len(one) == 20
+    width = 8 * 4 * 2  # hexadecimal digits of one z
+    for (position, images, z), even, odd in zip(one, first, second, strict=True):
+        assert position == even[0] == odd[0]
+        assert images[0::2] == even[1]
+        assert images[1::2] == odd[1]
+        rows = [z[start : start + width] for start in range(0, len(z), width)]
+        assert "".join(rows[0::2]) == even[2]
+        assert "".join(rows[1::2]) == odd[2]
+    assert len({image for _, images, _ in one for image in images}) > 140
+
+
+def test_metrics_are_served_while_it_trains(faces32: Path, tmp_path: Path) -> None:
+    command = train_command(
+        faces32, tmp_path / "run", *SCHEDULE, "schedule.total_images=8192", options=["--metrics-port", "0"]
+    )
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if line.startswith("metrics on"))
+        wait_for_lines(tmp_path / "run", 2)
+        text = urllib.request.urlopen(line.split()[-1], timeout=30).read().decode()
+    finally:
+        process.terminate()
+        process.communicate()
+    assert "dcgan_train_images_total" in text
+    assert "dcgan_train_loss" in text
+
+
+def test_a_second_trainer_is_kept_out(
+    started: tuple[subprocess.Popen[str], Path], faces32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, out = started
+    wait_for_lines(out, 1)
+    process.send_signal(signal.SIGSTOP)
+    from pipeline.common.errors import TryAgainError
+    from pipeline.training import run_directory
+
+    monkeypatch.setattr(run_directory, "LOCK_PATIENCE_SECONDS", 0.0)
+    with pytest.raises(TryAgainError, match=f"process {process.pid} .* is training this run"):
+        run_directory.RunDirectory(out)
+    process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "code", "words"),
+    [
+        (["recipe.batch=32"], [], 78, ["recipe.batch 16 -> 32", "--allow-change recipe.batch"]),
+        (["recipe.seed=3", "network.width=8"], [], 78, ["network.width 4 -> 8", "recipe.seed 0 -> 3"]),
+        ([], ["--resume", "never"], 78, ["--resume never", "another --out"]),
+        ([], ["--allow-change", "bach"], 2, ["bach", "recipe.batch"]),
+    ],
+)
+def test_a_changed_identity_is_refused_with_the_difference(
+    whole_run: Path,
+    faces32: Path,
+    trainer: Trainer,
+    overrides: list[str],
+    options: list[str],
+    code: int,
+    words: list[str],
+) -> None:
+    done = trainer(faces32, whole_run, *SCHEDULE, *overrides, options=options)
+    assert done.returncode == code, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert all(word in last for word in words), last
+    assert "Traceback" not in done.stderr
+
+
+def test_an_allowed_change_goes_on(whole_run: Path, faces32: Path, trainer: Trainer, tmp_path: Path) -> None:
+    import shutil
+
+    out = tmp_path / "copy"
+    shutil.copytree(whole_run, out)
+    options = ["--allow-change", "recipe.batch,recipe.learning_rate_g"]
+    done = trainer(
+        faces32,
+        out,
+        *SCHEDULE,
+        "schedule.total_images=320",
+        "recipe.batch=32",
+        "recipe.learning_rate_g=1e-4",
+        options=options,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "recipe.batch 16 -> 32" in done.stderr
+    assert hashes(out, 320)
+
+
+@pytest.mark.parametrize(
+    ("data", "overrides", "code", "words"),
+    [
+        ("missing", [], 65, ["missing", "dataset.json"]),
+        ("ok", ["network.image_size=64"], 78, ["image_size 32", "network.image_size=32"]),
+        ("ok", ["network.channels=1"], 78, ["network.channels=3"]),
+        ("ok", ["recipe.bach=3"], 2, ["recipe.batch"]),
+        ("lying", [], 65, ["dataset.json", "200", "201"]),
+        ("cut", [], 65, [".tar"]),
+    ],
+)
+def test_bad_input_is_one_line_and_the_right_code(
+    faces32: Path, tmp_path: Path, trainer: Trainer, data: str, overrides: list[str], code: int, words: list[str]
+) -> None:
+    import shutil
+
+    folder = tmp_path / data
+    if data != "missing":
+        shutil.copytree(faces32, folder)
+    if data == "lying":
+        file = folder / "dataset.json"
+        file.write_text(file.read_text().replace('"images":200', '"images":201'))
+    if data == "cut":
+        for shard in folder.glob("*.tar"):
+            shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    done = trainer(folder, tmp_path / "run", *SCHEDULE, *overrides)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert all(word in last for word in words), last
+
+
+def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(
+    whole_run: Path, faces32: Path, trainer: Trainer, tmp_path: Path
+) -> None:
+    import shutil
+
+    out = tmp_path / "copy"
+    shutil.copytree(whole_run, out)
+    overrides = ["schedule.total_images=512", "recipe.learning_rate_g=1e30", "recipe.learning_rate_d=1e30"]
+    allow = ["--allow-change", "recipe.learning_rate_g,recipe.learning_rate_d"]
+    done = trainer(faces32, out, *SCHEDULE, *overrides, options=allow)
+    assert done.returncode == 65, done.stderr
+    assert "checkpoints/000000000256" in done.stderr.strip().splitlines()[-1]
+    assert "learning_rate" in done.stderr
+
+
+def test_a_taken_port_is_named(faces32: Path, tmp_path: Path, trainer: Trainer) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = trainer(faces32, tmp_path / "run", *SCHEDULE, options=["--metrics-port", str(port)])
+    assert done.returncode == 2
+    assert f"--metrics-port {port}" in done.stderr.strip().splitlines()[-1]
+
+
+def test_bf16_on_the_cpu(faces32: Path, tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    done = trainer(faces32, tmp_path / "run", "schedule.total_images=64", "schedule.evaluate_samples=64")
+    assert done.returncode == 0, done.stderr
+    state = json.loads((tmp_path / "run" / "checkpoints" / "000000000064" / "state.json").read_text())
+    assert state["precision"] == "bf16"
+
+
+def test_fp16_on_the_cpu_is_refused(
+    faces32: Path, tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate trains in float32 then, and calls it fp16."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    done = trainer(faces32, tmp_path / "run", "schedule.total_images=64")
+    assert done.returncode == 69
+    assert "--mixed_precision fp16" in done.stderr.strip().splitlines()[-1]
+
+
+def test_an_extractor_adds_fid_and_kid_and_may_choose_the_best(faces32: Path, tmp_path: Path, trainer: Trainer) -> None:
+    settings = [*SCHEDULE, "schedule.extractor=fallback", "schedule.best_metric=fid", "schedule.keep_checkpoints=1"]
+    done = trainer(faces32, tmp_path / "run", *settings)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = {line["images"]: line["fid"] for line in lines if "fid" in line}
+    assert set(found) == {128, 256}
+    assert all("kid_x1000" in line and "swd" in line for line in lines if "fid" in line)
+    assert f"{min(found, key=found.__getitem__):012d}" == CheckpointStore(Store(tmp_path / "run")).best()
+
+
+def test_a_missing_extractor_is_told_before_the_first_step(faces32: Path, tmp_path: Path, trainer: Trainer) -> None:
+    done = trainer(faces32, tmp_path / "run", *SCHEDULE, f"schedule.extractor={tmp_path}/inception.pt")
+    assert done.returncode == 65
+    assert "inception.pt" in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+def test_grey_and_encoded_shards_train_too(tmp_path: Path, trainer: Trainer) -> None:
+    data = write_dataset(tmp_path / "grey", images=64, channels=1, encoding="jpg")
+    done = trainer(
+        data, tmp_path / "run", "network.channels=1", "schedule.total_images=32", "schedule.evaluate_samples=64"
+    )
+    assert done.returncode == 0, done.stderr
+    grid = np.asarray(Image.open(tmp_path / "run" / "samples" / "000000032.png"))
+    assert grid.shape[:2] == (256, 256)

@@ -1,0 +1,56 @@
+"""A process that waits in vain ends itself; how long it may take follows from what it took before."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PRELUDE = """
+import time
+from pipeline.training import watchdog
+watchdog.BOUNDARY_SECONDS = 30.0
+dog = watchdog.Watchdog(2.0, enabled=True)
+def steps():
+    for _ in range(3):
+        time.sleep(0.01)
+        dog.beat()
+"""
+
+
+def run(work: str) -> subprocess.CompletedProcess[str]:
+    code = PRELUDE + textwrap.dedent(work) + "\ntime.sleep(20)\n"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=19)
+
+
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [
+        ("steps()", "another process is gone or hangs"),
+        ("steps(); dog.waits_for_data = True", "its images have not come"),
+        # A picture that is known to take a moment: the next may not take the time of the first.
+        (
+            "steps(); dog.begin('picture'); time.sleep(0.02); dog.end('picture'); dog.begin('picture')",
+            "another process",
+        ),
+        # The first step also compiles; no more than the second may follow from that.
+        ("time.sleep(1); dog.beat(); steps()", "another process is gone or hangs"),
+    ],
+    ids=["step", "data", "boundary", "first-step"],
+)
+def test_what_hangs_ends(work: str, words: str) -> None:
+    done = run(work)
+    assert done.returncode == 75
+    assert words in done.stderr
+
+
+def test_slow_steps_and_a_slow_first_evaluation_are_let_be() -> None:
+    work = """
+    steps()
+    dog.begin("evaluation"); time.sleep(3); dog.end("evaluation")
+    time.sleep(0.3); dog.beat()
+    time.sleep(3); dog.beat()  # it may take 20 times the one before it, and so 6
+    dog.close()
+    import sys; sys.exit(0)
+    """
+    assert run(work).returncode == 0

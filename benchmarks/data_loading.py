@@ -4,8 +4,8 @@
 
 PYTHON is the interpreter of an environment that has mosaicml-streaming and litdata. Every contender runs in a
 process of its own on the same core, and they take turns: 15 rounds, medians of the per-round ratios. "again" is
-the same contender a second time, the A/A control. JPEGs are what Pillow writes at quality 95 (colour at half
-resolution, 2.8 kB); "4:4:4" are those of `dcgan-data build --encoding jpg`, which keeps colour at full resolution.
+the same contender a second time, the A/A control. JPEGs are what Pillow writes at quality 95 (color at half
+resolution, 2.8 kB); "4:4:4" are those of `dcgan-data build --encoding jpg`, which keeps color at full resolution.
 "First epoch" counts from nothing: opening, reading and, for ours alone, the SHA-256 of every shard.
 """
 
@@ -29,7 +29,7 @@ ROUNDS = 15
 ROUND_SECONDS = 0.5
 Seconds = dict[str, list[float]]
 RESULTS = Path(__file__).parent / "results"
-BARS = [("ours jpg", "webdataset pil + normalise", 9.0), ("ours packed", "memmap gather", 0.6)]
+BARS = [("ours jpg", "webdataset pil + normalize", 9.0), ("ours packed", "memmap gather", 0.6)]
 CONTROLS = [("ours jpg, again", "ours jpg"), ("ours packed, again", "ours packed")]
 
 
@@ -195,7 +195,7 @@ def write_report(seconds: Seconds, processor: Seconds, first_epoch: dict[str, fl
     lines = [
         f"One core of {cpu_model()}, {count:,} images of 64×64, batches of {BATCH}, shuffled, {result['date']}.",
         "",
-        "| | images/s | × webdataset pil + normalise | first epoch, images/s |",
+        "| | images/s | × webdataset pil + normalize | first epoch, images/s |",
         "|---|---:|---:|---:|",
         *rows,
         "",

@@ -50,7 +50,7 @@ def webdataset_pil(folder: Path, encoding: str = "jpg") -> Iterator[Any]:
     import torch
     import webdataset as wds
 
-    def normalise(image: Any) -> Any:
+    def normalize(image: Any) -> Any:
         pixels = torch.from_numpy(np.array(image, np.uint8, copy=True))
         pixels = pixels.view(image.size[1], image.size[0], 3).permute((2, 0, 1)).contiguous()
         scaled = pixels.to(dtype=torch.get_default_dtype()).div(255).clone()
@@ -62,7 +62,7 @@ def webdataset_pil(folder: Path, encoding: str = "jpg") -> Iterator[Any]:
 
     shards = sorted(str(path) for path in (folder / encoding).glob("*.tar"))
     samples = wds.WebDataset(shards, shardshuffle=len(shards)).shuffle(1000).decode("pil").to_tuple("jpg")
-    yield from samples.map_tuple(normalise).batched(BATCH).repeat()
+    yield from samples.map_tuple(normalize).batched(BATCH).repeat()
 
 
 def webdataset_simplejpeg(folder: Path) -> Iterator[Any]:
@@ -101,7 +101,7 @@ def mosaicml(folder: Path, form: str) -> Iterator[Any]:
 
 
 def litdata(folder: Path, form: str) -> Iterator[Any]:
-    """litdata from its optimised chunks: JPEG bytes decoded with simplejpeg (`jpg`), or raw bytes, to uint8 batches."""
+    """litdata from its optimized chunks: JPEG bytes decoded with simplejpeg (`jpg`), or raw bytes, to uint8 batches."""
     import torch
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming.writer import BinaryWriter
@@ -156,8 +156,8 @@ CONTENDERS: dict[str, Callable[[Path], Iterator[Any]]] = {
     "ours packed, again": lambda folder: ours(folder, "packed", resident=True),
     "ours packed, read again each epoch": lambda folder: ours(folder, "packed", resident=False),
     "memmap gather": memmap_gather,
-    "webdataset pil + normalise": webdataset_pil,
-    "webdataset pil + normalise 4:4:4": lambda folder: webdataset_pil(folder, "jpg444"),
+    "webdataset pil + normalize": webdataset_pil,
+    "webdataset pil + normalize 4:4:4": lambda folder: webdataset_pil(folder, "jpg444"),
     "webdataset simplejpeg": webdataset_simplejpeg,
     "mosaicml-streaming jpg": lambda folder: mosaicml(folder, "jpg"),
     "mosaicml-streaming raw": lambda folder: mosaicml(folder, "raw"),

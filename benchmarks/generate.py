@@ -203,15 +203,15 @@ def make_plan(sampler: Sampler, encoding: Encoding, count: int) -> Plan:
 
 def write_model(folder: Path) -> Path:
     """Write the tutorials' generator (width 64), untrained: its speed does not depend on its weights."""
-    from pipeline.checkpoints.weights import serialise
+    from pipeline.checkpoints.weights import serialize
     from pipeline.config import NetworkConfig
-    from pipeline.model.networks import Generator, initialise
+    from pipeline.model.networks import Generator, initialize
 
     config = NetworkConfig(width=64)
     generator = Generator(config)
-    initialise(generator, 0, lane=0)
+    initialize(generator, 0, lane=0)
     path = folder / "generator.safetensors"
-    path.write_bytes(serialise(generator, config, "ema", 0))
+    path.write_bytes(serialize(generator, config, "ema", 0))
     return path
 
 

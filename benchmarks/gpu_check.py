@@ -30,16 +30,16 @@ PRESET_WEIGHTS = """
 import sys, torch
 from pathlib import Path
 from pipeline.config import load_config
-from pipeline.model.networks import Generator, initialise
-from pipeline.checkpoints.weights import serialise
+from pipeline.model.networks import Generator, initialize
+from pipeline.checkpoints.weights import serialize
 torch.manual_seed(0)
 config = load_config(sys.argv[1]).network
 generator = Generator(config)
-initialise(generator, 0, lane=0)
+initialize(generator, 0, lane=0)
 with torch.no_grad():
     for _ in range(10):
         generator(torch.rand(64, config.latent_dim) * 2 - 1)
-Path(sys.argv[2]).write_bytes(serialise(generator.eval(), config, "raw", 0))
+Path(sys.argv[2]).write_bytes(serialize(generator.eval(), config, "raw", 0))
 """
 NOT_FOR_THIS_MACHINE = "not possible:"
 """How tests/gpu begin the reason of a skip that no installation would change."""

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pipeline.checkpoints.store import load_generator
-from pipeline.common.imaging import encode, labelled_sheet
+from pipeline.common.imaging import encode, labeled_sheet
 from pipeline.common.randomness import Purpose
 from pipeline.common.storage import write_atomic
 from pipeline.config import RunConfig, load_config
@@ -36,7 +36,7 @@ from pipeline.data.shard_reader import iterate
 from pipeline.evaluation.images import ArrayImages, GeneratedImages, Images
 from pipeline.evaluation.metrics.ms_ssim import ms_ssim
 from pipeline.evaluation.metrics.swd import Sampling, distances, project
-from pipeline.model.networks import Discriminator, Generator, initialise
+from pipeline.model.networks import Discriminator, Generator, initialize
 from pipeline.training.evaluator import sample
 
 ROOT = Path(__file__).parents[1]
@@ -66,8 +66,8 @@ def train_tutorial(seed: int, data: Path, out: Path) -> None:
     network, batch = tutorial_network(seed), config(seed).recipe.batch
     torch.manual_seed(seed)
     generator, discriminator = Generator(network), Discriminator(network)
-    initialise(generator, seed, lane=0)
-    initialise(discriminator, seed, lane=1)
+    initialize(generator, seed, lane=0)
+    initialize(discriminator, seed, lane=1)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     criterion = nn.BCEWithLogitsLoss()
@@ -215,7 +215,7 @@ def report(runs: dict[tuple[str, int], Path], val: Path) -> None:
         for seen in (STEPS[0], STEPS[1], STEPS[3], STEPS[-1]):
             pixels = sample(generator_at(name, 0, seen, runs[arm, 0]), 0, Purpose.GRID, 0, 64)[:12]
             rows.append((f"{name}, {seen // 1000:,}k images", pixels))
-    write_atomic(results / "quality_grids.webp", encode(labelled_sheet(rows), "webp"))
+    write_atomic(results / "quality_grids.webp", encode(labeled_sheet(rows), "webp"))
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -24,9 +24,9 @@ from export.benchmark.roofline import Ceiling
 from export.benchmark.run import Effort, Limits, Timing, measure, measure_limits
 from export.builders.onnx_model import export_onnx
 from export.samplers.base import available_threads, open_sampler
-from pipeline.checkpoints.weights import serialise
+from pipeline.checkpoints.weights import serialize
 from pipeline.config import NetworkConfig
-from pipeline.model.networks import Generator, initialise
+from pipeline.model.networks import Generator, initialize
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = [1, 8, 64, 256]
@@ -82,12 +82,12 @@ def write_generator(folder: Path) -> Path:
     """Write the tutorials' generator with random weights and measured BatchNorm statistics."""
     config = NetworkConfig(width=64)
     generator = Generator(config)
-    initialise(generator, 0, lane=0)
+    initialize(generator, 0, lane=0)
     with torch.no_grad():
         for _ in range(10):
             generator(torch.rand(64, config.latent_dim) * 2 - 1)
     path = folder / "generator.safetensors"
-    path.write_bytes(serialise(generator.eval(), config, "raw", 0))
+    path.write_bytes(serialize(generator.eval(), config, "raw", 0))
     return path
 
 

@@ -28,7 +28,7 @@ from pipeline.common.randomness import Purpose
 from pipeline.config import RunConfig, load_config
 from pipeline.model.latents import latents
 from pipeline.model.losses import discriminator_loss, generator_loss
-from pipeline.model.networks import Discriminator, Generator, initialise
+from pipeline.model.networks import Discriminator, Generator, initialize
 from pipeline.training.step import AdversarialStep
 
 Update = Callable[[], None]
@@ -37,8 +37,8 @@ Update = Callable[[], None]
 def tutorial(config: RunConfig) -> Update:
     """The loop of the PyTorch DCGAN tutorial on our networks: default memory order, Adam, five reads a step."""
     generator, discriminator = Generator(config.network), Discriminator(config.network)
-    initialise(generator, 0, lane=0)
-    initialise(discriminator, 0, lane=1)
+    initialize(generator, 0, lane=0)
+    initialize(discriminator, 0, lane=1)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     criterion = nn.BCEWithLogitsLoss()
@@ -92,7 +92,7 @@ def bare(config: RunConfig) -> Update:
     """Our levers and nothing else: no average, no statistics, no norms, data and z in memory."""
     networks = Generator(config.network), Discriminator(config.network)
     for lane, network in enumerate(networks):
-        initialise(network, 0, lane=lane)
+        initialize(network, 0, lane=lane)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator, discriminator = networks
     optimizer_g = torch.optim.Adam(generator.parameters(), 2e-4, (0.5, 0.999), fused=True)
@@ -130,7 +130,7 @@ def compare(arms: dict[str, Update], updates: int, images: int, rounds: int) -> 
     return rates
 
 
-def summarise(rates: dict[str, list[float]], against: str) -> dict[str, dict[str, float]]:
+def summarize(rates: dict[str, list[float]], against: str) -> dict[str, dict[str, float]]:
     """Return median rates, and the median and quartiles of the ratio within a round."""
     summary = {}
     for name, values in rates.items():
@@ -263,7 +263,7 @@ def main() -> None:
             "ours, compiled": ours(levers, accelerator),
         }
         rates = compare(arms, updates=2, images=64, rounds=options.rounds)
-        result["step"] = {"setting": "64x64, width 64, batch 64, fp32", "rounds": options.rounds} | summarise(
+        result["step"] = {"setting": "64x64, width 64, batch 64, fp32", "rounds": options.rounds} | summarize(
             rates, "tutorial"
         )
         print(json.dumps(result["step"], indent=1))
@@ -272,7 +272,7 @@ def main() -> None:
         rates = trainer_rounds(config, options.data, options.rounds, updates=24)
         saves = rates.pop("save_milliseconds")
         setting = f"preset demo: width {config.network.width}, batch {config.recipe.batch}"
-        result["loop"] = {"setting": setting, "rounds": options.rounds} | summarise(rates, "bare")
+        result["loop"] = {"setting": setting, "rounds": options.rounds} | summarize(rates, "bare")
         result["loop"]["checkpoint_milliseconds"] = round(statistics.median(saves), 1)
         result["loop"]["telemetry"] = telemetry_share(config, options.rounds)
         print(json.dumps(result["loop"], indent=1))

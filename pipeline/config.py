@@ -24,7 +24,7 @@ class NetworkConfig(Section):
     image_size: Literal[32, 64, 128] = 64
     """Height and width in pixels."""
     channels: Literal[1, 3] = 3
-    """1 grey, 3 RGB."""
+    """1 gray, 3 RGB."""
     width: int = Field(128, ge=4, le=1024)
     """Channels of the largest feature maps; each halving of the size doubles them. 128 is the paper's at 64 px."""
     kernel_size: Literal[4, 5] = 4

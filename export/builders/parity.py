@@ -14,7 +14,7 @@ from export.format.card import Parity, Precision, beside
 from export.format.graph import to_uint8
 from export.samplers.base import Sampler
 from pipeline.common.errors import DataError
-from pipeline.common.imaging import Pixels, labelled_sheet, save_png
+from pipeline.common.imaging import Pixels, labeled_sheet, save_png
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose
 from pipeline.common.storage import is_url
@@ -150,7 +150,7 @@ def require(measured: list[tuple[Parity, Comparison]], model: str) -> list[Parit
         if (parity.max_float_error or 0.0) > parity.float_bar:
             far.append(f"{parity.max_float_error:.2g} in [-1, 1] (at most {parity.float_bar:g} is allowed)")
         if parity.max_uint8_error > parity.uint8_bar:
-            far.append(f"{parity.max_uint8_error} grey levels (at most {parity.uint8_bar})")
+            far.append(f"{parity.max_uint8_error} gray levels (at most {parity.uint8_bar})")
         if parity.share_bar is not None and parity.share_of_pixels_off > parity.share_bar:
             far.append(f"{parity.share_of_pixels_off:.2%} of the values (at most {parity.share_bar:.1%})")
         if far:
@@ -174,7 +174,7 @@ def _picture(compared: Comparison, name: str) -> Pixels:
         ("exported", compared.worst[1]),
         (f"difference x{255 // max(int(error.max()), 1)}", visible),
     ]
-    return labelled_sheet([(caption, image[None].repeat(4, 1).repeat(4, 2)) for caption, image in rows], 1)
+    return labeled_sheet([(caption, image[None].repeat(4, 1).repeat(4, 2)) for caption, image in rows], 1)
 
 
 def describe(parity: Parity) -> str:

@@ -89,7 +89,7 @@ def profiles(max_batch: int) -> list[list[int]]:
 
 
 def build_plan(model: str, card: Card, data: bytes, options: BuildOptions) -> tuple[bytes, Engine]:
-    """Return the serialised plan of an ONNX model, and what it is tied to. `model` is named in errors.
+    """Return the serialized plan of an ONNX model, and what it is tied to. `model` is named in errors.
 
     Raises UnavailableError when TensorRT or the GPU is missing, DataError when it cannot build this graph.
     """

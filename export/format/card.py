@@ -85,7 +85,7 @@ class Engine(Record):
     system: str
     """Operating system and processor, such as Linux-x86_64."""
     profiles: list[list[int]]
-    """Smallest, best and largest batch of each optimisation profile."""
+    """Smallest, best and largest batch of each optimization profile."""
     optimization_level: int
     onnx: str
     """The ONNX file beside it that it was built from."""

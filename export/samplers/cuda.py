@@ -14,7 +14,7 @@ from pipeline.common.errors import UnavailableError
 from pipeline.config import NetworkConfig
 
 WARM_UP_LAUNCHES = 3
-"""Before a capture: lazy initialisation (cuDNN's plans, workspaces) must not be recorded."""
+"""Before a capture: lazy initialization (cuDNN's plans, workspaces) must not be recorded."""
 
 
 class CudaSampler(Sampler):

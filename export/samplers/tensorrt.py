@@ -149,7 +149,7 @@ class TensorRTSampler(CudaSampler):
                 raise DataError(f"{model}: has no tensor {name!r}; build it again with dcgan-export trt")
 
     def _record(self) -> None:
-        """Run a few times (lazy initialisation must not be recorded), then capture, where that is possible."""
+        """Run a few times (lazy initialization must not be recorded), then capture, where that is possible."""
         with torch.cuda.stream(self._compute):
             for _ in range(WARM_UP_LAUNCHES):
                 self._execute()

@@ -47,7 +47,7 @@ def prepare(loaded: "LoadedGenerator", backend: str, precision: ComputePrecision
     deployed = DeployedGenerator(loaded.generator, precision=precision)
     deployed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if backend == "compiled":
-        deployed.compile(dynamic=False)  # the block size is fixed: one graph, specialised
+        deployed.compile(dynamic=False)  # the block size is fixed: one graph, specialized
     return deployed
 
 

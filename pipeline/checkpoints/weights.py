@@ -58,7 +58,7 @@ class LoadedDiscriminator:
 METADATA_KEY = "dcgan"
 
 
-def serialise(network: "nn.Module", config: NetworkConfig, kind: Kind, images_seen: int) -> bytes:
+def serialize(network: "nn.Module", config: NetworkConfig, kind: Kind, images_seen: int) -> bytes:
     """Return the state of `network` as safetensors bytes whose metadata say what it is."""
     from safetensors.torch import save
 
@@ -68,8 +68,8 @@ def serialise(network: "nn.Module", config: NetworkConfig, kind: Kind, images_se
     return save(state, {METADATA_KEY: json.dumps(card)})
 
 
-def deserialise(data: bytes, source: str) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """Return the tensors of safetensors bytes and what `serialise` said of them; DataError when they are damaged."""
+def deserialize(data: bytes, source: str) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    """Return the tensors of safetensors bytes and what `serialize` said of them; DataError when they are damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -94,7 +94,7 @@ def load_generator(reference: str) -> LoadedGenerator:
     source, data = _read(reference, "ema")
     if source.endswith((".pth", ".pt")):
         return _from_examples(data, source)
-    tensors, card = deserialise(data, source)
+    tensors, card = deserialize(data, source)
     if card.get("kind") not in ("ema", "raw"):
         raise DataError(f"{source}: holds {card.get('kind', 'weights of another project')}, expected a generator")
     from pipeline.model.networks import Generator
@@ -109,7 +109,7 @@ def load_generator(reference: str) -> LoadedGenerator:
 def load_discriminator(reference: str) -> LoadedDiscriminator:
     """Return the discriminator that `reference` names: a run, a checkpoint, or a discriminator's `.safetensors`."""
     source, data = _read(reference, "discriminator")
-    tensors, card = deserialise(data, source)
+    tensors, card = deserialize(data, source)
     if card.get("kind") != "discriminator":
         raise DataError(f"{source}: holds {card.get('kind', 'weights of another project')}, expected a discriminator")
     from pipeline.model.networks import Discriminator
@@ -178,7 +178,7 @@ def _fill(network: "nn.Module", tensors: dict[str, "Tensor"], source: str) -> No
 
 
 def _from_examples(data: bytes, source: str) -> LoadedGenerator:
-    """Read a `netG_epoch_N.pth` of pytorch/examples: recognised by its keys, sizes inferred, z ~ N(0, 1)."""
+    """Read a `netG_epoch_N.pth` of pytorch/examples: recognized by its keys, sizes inferred, z ~ N(0, 1)."""
     import torch
 
     from pipeline.model.networks import Generator

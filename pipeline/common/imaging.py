@@ -23,7 +23,7 @@ MAX_PIXELS = 1 << 27
 """Larger images are refused before they are decoded: a small file can unfold to terabytes."""
 # Only these decoders ever see a file. Others run programs (EPS) or are rarely used and rarely tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
-# 16-bit grey images scale to 8 bits; Pillow's own conversion would clip them.
+# 16-bit gray images scale to 8 bits; Pillow's own conversion would clip them.
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 
 # The bound above is checked here, with an error that names the size; Pillow's warning would only add noise.
@@ -54,7 +54,7 @@ def open_image(data: bytes) -> Image.Image:
 def upright(image: Image.Image, channels: int) -> Image.Image:
     """Decode the first frame, apply its EXIF orientation, and return it as mode RGB or L. Raises BadImage.
 
-    Transparency is composited on white; 16-bit grey is scaled to 8 bits.
+    Transparency is composited on white; 16-bit gray is scaled to 8 bits.
     """
     mode = "L" if channels == 1 else "RGB"
     try:
@@ -135,15 +135,15 @@ def decode(data: bytes | memoryview, channels: int = 3) -> Pixels:
 
 
 def encode(image: Pixels, format: Format, quality: int = 95) -> bytes:
-    """Encode (height, width, 1 or 3) as jpg (full colour resolution), webp (lossless at quality 100) or png."""
-    grey = image.shape[-1] == 1
+    """Encode (height, width, 1 or 3) as jpg (full color resolution), webp (lossless at quality 100) or png."""
+    gray = image.shape[-1] == 1
     if format == "jpg":
         data: bytes = simplejpeg.encode_jpeg(
-            np.ascontiguousarray(image), quality, "GRAY" if grey else "RGB", "Gray" if grey else "444"
+            np.ascontiguousarray(image), quality, "GRAY" if gray else "RGB", "Gray" if gray else "444"
         )
         return data
     buffer = io.BytesIO()
-    picture = Image.fromarray(image[..., 0] if grey else image)
+    picture = Image.fromarray(image[..., 0] if gray else image)
     if format == "webp":
         picture.save(buffer, "WEBP", quality=quality, lossless=quality == 100, method=4)
     else:
@@ -164,7 +164,7 @@ def grid(images: Pixels, columns: int, *, gap: int = 0, background: int = 255) -
     return canvas
 
 
-def labelled_sheet(
+def labeled_sheet(
     rows: Sequence[tuple[str, Pixels]], columns: int = 12, *, gap: int = 2, text_size: int = 13
 ) -> Pixels:
     """Stack captioned groups of images, each (caption, (N, H, W, C)), as one RGB image on white."""

@@ -22,7 +22,7 @@ class Purpose(IntEnum):
     BATCHNORM = 6
     SHARD_ORDER = 7
     IMAGE_ORDER = 8
-    INITIALISE = 9
+    INITIALIZE = 9
     PROJECTIONS = 10
     BENCHMARK = 11
     ANALYSIS = 12

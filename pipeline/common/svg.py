@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: sharp at any size, in the page's own colours, light or dark."""
+"""Line charts as inline SVG: sharp at any size, in the page's own colors, light or dark."""
 
 import math
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Average neighbours until at most POINTS are left."""
+    """Average neighbors until at most POINTS are left."""
     size = -(-len(points) // POINTS)
     if size <= 1:
         return points

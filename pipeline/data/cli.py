@@ -50,7 +50,7 @@ def build(
     src: Annotated[str, typer.Argument(metavar="SRC", help="Folder, file or URL of the pictures.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the data set to make.")],
     size: Annotated[int, typer.Option(min=4, max=4096, help="Height and width of the images in pixels.")] = 64,
-    channels: Annotated[int, typer.Option(min=1, max=3, help="3 for RGB, 1 for grey.")] = 3,
+    channels: Annotated[int, typer.Option(min=1, max=3, help="3 for RGB, 1 for gray.")] = 3,
     encoding: Annotated[EncodingName, typer.Option(help="packed: raw pixels in blocks, lossless and fastest.")] = (
         EncodingName.packed
     ),
@@ -95,7 +95,7 @@ def build(
     from pipeline.data.build.command import BuildOptions, build_all
 
     if channels == 2:
-        raise UsageError("--channels 2: expected 1 (grey) or 3 (RGB)")
+        raise UsageError("--channels 2: expected 1 (gray) or 3 (RGB)")
     build_all(
         BuildOptions(
             kind=kind.value,

@@ -25,7 +25,7 @@ commands = typer.Typer()
 
 @commands.command()
 def classifier(
-    data: Annotated[str, typer.Option(help="Labelled shards; a folder or URL.", show_default=False)],
+    data: Annotated[str, typer.Option(help="Labeled shards; a folder or URL.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder of the results.", show_default=False)],
     seed: Seed = 0,
     epochs: Annotated[int, typer.Option(help="Times through the data.", min=1)] = 12,
@@ -164,7 +164,7 @@ def memorization(
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
-    """Learned or memorised: held-out distances, hash collisions, smoothness of walks (sections 3 and 6.1)."""
+    """Learned or memorized: held-out distances, hash collisions, smoothness of walks (sections 3 and 6.1)."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.paper.memorization import run_memorization
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Chart
 
-COLOURS = ("#2563eb", "#94a3b8", "#d97706", "#0d9488", "#be185d", "#7c3aed")
+COLORS = ("#2563eb", "#94a3b8", "#d97706", "#0d9488", "#be185d", "#7c3aed")
 
 
 def axes(width: float = 7.0, height: float = 3.6) -> tuple["Chart", "Axes"]:
@@ -25,12 +25,12 @@ def axes(width: float = 7.0, height: float = 3.6) -> tuple["Chart", "Axes"]:
 
 
 def bars(labels: Sequence[str], values: Mapping[str, Sequence[float]], unit: str) -> "Chart":
-    """Return grouped bars: one group a label, one colour a row of `values`, each bar with its number."""
+    """Return grouped bars: one group a label, one color a row of `values`, each bar with its number."""
     chart, area = axes(max(6.0, 0.42 * len(labels) * (len(values) + 1)))
     width = 0.82 / len(values)
     for index, (name, row) in enumerate(values.items()):
         places = [position + (index - (len(values) - 1) / 2) * width for position in range(len(labels))]
-        drawn = area.bar(places, row, width * 0.94, label=name, color=COLOURS[index % len(COLOURS)])
+        drawn = area.bar(places, row, width * 0.94, label=name, color=COLORS[index % len(COLORS)])
         area.bar_label(drawn, fmt="%.3g", fontsize=7, padding=1)
     area.set_xticks(range(len(labels)), labels)
     area.set_ylabel(unit)
@@ -41,7 +41,7 @@ def bars(labels: Sequence[str], values: Mapping[str, Sequence[float]], unit: str
 
 def sheet(rows: Sequence[tuple[str, Pixels]], columns: int, scale: int = 2) -> Pixels:
     """Return captioned rows of images, each pixel `scale` times as large so that 64 pixels can be looked at."""
-    from pipeline.common.imaging import labelled_sheet
+    from pipeline.common.imaging import labeled_sheet
 
     enlarged = [(caption, images.repeat(scale, 1).repeat(scale, 2)) for caption, images in rows]
-    return labelled_sheet(enlarged, columns)
+    return labeled_sheet(enlarged, columns)

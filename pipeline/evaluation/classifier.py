@@ -1,4 +1,4 @@
-"""The judge: a small network that reads attributes off an image, trained on a labelled data set."""
+"""The judge: a small network that reads attributes off an image, trained on a labeled data set."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from pipeline.common.errors import DataError, UsageError
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose, permutation, raw_bits
 from pipeline.common.storage import Store, write_atomic
-from pipeline.data.labelled import Labelled, load_labelled
+from pipeline.data.labeled import Labeled, load_labeled
 from pipeline.evaluation.images import Pixels
 from pipeline.evaluation.inputs import device
 from pipeline.evaluation.results import Result
@@ -37,14 +37,14 @@ class Head:
     kind: str
     """`bool` (a probability) or `float` (a value)."""
     mean: float
-    """Of the training labels: the base rate, or the centre of the values."""
+    """Of the training labels: the base rate, or the center of the values."""
     deviation: float
     score: float = float("nan")
     """On held-out images: accuracy of a bool, R squared of a float."""
 
 
 class AttributeNet(nn.Module):
-    """Images (N, channels, size, size) float in [-1, 1] -> one number a head (N, heads), logits or standardised."""
+    """Images (N, channels, size, size) float in [-1, 1] -> one number a head (N, heads), logits or standardized."""
 
     def __init__(self, channels: int, size: int, heads: int) -> None:
         super().__init__()
@@ -116,11 +116,11 @@ def to_network(images: Pixels) -> Tensor:
 
 def load_classifier(reference: str) -> Classifier:
     """Return a saved classifier. Raises DataError when the file is something else."""
-    from pipeline.checkpoints.weights import deserialise
+    from pipeline.checkpoints.weights import deserialize
 
     folder, _, name = reference.rpartition("/")
     store = Store(folder or ("/" if reference.startswith("/") else "."))
-    tensors, card = deserialise(store.read(name), store.path(name))
+    tensors, card = deserialize(store.read(name), store.path(name))
     if card.get("kind") != KIND:
         raise DataError(f"{reference}: not an attribute classifier; make one with `dcgan-eval classifier`")
     height, width, channels = card["shape"]
@@ -144,16 +144,16 @@ def get_classifier(reference: str | None, data: str | None, out: Path) -> Classi
         if data is None or load_dataset(data).fingerprint() == classifier.data:
             return classifier
     if data is None:
-        raise UsageError("no judge: name a labelled --data set to train one on, or --classifier FILE")
+        raise UsageError("no judge: name a labeled --data set to train one on, or --classifier FILE")
     return make_classifier(data, out, seed=0)
 
 
 def make_classifier(data: str, out: Path, *, seed: int, epochs: int = EPOCHS) -> Classifier:
     """Train a classifier on all bool and float labels of a data set; write it and its scores into `out`."""
-    labelled = load_labelled(data)
-    learn, test = labelled.split(max(1, int(len(labelled.images) * HELD_OUT)))
+    labeled = load_labeled(data)
+    learn, test = labeled.split(max(1, int(len(labeled.images) * HELD_OUT)))
     settings = {"epochs": epochs, "seed": seed, "training_images": len(learn.images), "held_out": len(test.images)}
-    result = Result("classifier", out, {"kind": "attribute classifier"}, labelled.description, settings)
+    result = Result("classifier", out, {"kind": "attribute classifier"}, labeled.description, settings)
     classifier = train_classifier(learn, seed=seed, epochs=epochs)
     classifier.heads = {head.name: head for head in _scored(classifier, test)}
     classifier.save(out / FILE_NAME)
@@ -164,7 +164,7 @@ def make_classifier(data: str, out: Path, *, seed: int, epochs: int = EPOCHS) ->
             "accuracy" if head.kind == "bool" else "R²",
             round(head.score, 3),
             _baseline(head),
-            int(np.isfinite(_numbers(labelled, head.name)).sum()),
+            int(np.isfinite(_numbers(labeled, head.name)).sum()),
         ]
         for head in heads
     ]
@@ -178,38 +178,38 @@ def make_classifier(data: str, out: Path, *, seed: int, epochs: int = EPOCHS) ->
     return classifier
 
 
-def train_classifier(labelled: Labelled, *, seed: int, epochs: int = EPOCHS) -> Classifier:
+def train_classifier(labeled: Labeled, *, seed: int, epochs: int = EPOCHS) -> Classifier:
     """Return a classifier of every bool and float label; where an image lacks one, nothing is learned from it.
 
     Raises DataError when there are no such labels, or too few images.
     """
     heads = []
-    for name, kind in labelled.types.items():
+    for name, kind in labeled.types.items():
         if kind in ("bool", "float"):
-            values = _numbers(labelled, name)
+            values = _numbers(labeled, name)
             present = values[np.isfinite(values)]
             if len(present) and present.std() > 0:
                 heads.append(Head(name, kind, float(present.mean()), float(present.std())))
     if not heads:
         raise DataError("the data set has no bool or float label that varies: nothing for a classifier to learn")
-    if len(labelled.images) < 2 * BATCH:
-        raise DataError(f"{len(labelled.images)} labelled images are too few to learn from: expected {2 * BATCH}")
-    height, width, channels = labelled.images.shape[1:]
+    if len(labeled.images) < 2 * BATCH:
+        raise DataError(f"{len(labeled.images)} labeled images are too few to learn from: expected {2 * BATCH}")
+    height, width, channels = labeled.images.shape[1:]
     torch.manual_seed(seed)
     network = AttributeNet(channels, width, len(heads)).to(device())
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    targets = np.stack([_target(labelled, head) for head in heads], 1)
+    targets = np.stack([_target(labeled, head) for head in heads], 1)
     is_bool = torch.tensor([head.kind == "bool" for head in heads], device=device())
 
-    steps_an_epoch = len(labelled.images) // BATCH
+    steps_an_epoch = len(labeled.images) // BATCH
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, epochs * steps_an_epoch)
     with Progress("training the classifier", epochs * steps_an_epoch * BATCH) as progress:
         for epoch in range(epochs):
-            order = permutation(len(labelled.images), seed, Purpose.ANALYSIS, lane=epoch)
+            order = permutation(len(labeled.images), seed, Purpose.ANALYSIS, lane=epoch)
             for step in range(steps_an_epoch):
                 rows = order[step * BATCH : (step + 1) * BATCH]
-                images = _varied(to_network(labelled.images[rows]), seed, epoch * steps_an_epoch + step)
+                images = _varied(to_network(labeled.images[rows]), seed, epoch * steps_an_epoch + step)
                 wanted = torch.from_numpy(targets[rows]).to(device())
                 known = wanted.isfinite()
                 wanted = torch.where(known, wanted, 0)  # before the loss: its gradient would be NaN as well
@@ -224,16 +224,16 @@ def train_classifier(labelled: Labelled, *, seed: int, epochs: int = EPOCHS) -> 
                 optimizer.step()
                 schedule.step()
                 progress.advance(BATCH)
-    return Classifier(network, heads, (height, width, channels), labelled.description.get("fingerprint", ""))
+    return Classifier(network, heads, (height, width, channels), labeled.description.get("fingerprint", ""))
 
 
-def _numbers(labelled: Labelled, name: str) -> NDArray[np.float64]:
+def _numbers(labeled: Labeled, name: str) -> NDArray[np.float64]:
     """Return a bool or float column as numbers; what an image lacks is NaN."""
-    return np.asarray(labelled.columns[name], np.float64)
+    return np.asarray(labeled.columns[name], np.float64)
 
 
-def _target(labelled: Labelled, head: Head) -> NDArray[np.float32]:
-    values = _numbers(labelled, head.name)
+def _target(labeled: Labeled, head: Head) -> NDArray[np.float32]:
+    values = _numbers(labeled, head.name)
     return np.asarray(values if head.kind == "bool" else (values - head.mean) / head.deviation, np.float32)
 
 
@@ -248,7 +248,7 @@ def _varied(images: Tensor, seed: int, step: int) -> Tensor:
     return (moved * (1 + noise[0]) + noise[1]).contiguous(memory_format=torch.channels_last)
 
 
-def _scored(classifier: Classifier, test: Labelled) -> list[Head]:
+def _scored(classifier: Classifier, test: Labeled) -> list[Head]:
     """Return the heads with their scores on held-out images."""
     read = classifier.read(test.images)
     scored = []

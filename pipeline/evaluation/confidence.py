@@ -11,9 +11,9 @@ NORMAL_95 = 1.96
 def wilson(share: float, count: int) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a share seen in `count` trials."""
     z = NORMAL_95**2 / count
-    centre = (share + z / 2) / (1 + z)
+    center = (share + z / 2) / (1 + z)
     half = NORMAL_95 / (1 + z) * math.sqrt(share * (1 - share) / count + z / (4 * count))
-    return centre - half, centre + half
+    return center - half, center + half
 
 
 def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:

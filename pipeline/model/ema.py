@@ -27,7 +27,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, generator: nn.Module, images_seen: int, batch: int) -> None:
-        """Move towards `generator` after an update on `batch` images, the last of which was image `images_seen`.
+        """Move toward `generator` after an update on `batch` images, the last of which was image `images_seen`.
 
         The half-life is at most `ramp_up` of the images seen (Karras et al. 2020, StyleGAN2-ADA's code).
         """

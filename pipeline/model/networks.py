@@ -79,12 +79,12 @@ class Discriminator(nn.Module):
         return logits.flatten()
 
 
-def initialise(network: nn.Module, seed: int, *, lane: int) -> None:
+def initialize(network: nn.Module, seed: int, *, lane: int) -> None:
     """Draw the paper's initial weights in place: convolutions N(0, 0.02), BN scale N(1, 0.02), shifts 0.
 
     A pure function of (seed, lane); give G and D different lanes.
     """
-    word = int(raw_bits(seed, Purpose.INITIALISE, 0, 1, lane=lane)[0] >> 1)
+    word = int(raw_bits(seed, Purpose.INITIALIZE, 0, 1, lane=lane)[0] >> 1)
     generator = torch.Generator().manual_seed(word)
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints.mirror import HURRIED_SECONDS, PATIENCE_SECONDS, Mirror
 from pipeline.checkpoints.store import Checkpoint, CheckpointStore
-from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialise, serialise
+from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize, serialize
 from pipeline.common.errors import ConfigConflict, DataError, UsageError
 from pipeline.common.storage import Store, is_url
 from pipeline.config import RunConfig
@@ -192,7 +192,7 @@ def checkpoint_files(step: AdversarialStep, images_seen: int, metrics: bytes) ->
         "discriminator": step.discriminator,
     }
     config = step.ema.generator.config
-    files = {FILE_OF_KIND[kind]: serialise(net, config, kind, images_seen) for kind, net in networks.items()}
+    files = {FILE_OF_KIND[kind]: serialize(net, config, kind, images_seen) for kind, net in networks.items()}
     states: dict[str, Any] = {
         "generator": step.optimizer_g.optimizer.state_dict(),
         "discriminator": step.optimizer_d.optimizer.state_dict(),
@@ -213,7 +213,7 @@ def restore(step: AdversarialStep, checkpoint: Checkpoint) -> None:
     }
     for kind, network in networks.items():
         where = f"{checkpoint.path}/{FILE_OF_KIND[kind]}"
-        tensors, _ = deserialise(checkpoint.files[FILE_OF_KIND[kind]], where)
+        tensors, _ = deserialize(checkpoint.files[FILE_OF_KIND[kind]], where)
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig
 from pipeline.model.ema import EMA
 from pipeline.model.losses import discriminator_loss, generator_loss
-from pipeline.model.networks import Discriminator, Generator, initialise
+from pipeline.model.networks import Discriminator, Generator, initialize
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,8 +45,8 @@ class AdversarialStep:
         self.generator = Generator(config.network)
         self.discriminator = Discriminator(config.network)
         self.dtype = next(self.generator.parameters()).dtype
-        initialise(self.generator, recipe.seed, lane=0)
-        initialise(self.discriminator, recipe.seed, lane=1)
+        initialize(self.generator, recipe.seed, lane=0)
+        initialize(self.discriminator, recipe.seed, lane=1)
         # The order matters: the average copies plain modules, compiling wraps nothing, DDP comes last.
         for network in (self.generator, self.discriminator):
             network.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
@@ -120,8 +120,8 @@ class AdversarialStep:
 
     def to_device(self, images: NDArray[np.uint8]) -> Tensor:
         """Return uint8 (n, size, size, channels) images as float (n, channels, size, size) in [-1, 1]."""
-        normalised = self._upload(images).permute(0, 3, 1, 2).to(self.dtype).div_(127.5).sub_(1.0)
-        return normalised.contiguous(memory_format=self.memory_format)
+        normalized = self._upload(images).permute(0, 3, 1, 2).to(self.dtype).div_(127.5).sub_(1.0)
+        return normalized.contiguous(memory_format=self.memory_format)
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
         """Copy to the device without making the host wait, which takes pinned memory: the stream's is, z's is not."""
@@ -173,5 +173,5 @@ def deviation(images: Tensor) -> Tensor:
     Near 0 all images are the same. Not `std(0)`: of 16 images it takes 3 to 5 times as long on a CPU.
     """
     pixels = images.float()
-    centred = pixels - pixels.mean(0)
-    return centred.square_().mean(0).sqrt_().mean()
+    centered = pixels - pixels.mean(0)
+    return centered.square_().mean(0).sqrt_().mean()

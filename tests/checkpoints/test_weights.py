@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from pipeline.checkpoints.store import CheckpointStore, load_discriminator, load_generator
-from pipeline.checkpoints.weights import FILE_OF_KIND, serialise
+from pipeline.checkpoints.weights import FILE_OF_KIND, serialize
 from pipeline.common.errors import DataError
 from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig
-from pipeline.model.networks import Discriminator, Generator, initialise
+from pipeline.model.networks import Discriminator, Generator, initialize
 
 CONFIG = NetworkConfig(image_size=32, width=4, latent_dim=6, channels=1)
 
@@ -23,11 +23,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = CheckpointStore(Store(folder))
     for images, swd in ((100, 5.0), (200, 1.0), (300, 3.0)):
         generator, discriminator = Generator(CONFIG), Discriminator(CONFIG)
-        initialise(generator, images, lane=0)
+        initialize(generator, images, lane=0)
         files = {
-            FILE_OF_KIND["ema"]: serialise(generator, CONFIG, "ema", images),
-            FILE_OF_KIND["raw"]: serialise(generator, CONFIG, "raw", images),
-            FILE_OF_KIND["discriminator"]: serialise(discriminator, CONFIG, "discriminator", images),
+            FILE_OF_KIND["ema"]: serialize(generator, CONFIG, "ema", images),
+            FILE_OF_KIND["raw"]: serialize(generator, CONFIG, "raw", images),
+            FILE_OF_KIND["discriminator"]: serialize(discriminator, CONFIG, "discriminator", images),
         }
         store.save(images, files, {"metrics": {"swd": swd}})
     return folder
@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_references(run: Path, scheme: str, suffix: str, images: int, kind: str) -> None:
     loaded = load_generator(f"{scheme}{run}{suffix}")
     expected = Generator(CONFIG)
-    initialise(expected, images, lane=0)
+    initialize(expected, images, lane=0)
     assert (loaded.images_seen, loaded.kind, loaded.config) == (images, kind, CONFIG)
     assert str(images) in loaded.source
     assert not loaded.generator.training
@@ -157,6 +157,6 @@ def test_weights_that_diverged_are_named_as_such(tmp_path: Path, value: float) -
     with torch.no_grad():
         generator.layers[0].weight[0, 0] = value
     file = tmp_path / "generator.safetensors"
-    file.write_bytes(serialise(generator, CONFIG, "raw", 5))
+    file.write_bytes(serialize(generator, CONFIG, "raw", 5))
     with pytest.raises(DataError, match=r"weights are not finite \(layers.0.weight\)"):
         load_generator(str(file))

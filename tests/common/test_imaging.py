@@ -9,7 +9,7 @@ import pytest
 from picture_files import as_bytes, make_picture
 from PIL import Image
 
-from pipeline.common.imaging import BadImage, decode, encode, grid, is_ready, labelled_sheet, load_square
+from pipeline.common.imaging import BadImage, decode, encode, grid, is_ready, labeled_sheet, load_square
 from pipeline.data.build.transform import Recipe
 
 RED = (200, 30, 40)
@@ -35,7 +35,7 @@ def palette_with_hole() -> bytes:
 
 
 def animation() -> bytes:
-    frames = [Image.new("RGB", (20, 20), colour) for colour in (RED, (0, 0, 255))]
+    frames = [Image.new("RGB", (20, 20), color) for color in (RED, (0, 0, 255))]
     return as_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
@@ -60,11 +60,11 @@ def cmyk() -> bytes:
         (as_bytes(Image.new("RGB", (20, 20), RED), "PPM"), RED),
     ],
     ids=[
-        "grey",
+        "gray",
         "16-bit",
         "transparent",
         "half",
-        "grey+alpha",
+        "gray+alpha",
         "bilevel",
         "cmyk",
         "animated",
@@ -100,7 +100,7 @@ def test_the_middle_is_cropped_and_resizing_antialiases() -> None:
     stripes = np.zeros((64, 200, 3), np.uint8)
     stripes[:, 68:132] = np.tile(np.array([0, 255], np.uint8).repeat(1), 32)[None, :, None]
     small = load_square(encode(stripes, "png"), 16, 3)
-    assert np.abs(small.astype(int) - 128).max() < 20  # stripes of one pixel average to grey, nothing of the border
+    assert np.abs(small.astype(int) - 128).max() < 20  # stripes of one pixel average to gray, nothing of the border
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_grid_places_images_row_by_row() -> None:
 
 def test_sheet_holds_all_groups_and_their_captions() -> None:
     rows = [("kept", np.zeros((2, 8, 8, 3), np.uint8)), ("dropped", np.full((3, 8, 8, 1), 9, np.uint8))]
-    sheet = labelled_sheet(rows)
+    sheet = labeled_sheet(rows)
     assert (sheet == 0).all(-1).sum() >= 128
     assert (sheet == 9).all(-1).sum() == 192
     assert Image.open(io.BytesIO(encode(sheet, "png"))).mode == "RGB"

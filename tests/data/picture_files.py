@@ -10,7 +10,7 @@ from pipeline.common.imaging import Pixels, encode
 
 
 def make_picture(seed: int, width: int = 48, height: int = 40, channels: int = 3) -> Pixels:
-    """Return a picture of smooth colours, different for every seed: (height, width, channels)."""
+    """Return a picture of smooth colors, different for every seed: (height, width, channels)."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     picture = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))

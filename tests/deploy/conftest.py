@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoints.weights import serialise
+from pipeline.checkpoints.weights import serialize
 from pipeline.config import NetworkConfig
-from pipeline.model.networks import Generator, initialise
+from pipeline.model.networks import Generator, initialize
 
 BIN = Path(sys.executable).parent
 
@@ -24,15 +24,15 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path
     def make(seed: int) -> Path:
         config = NetworkConfig(width=8, image_size=32)
         generator = Generator(config)
-        initialise(generator, seed, lane=0)
+        initialize(generator, seed, lane=0)
         for module in generator.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
         with torch.no_grad():
             generator(torch.rand(64, config.latent_dim) * 2 - 1)  # BatchNorm statistics
-            generator.layers[-2].weight *= 20  # contrast: at first all images are nearly grey
+            generator.layers[-2].weight *= 20  # contrast: at first all images are nearly gray
         path = folder / f"{seed}.safetensors"
-        path.write_bytes(serialise(generator.eval(), config, "ema", 0))
+        path.write_bytes(serialize(generator.eval(), config, "ema", 0))
         return path
 
     return make

@@ -16,14 +16,14 @@ from pipeline.evaluation.cli import main
 
 
 def scenes(count: int, seed: int, size: int = 64) -> NDArray[np.uint8]:
-    """Smooth colour gradients with a random disc: enough structure for every level of a pyramid."""
+    """Smooth color gradients with a random disc: enough structure for every level of a pyramid."""
     draw = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
     images = np.empty((count, size, size, 3))
     for image in images:
         a, b, c = draw.uniform(-100, 100, (3, 3))
-        centre_y, centre_x, radius = draw.uniform(0.2, 0.8, 3)
-        disc = (y - centre_y) ** 2 + (x - centre_x) ** 2 < (radius / 3) ** 2
+        center_y, center_x, radius = draw.uniform(0.2, 0.8, 3)
+        disc = (y - center_y) ** 2 + (x - center_x) ** 2 < (radius / 3) ** 2
         image[:] = 128 + a * (x[..., None] - 0.5) + b * (y[..., None] - 0.5) + c * disc[..., None]
     return np.clip(images + draw.normal(0, 4, images.shape), 0, 255).astype(np.uint8)
 
@@ -75,8 +75,8 @@ def make_scenes() -> Callable[..., NDArray[np.uint8]]:
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """480 labelled 32x32 pictures in two packed shards."""
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """480 labeled 32x32 pictures in two packed shards."""
     return write_planted(tmp_path_factory.mktemp("planted") / "shards")
 
 
@@ -87,10 +87,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def judge_file(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def judge_file(labeled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier that has learned to read those pictures."""
     folder: Path = tmp_path_factory.mktemp("judge")
-    make_classifier(str(labelled), folder, seed=0, epochs=20)
+    make_classifier(str(labeled), folder, seed=0, epochs=20)
     return folder / FILE_NAME
 
 

@@ -1,4 +1,4 @@
-"""A labelled data set whose labels can be seen in its pictures, and a run whose networks fit it."""
+"""A labeled data set whose labels can be seen in its pictures, and a run whose networks fit it."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.checkpoints.store import CheckpointStore
-from pipeline.checkpoints.weights import FILE_OF_KIND, serialise
+from pipeline.checkpoints.weights import FILE_OF_KIND, serialize
 from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig, RunConfig
 from pipeline.data.dataset import Dataset
 from pipeline.data.shard_reader import ShardWriter, write_shard
-from pipeline.model.networks import Discriminator, Generator, initialise
+from pipeline.model.networks import Discriminator, Generator, initialize
 
 SIZE = 32
 NETWORK = NetworkConfig(image_size=SIZE, width=8, latent_dim=16)
@@ -76,12 +76,12 @@ def write_planted(folder: Path, count: int = 480, seed: int = 0, *, labels: bool
 def write_run(run: Path, seed: int = 0) -> Path:
     """Write a run directory with one checkpoint of untrained networks."""
     generator, discriminator = Generator(NETWORK), Discriminator(NETWORK)
-    initialise(generator, seed, lane=1)
-    initialise(discriminator, seed, lane=2)
+    initialize(generator, seed, lane=1)
+    initialize(discriminator, seed, lane=2)
     files = {
-        FILE_OF_KIND["ema"]: serialise(generator, NETWORK, "ema", 640),
-        FILE_OF_KIND["raw"]: serialise(generator, NETWORK, "raw", 640),
-        FILE_OF_KIND["discriminator"]: serialise(discriminator, NETWORK, "discriminator", 640),
+        FILE_OF_KIND["ema"]: serialize(generator, NETWORK, "ema", 640),
+        FILE_OF_KIND["raw"]: serialize(generator, NETWORK, "raw", 640),
+        FILE_OF_KIND["discriminator"]: serialize(discriminator, NETWORK, "discriminator", 640),
     }
     CheckpointStore(Store(run)).save(640, files, {"metrics": {}})
     config = RunConfig().model_copy(update={"network": NETWORK})
@@ -117,6 +117,6 @@ def legible_generator() -> Generator:
 def write_legible_run(run: Path) -> Path:
     """Write a run directory with that generator."""
     write_run(run)
-    files = {FILE_OF_KIND["ema"]: serialise(legible_generator(), NETWORK, "ema", 1280)}
+    files = {FILE_OF_KIND["ema"]: serialize(legible_generator(), NETWORK, "ema", 1280)}
     CheckpointStore(Store(run)).save(1280, files, {"metrics": {}})
     return run

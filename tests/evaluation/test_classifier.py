@@ -9,7 +9,7 @@ from planted import planted, write_planted
 from typer.testing import CliRunner
 
 from pipeline.common.errors import DataError, UsageError
-from pipeline.data.labelled import load_labelled
+from pipeline.data.labeled import load_labeled
 from pipeline.evaluation.classifier import Classifier, get_classifier, load_classifier, make_classifier
 from pipeline.evaluation.cli import app
 
@@ -39,10 +39,10 @@ def test_it_learns_from_labels_with_gaps(gappy: Path, tmp_path: Path) -> None:
 
 def test_a_label_that_no_held_out_image_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_planted(tmp_path / "data", 320)
-    labelled = load_labelled(str(data))
-    labelled.columns["bright"] = labelled.columns["bright"].astype(object)
-    labelled.columns["bright"][-64:] = None
-    monkeypatch.setattr("pipeline.evaluation.classifier.load_labelled", lambda _: labelled)
+    labeled = load_labeled(str(data))
+    labeled.columns["bright"] = labeled.columns["bright"].astype(object)
+    labeled.columns["bright"][-64:] = None
+    monkeypatch.setattr("pipeline.evaluation.classifier.load_labeled", lambda _: labeled)
     with pytest.raises(DataError, match="label bright: none of 64 held-out images has it"):
         make_classifier(str(data), tmp_path, seed=0, epochs=1)
 
@@ -56,23 +56,23 @@ def test_a_saved_classifier_reads_the_same(judge: Classifier, judge_file: Path) 
 
 
 def test_the_one_in_out_is_reused_unless_the_data_is_another(
-    judge_file: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    judge_file: Path, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "classifier.safetensors").write_bytes(judge_file.read_bytes())
-    assert get_classifier(None, str(labelled), tmp_path).data == load_classifier(str(judge_file)).data
+    assert get_classifier(None, str(labeled), tmp_path).data == load_classifier(str(judge_file)).data
     other = write_planted(tmp_path / "other", 160, seed=5)
     monkeypatch.setattr("pipeline.evaluation.classifier.EPOCHS", 1)
     assert get_classifier(None, str(other), tmp_path).data != load_classifier(str(judge_file)).data
 
 
-def test_bad_input_is_named(labelled: Path, judge: Classifier, run: Path, tmp_path: Path) -> None:
+def test_bad_input_is_named(labeled: Path, judge: Classifier, run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no labels"):
         make_classifier(str(write_planted(tmp_path / "plain", 64, labels=False)), tmp_path, seed=0)
     with pytest.raises(DataError, match="too few to learn from"):
         make_classifier(str(write_planted(tmp_path / "few", 100)), tmp_path, seed=0)
     with pytest.raises(DataError, match="not an attribute classifier"):
         load_classifier(str(next(run.rglob("generator.safetensors"))))
-    with pytest.raises(UsageError, match="name a labelled --data"):
+    with pytest.raises(UsageError, match="name a labeled --data"):
         get_classifier(None, None, tmp_path)
     with pytest.raises(UsageError, match="it reads bright, disc, place, coin"):
         judge.head("hat")
@@ -80,9 +80,9 @@ def test_bad_input_is_named(labelled: Path, judge: Classifier, run: Path, tmp_pa
         judge.read(np.zeros((1, 64, 64, 3), np.uint8))
 
 
-def test_the_command_states_the_accuracy(labelled: Path, tmp_path: Path) -> None:
+def test_the_command_states_the_accuracy(labeled: Path, tmp_path: Path) -> None:
     outcome = CliRunner().invoke(
-        app, ["classifier", "--data", str(labelled), "--out", str(tmp_path), "--epochs", "1"], catch_exceptions=False
+        app, ["classifier", "--data", str(labeled), "--out", str(tmp_path), "--epochs", "1"], catch_exceptions=False
     )
     assert outcome.exit_code == 0
     assert "bright" in outcome.output

@@ -39,7 +39,7 @@ Evaluate = Callable[..., Outcome]
 def line(
     run: Path,
     legible_run: Path,
-    labelled: Path,
+    labeled: Path,
     gappy: Path,
     judge_file: Path,
     tmp_path: Path,
@@ -64,7 +64,7 @@ def line(
     def split(text: str) -> list[str]:
         import shlex
 
-        places = {"run": run, "legible": legible_run, "data": labelled, "gappy": gappy, "judge": judge_file}
+        places = {"run": run, "legible": legible_run, "data": labeled, "gappy": gappy, "judge": judge_file}
         return [*shlex.split(text.format(**places, tmp=tmp_path)), "--out", str(tmp_path)]
 
     return split
@@ -109,7 +109,7 @@ def test_less_common_ways_end_well_too(command: str, evaluate: Evaluate, line: C
     [
         ("arithmetic --ckpt {legible} --expression '#99999999999'", "there is no sample #99999999999; expected"),
         ("arithmetic --ckpt {legible} --expression '#4096'", "0 to 4095"),
-        ("arithmetic --ckpt {legible} --expression '#1 - bright'", "no judge: name a labelled --data"),
+        ("arithmetic --ckpt {legible} --expression '#1 - bright'", "no judge: name a labeled --data"),
         ("arithmetic --ckpt {legible} --sheet 0", "'--sheet'"),
         ("swd --ckpt {run} --data {data} --patches 0", "'--patches'"),
         ("swd --ckpt {run} --data {data} --directions 0", "'--directions'"),

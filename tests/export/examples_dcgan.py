@@ -40,7 +40,7 @@ class Generator(nn.Module):
 
 
 def main(folder: Path, ngf: int) -> Path:
-    """Initialise, see some noise (so that BatchNorm has statistics), save the state_dict."""
+    """Initialize, see some noise (so that BatchNorm has statistics), save the state_dict."""
     torch.manual_seed(0)
     generator = Generator(ngf)
     for _ in range(10):

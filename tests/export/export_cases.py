@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from export.format.card import Card, Engine
-from pipeline.checkpoints.weights import serialise
+from pipeline.checkpoints.weights import serialize
 from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig
 from pipeline.model.latents import latents
-from pipeline.model.networks import Generator, initialise
+from pipeline.model.networks import Generator, initialize
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -19,10 +19,10 @@ Cli = Callable[..., tuple[int, str, str]]
 def make_generator(config: NetworkConfig, seed: int = 0) -> Generator:
     """Return a generator in eval mode with measured BatchNorm statistics and full contrast.
 
-    Freshly initialised ones make nearly grey images, in which every backend would agree.
+    Freshly initialized ones make nearly gray images, in which every backend would agree.
     """
     generator = Generator(config)
-    initialise(generator, seed, lane=0)
+    initialize(generator, seed, lane=0)
     norms = [module for module in generator.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -36,7 +36,7 @@ def make_generator(config: NetworkConfig, seed: int = 0) -> Generator:
 def write_checkpoint(folder: Path, config: NetworkConfig, seed: int = 0) -> Path:
     """Write a generator's .safetensors and return its path."""
     path = folder / f"generator-{seed}.safetensors"
-    path.write_bytes(serialise(make_generator(config, seed), config, "ema", 1000 + seed))
+    path.write_bytes(serialize(make_generator(config, seed), config, "ema", 1000 + seed))
     return path
 
 

@@ -16,7 +16,7 @@ from export.format.card import Parity
 from export.format.graph import DeployedGenerator, to_uint8
 from export.samplers.base import ONNX_BACKENDS, Sampler, open_sampler
 from export.samplers.onnx import OpenVinoSampler
-from pipeline.checkpoints.weights import serialise
+from pipeline.checkpoints.weights import serialize
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import open_image
 from pipeline.common.randomness import Purpose
@@ -128,7 +128,7 @@ def test_a_network_that_half_precision_cannot_hold_is_not_exported(tmp_path: Pat
         generator.layers[-4].weight *= 1e6  # the feature maps leave fp16's range; float32 does not mind
         generator.layers[-4].bias *= 1e6
         generator.layers[-2].weight *= 1e-6
-    (tmp_path / "wide.safetensors").write_bytes(serialise(generator, SMALL, "ema", 0))
+    (tmp_path / "wide.safetensors").write_bytes(serialize(generator, SMALL, "ema", 0))
     arguments = ("onnx", "--ckpt", tmp_path / "wide.safetensors", "--max-batch", 8, "--parity-images", 8)
     assert cli(*arguments, "--out", tmp_path / "full")[0] == 0
     code, _, error = cli(*arguments, "--out", tmp_path / "half", "--precision", "fp16")
@@ -152,7 +152,7 @@ def test_verify_finds_other_weights(exported: Export, tmp_path: Path) -> None:
 def test_a_gate_that_measures_other_weights_fails(exported: Export, tmp_path: Path) -> None:
     """The comparison itself: the right file beside the wrong network must not pass."""
     model, data = str(tmp_path / "m.onnx"), exported.model.read_bytes()
-    with pytest.raises(DataError, match=r"differs from PyTorch by \d+ grey levels"):
+    with pytest.raises(DataError, match=r"differs from PyTorch by \d+ gray levels"):
         check_parity(make_generator(SMALL, seed=1), exported.card, data, model, 16)
     assert (tmp_path / "m_parity_failure.png").exists()
 
@@ -207,7 +207,7 @@ def test_the_floats_of_every_image_are_compared(exported: Export, tmp_path: Path
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.002, True), (0.01, False)])
-def test_pixels_that_are_one_grey_level_off_are_counted(
+def test_pixels_that_are_one_gray_level_off_are_counted(
     exported: Export, tmp_path: Path, share: float, passes: bool
 ) -> None:
     """TF32 in place of float32 moves no pixel by more than one, but 3 to 9 % of them by one."""

@@ -7,9 +7,9 @@ import torch
 from gpu_cases import Weights
 
 from export.format.driver import driver_version
-from pipeline.checkpoints.weights import serialise
+from pipeline.checkpoints.weights import serialize
 from pipeline.config import NetworkConfig
-from pipeline.model.networks import Generator, initialise
+from pipeline.model.networks import Generator, initialize
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,11 +32,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
     """Width 64, 64x64, with measured BatchNorm statistics and full contrast."""
     config = NetworkConfig(width=64)
     generator = Generator(config)
-    initialise(generator, 0, lane=0)
+    initialize(generator, 0, lane=0)
     with torch.no_grad():
         for _ in range(20):
             images = generator(torch.rand(64, config.latent_dim) * 2 - 1)
         generator.layers[-2].weight *= 0.7 / images.std()
     path = tmp_path_factory.mktemp("weights") / "generator.safetensors"
-    path.write_bytes(serialise(generator.eval(), config, "raw", 0))
+    path.write_bytes(serialize(generator.eval(), config, "raw", 0))
     return Weights(generator, path)

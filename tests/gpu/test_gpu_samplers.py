@@ -83,7 +83,7 @@ def test_onnx_runtime(weights: Weights, model: Path, backend: str, batch: int) -
 
 
 def test_float32_is_not_tf32(weights: Weights) -> None:
-    """TF32 is off by a thousandth, which a pixel's grey level hardly shows: the share of the pixels does."""
+    """TF32 is off by a thousandth, which a pixel's gray level hardly shows: the share of the pixels does."""
     z, pixels = reference(weights, 256)
     for backend in CHECKPOINT_BACKENDS:
         with open_sampler(str(weights.path), backend=backend) as sampler:

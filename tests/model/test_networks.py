@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.config import NetworkConfig
-from pipeline.model.networks import Discriminator, Generator, initialise
+from pipeline.model.networks import Discriminator, Generator, initialize
 
 FAMILY = [
     NetworkConfig(
@@ -38,7 +38,7 @@ def test_parameter_counts_of_the_tutorial_and_the_paper() -> None:
     assert [round(count(net(paper)) / 1e6, 1) for net in (Generator, Discriminator)] == [12.7, 11.0]
 
 
-def test_normalisation_is_where_the_paper_has_it() -> None:
+def test_normalization_is_where_the_paper_has_it() -> None:
     config = NetworkConfig(width=8)
     generator, discriminator = list(Generator(config).layers), list(Discriminator(config).layers)
     assert isinstance(generator[-1], nn.Tanh)
@@ -51,9 +51,9 @@ def test_normalisation_is_where_the_paper_has_it() -> None:
 def test_initial_weights_follow_the_paper_and_the_seed() -> None:
     config = NetworkConfig(width=32)
     first, again, other = Generator(config), Generator(config), Generator(config)
-    initialise(first, 5, lane=0)
-    initialise(again, 5, lane=0)
-    initialise(other, 6, lane=0)
+    initialize(first, 5, lane=0)
+    initialize(again, 5, lane=0)
+    initialize(other, 6, lane=0)
     state, same, different = first.state_dict(), again.state_dict(), other.state_dict()
     assert all(torch.equal(state[key], same[key]) for key in state)
     assert not torch.equal(state["layers.0.weight"], different["layers.0.weight"])

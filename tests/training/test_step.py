@@ -16,7 +16,7 @@ from torch import nn
 from pipeline.common.randomness import Purpose
 from pipeline.config import RunConfig, load_config
 from pipeline.model.latents import latents
-from pipeline.model.networks import Discriminator, Generator, initialise
+from pipeline.model.networks import Discriminator, Generator, initialize
 from pipeline.training.step import deviation
 
 TINY = ["image_size=32", "width=4", "latent_dim=8", "batch=16", "streams=8"]
@@ -32,8 +32,8 @@ def batch_of(config: RunConfig) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, A
 def plain_updates(config: RunConfig, count: int) -> dict[str, torch.Tensor]:
     """Do what every tutorial does, in float64: the reference that the fast step must equal."""
     generator, discriminator = Generator(config.network).double(), Discriminator(config.network).double()
-    initialise(generator, config.recipe.seed, lane=0)
-    initialise(discriminator, config.recipe.seed, lane=1)
+    initialize(generator, config.recipe.seed, lane=0)
+    initialize(discriminator, config.recipe.seed, lane=1)
     adam = {"lr": 2e-4, "betas": (0.5, 0.999)}
     optimizer_g = torch.optim.Adam(generator.parameters(), **adam, foreach=False)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam, foreach=False)

@@ -387,8 +387,8 @@ def test_a_missing_extractor_is_told_before_the_first_step(faces32: Path, tmp_pa
     assert not (tmp_path / "run" / "samples").exists()
 
 
-def test_grey_and_encoded_shards_train_too(tmp_path: Path, trainer: Trainer) -> None:
-    data = write_dataset(tmp_path / "grey", images=64, channels=1, encoding="jpg")
+def test_gray_and_encoded_shards_train_too(tmp_path: Path, trainer: Trainer) -> None:
+    data = write_dataset(tmp_path / "gray", images=64, channels=1, encoding="jpg")
     done = trainer(
         data, tmp_path / "run", "network.channels=1", "schedule.total_images=32", "schedule.evaluate_samples=64"
     )

@@ -83,8 +83,8 @@ class FaceRecipe(Recipe):
 def _haar_boxes(rgb: Pixels) -> list[list[float]]:
     import cv2
 
-    grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)  # not equalised: that finds more, and much that is no face
-    found = _haar().detectMultiScale(grey, scaleFactor=1.1, minNeighbors=6, minSize=(24, 24))
+    gray = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)  # not equalized: that finds more, and much that is no face
+    found = _haar().detectMultiScale(gray, scaleFactor=1.1, minNeighbors=6, minSize=(24, 24))
     return [[float(value) for value in box] for box in found]
 
 

@@ -1,6 +1,6 @@
 """What a build will do, decided before the first image is decoded: order, groups of images, identity.
 
-A group is a fixed run of the ordered listing and becomes one shard, whatever its neighbours hold. So groups can
+A group is a fixed run of the ordered listing and becomes one shard, whatever its neighbors hold. So groups can
 be built in any order, by any process, on any machine, and again after a kill: the bytes are the same.
 """
 

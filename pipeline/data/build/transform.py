@@ -26,7 +26,7 @@ class Recipe(Record):
     size: int = Field(ge=4, le=4096)
     """Height and width in pixels."""
     channels: Literal[1, 3] = 3
-    """1 grey, 3 RGB."""
+    """1 gray, 3 RGB."""
     encoding: Encoding = "packed"
     quality: int = Field(100, ge=1, le=100)
     """Of jpg and webp; webp at 100 is lossless."""

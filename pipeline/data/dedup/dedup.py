@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.imaging import Pixels, decode, encode, labelled_sheet
+from pipeline.common.imaging import Pixels, decode, encode, labeled_sheet
 from pipeline.common.progress import Progress
 from pipeline.common.storage import Store, atomic_path, is_url
 from pipeline.data.build import builder as build
@@ -52,7 +52,7 @@ class Duplicates:
 def keep_first(codes: Codes, radius: int) -> Duplicates:
     """Return which images are kept: the first in the order that no kept one is within `radius` bits of.
 
-    An image is dropped only for a kept one within the radius: chains of neighbours do not pull distinct ones in. It
+    An image is dropped only for a kept one within the radius: chains of neighbors do not pull distinct ones in. It
     is dropped for the nearest that was kept before its code came up first.
     """
     unique, first, group = np.unique(codes, axis=0, return_index=True, return_inverse=True)
@@ -89,7 +89,7 @@ def dedup(location: str, out: str, *, radius: int, seed: int, workers: int, over
         semantic_hash, codes = _codes(location, dataset, seed, state, times)
     began = time.monotonic()
     found = keep_first(codes, radius)
-    times["neighbours"] = time.monotonic() - began
+    times["neighbors"] = time.monotonic() - began
     kept = [item for item, keep in zip(listing.items, found.keep, strict=True) if keep]
     recipe = _recipe(dataset)
     work = make_work(
@@ -204,7 +204,7 @@ def _sheet(source: Tars, items: list[Item], found: Duplicates, dropped: NDArray[
         shown = members[:7]
         caption = f"{len(members)} dropped, {', '.join(str(found.distance[i]) for i in shown)} bits"
         rows.append((caption, np.stack([_pixels(source, items[i]) for i in (kept[group], *shown)])))
-    sheets = [labelled_sheet(rows[start::SHEET_COLUMNS]) for start in range(min(SHEET_COLUMNS, len(rows)))]
+    sheets = [labeled_sheet(rows[start::SHEET_COLUMNS]) for start in range(min(SHEET_COLUMNS, len(rows)))]
     height = max(sheet.shape[0] for sheet in sheets)
     return np.concatenate(
         [np.pad(sheet, ((0, height - len(sheet)), (0, 12), (0, 0)), constant_values=255) for sheet in sheets], axis=1

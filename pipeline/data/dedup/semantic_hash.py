@@ -124,7 +124,7 @@ def _inputs(images: Pixels) -> NDArray[np.float32]:
 
 
 def shrink(images: Pixels) -> Pixels:
-    """Return images (N, H, W, 1 or 3) as (N, 32, 32, 3) by averaging over areas; grey is repeated."""
+    """Return images (N, H, W, 1 or 3) as (N, 32, 32, 3) by averaging over areas; gray is repeated."""
     height, width, channels = images.shape[1:]
     factor = height // SIDE
     if height == width == SIDE * factor and factor <= 16:

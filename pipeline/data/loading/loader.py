@@ -220,7 +220,7 @@ class Stream:
         yield begin, len(shards), list(needed)
 
     def _empty(self, count: int) -> Images:
-        """Return an uninitialised batch, which torch's caching allocator pins when CUDA is there."""
+        """Return an uninitialized batch, which torch's caching allocator pins when CUDA is there."""
         size = count * self.dataset.image_bytes
         if self._pinned:
             # From the block's beginning: by that address alone does torch's allocator know, when the caller copies

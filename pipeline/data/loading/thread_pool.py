@@ -25,7 +25,7 @@ class Workers:
             thread.start()
 
     def submit(self, task: Callable[[], T]) -> "Future[T]":
-        """Run `task` on one of the threads, in the order of submission. After `close` it is cancelled at once."""
+        """Run `task` on one of the threads, in the order of submission. After `close` it is canceled at once."""
         future: Future[T] = Future()
         with self._lock:
             if self._closed:

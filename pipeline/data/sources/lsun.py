@@ -25,7 +25,7 @@ class Lsun:
     split: str | None = None
 
     def listing(self) -> Listing:
-        """Return all keys of all chosen databases, labelled with their category.
+        """Return all keys of all chosen databases, labeled with their category.
 
         A database that breaks part-way keeps what can still be read: the listing is marked as damaged.
         """

@@ -45,7 +45,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def read(self, images: Pixels) -> Read:
-        """Return features of uint8 NHWC images; grey ones are repeated to three channels where needed."""
+        """Return features of uint8 NHWC images; gray ones are repeated to three channels where needed."""
 
 
 def load_extractor(reference: str, sha256: str | None = None, *, resize: int | None = None) -> Extractor:

@@ -24,7 +24,7 @@ from pipeline.evaluation.metrics.extractors import Extractor
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-NEIGHBOURS = 3
+NEIGHBORS = 3
 """Precision and recall: a point counts as covered when it is no farther from another than that one's third nearest."""
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1_000
 IS_SPLITS = 10
@@ -178,15 +178,15 @@ def inception_score(probabilities: NDArray[np.float32], seed: int) -> tuple[floa
 def precision_recall(reals: NDArray[np.float32], fakes: NDArray[np.float32]) -> tuple[float, float]:
     """Return the share of samples inside the data's manifold, and of data inside the samples' (Kynkäänniemi 2019)."""
     for name, features in (("real images", reals), ("samples", fakes)):
-        if len(features) <= NEIGHBOURS:
-            raise UsageError(f"precision and recall of {len(features)} {name}: expected more than {NEIGHBOURS}")
+        if len(features) <= NEIGHBORS:
+            raise UsageError(f"precision and recall of {len(features)} {name}: expected more than {NEIGHBORS}")
     return _covered(fakes, reals), _covered(reals, fakes)
 
 
 def _covered(points: NDArray[np.float32], manifold: NDArray[np.float32]) -> float:
-    """Return the share of `points` within the radius of some point of `manifold`: its third nearest neighbour."""
+    """Return the share of `points` within the radius of some point of `manifold`: its third nearest neighbor."""
     a, b = (torch.from_numpy(x) for x in (points, manifold))
-    radii = torch.cat([torch.cdist(part, b).kthvalue(NEIGHBOURS + 1).values for part in _pieces(b)])
+    radii = torch.cat([torch.cdist(part, b).kthvalue(NEIGHBORS + 1).values for part in _pieces(b)])
     inside = [(torch.cdist(part, b) <= radii).any(1) for part in _pieces(a)]
     return float(torch.cat(inside).float().mean())
 

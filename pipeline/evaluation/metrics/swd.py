@@ -1,6 +1,6 @@
 """Sliced Wasserstein distance of image patches (Karras et al. 2018, section 5), in memory that is flat in N.
 
-For every level of a Laplacian pyramid: 7x7 patches, normalised by each channel's mean and deviation over the
+For every level of a Laplacian pyramid: 7x7 patches, normalized by each channel's mean and deviation over the
 set, projected onto random directions; the mean over the directions of the 1-D Wasserstein distance.
 
 The published code sorts the projections of all patches. We count them in narrow bins instead and integrate
@@ -140,7 +140,7 @@ def project(images: Images, sampling: Sampling, *, real: bool, workers: Workers 
     deviations = np.sqrt(np.maximum(totals[..., 1] - means**2, 1e-12))
 
     counts = np.zeros((len(levels), sampling.directions, BINS), np.int64)
-    # Normalising, projecting and scaling to bins are one affine map of the raw patch.
+    # Normalizing, projecting and scaling to bins are one affine map of the raw patch.
     maps = []
     for index in range(len(levels)):
         unit = _directions(channels * PATCH**2, lanes[index][0], sampling).astype(np.float64)

@@ -19,7 +19,7 @@ from pipeline.evaluation.results import Result
 from pipeline.model.networks import Generator
 
 NOISE = 0.25
-"""The paper shows the neighbourhood of a result by uniform noise of so much on every value of z."""
+"""The paper shows the neighborhood of a result by uniform noise of so much on every value of z."""
 EXEMPLARS = 3
 SHOWN_TRIALS = 4
 GAP = 40
@@ -82,7 +82,7 @@ def run_arithmetic(
         sheet = _figure_7(loaded.generator, concepts, picks[trial], pool, means[trial], results[trial], seed + trial)
         caption = (
             f"{expression}. On the left a column a term: exemplars and, last, the average of their z. On the right the "
-            f"sum of the averages amid its neighbourhood (z moved by up to ±{NOISE}); below it the same sum of pixels."
+            f"sum of the averages amid its neighborhood (z moved by up to ±{NOISE}); below it the same sum of pixels."
         )
         result.picture(sheet, caption if trial == 0 else "Another draw of exemplars.", f"-{trial + 1}")
     result.write(dict(numbers), summary=summary, table=_table(numbers))
@@ -139,7 +139,7 @@ def _figure_7(
     total: Z,
     seed: int,
 ) -> Pixels:
-    """Return one trial as the paper draws it: exemplars and their mean by column, the sum amid its neighbourhood."""
+    """Return one trial as the paper draws it: exemplars and their mean by column, the sum amid its neighborhood."""
     averaged = images_of(generator, means)
     tall = max(len(rows) for rows in pick)
     left = np.full((tall + 1, len(pick), *pool.images.shape[1:]), 255, np.uint8)

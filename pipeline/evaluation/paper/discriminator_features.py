@@ -13,7 +13,7 @@ from pipeline.config import NetworkConfig
 from pipeline.evaluation.classifier import to_network
 from pipeline.evaluation.images import Pixels
 from pipeline.evaluation.inputs import device
-from pipeline.model.networks import Discriminator, initialise
+from pipeline.model.networks import Discriminator, initialize
 
 POOLED = 4
 BATCH = 128
@@ -67,5 +67,5 @@ def reestimate_batchnorm(network: Discriminator, images: Pixels) -> Discriminato
 def random_discriminator(config: NetworkConfig, seed: int) -> Discriminator:
     """Return an untrained discriminator of the same architecture: what its features are worth without learning."""
     network = Discriminator(config)
-    initialise(network, seed, lane=RANDOM_LANE)
+    initialize(network, seed, lane=RANDOM_LANE)
     return network.to(device()).requires_grad_(False)

@@ -112,7 +112,7 @@ class _Guided(torch.autograd.Function):
 
 
 def guided_backpropagation(network: Discriminator, images: Pixels, layer: int, unit: int) -> Pixels:
-    """Return what in each image excites `unit` of convolution `layer`, as pictures around middle grey."""
+    """Return what in each image excites `unit` of convolution `layer`, as pictures around middle gray."""
     x = to_network(images).requires_grad_(True)
     maps = x
     depth = 0

@@ -25,7 +25,7 @@ def run_interpolate(out: Path, *, ckpt: str, rows: int, steps: int, seed: int) -
     result.write(
         {f"unevenness_{name}": value for name, value in evenness.items()},
         summary=(
-            f"{rows} walks of {steps} images between random z. The largest step between neighbours is "
+            f"{rows} walks of {steps} images between random z. The largest step between neighbors is "
             f"{evenness['straight']:.2f} times the mean one on straight lines, {evenness['spherical']:.2f} times along "
             "the sphere: close to 1 means that no image jumps to the next."
         ),

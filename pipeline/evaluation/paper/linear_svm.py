@@ -15,7 +15,7 @@ ITERATIONS = 400
 
 
 class LinearSVM:
-    """Minimises |w|²/2 + C Σ max(0, 1 - y(wx + b))² for each class, b regularised with w, as liblinear does.
+    """Minimizes |w|²/2 + C Σ max(0, 1 - y(wx + b))² for each class, b regularized with w, as liblinear does.
 
     Liblinear needs hours for the paper's 50,000 images with 28,672 features; L-BFGS on all classes at once
     is a few hundred matrix products, on a GPU where there is one.
@@ -43,18 +43,18 @@ def fit(features: NDArray[np.float32], labels: NDArray[Any], cs: Sequence[float]
     targets = classes[1:] if len(classes) == 2 else classes
     y = torch.from_numpy(np.where(labels[:, None] == targets[None], 1.0, -1.0)).to(x)
     if len(x) >= x.shape[1]:
-        return [LinearSVM(classes, _minimise(x, y, c)) for c in cs]
+        return [LinearSVM(classes, _minimize(x, y, c)) for c in cs]
     # The solution is a combination of the rows: with fewer rows than columns, solve in their coordinates.
     gram = (x @ x.T).double()
     rows = torch.linalg.cholesky(gram + 1e-7 * gram.diagonal().mean() * torch.eye(len(x)).to(gram))
     machines = []
     for c in cs:
-        solved = _minimise(rows.to(x), y, c).double()
+        solved = _minimize(rows.to(x), y, c).double()
         machines.append(LinearSVM(classes, x.T @ torch.linalg.solve_triangular(rows.T, solved, upper=True).to(x)))
     return machines
 
 
-def _minimise(x: Tensor, y: Tensor, c: float) -> Tensor:
+def _minimize(x: Tensor, y: Tensor, c: float) -> Tensor:
     """Return the weights (F, classes) for rows x (N, F) and signs y (N, classes)."""
     weights = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
     # The classes are independent problems; one line search over their sum serves all of them.

@@ -67,7 +67,7 @@ def run_memorization(
 
     sentences = [
         f"The largest step of a walk between random z is {numbers['walk_unevenness']:.2f} times its mean step "
-        f"(the least even of {WALKS}: {numbers['walk_unevenness_largest']:.2f}); memorised images would make jumps."
+        f"(the least even of {WALKS}: {numbers['walk_unevenness_largest']:.2f}); memorized images would make jumps."
     ]
     collided = collisions(trained, loaded.generator, seed)
     numbers |= collided
@@ -83,8 +83,8 @@ def run_memorization(
         near, far = numbers[f"distance_training_{last}"], numbers[f"distance_held-out_{last}"]
         sentences.insert(
             0,
-            f"The nearest of {last:,} samples is {near:.2f} grey levels from a training image and {far:.2f} from a "
-            f"held-out one ({far / near - 1:+.1%}); a generator that memorises is much nearer to what it has seen.",
+            f"The nearest of {last:,} samples is {near:.2f} gray levels from a training image and {far:.2f} from a "
+            f"held-out one ({far / near - 1:+.1%}); a generator that memorizes is much nearer to what it has seen.",
         )
     else:
         sentences.insert(0, "No --held-out images were given, so distances say little; build the data with a split.")

@@ -1,4 +1,4 @@
-"""Nearest neighbours by brute force: exact, and fast enough for what is looked at."""
+"""Nearest neighbors by brute force: exact, and fast enough for what is looked at."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ class Nearest:
     """Each query's nearest reference so far. References come in pieces, so that memory does not grow with them."""
 
     def __init__(self, queries: Rows, *, skip_self: bool = False) -> None:
-        """With `skip_self` the queries are the first references, and a row is not its own neighbour."""
+        """With `skip_self` the queries are the first references, and a row is not its own neighbor."""
         self.index = np.full(len(queries), -1)
         """Of the nearest reference, counted over all pieces."""
         self.distance: Rows = np.full(len(queries), np.inf, np.float32)

@@ -30,7 +30,7 @@ def run_neighbors(out: Path, *, ckpt: str, data: str, count: int, limit: int | N
     by_pixels, by_features = Nearest(flat(fakes)), Nearest(features(network, fakes))
     between_reals = Nearest(flat(some[:REAL_QUERIES]), skip_self=True)
     found = {name: np.zeros_like(fakes) for name in ("pixels", "the discriminator's features")}
-    for _, block in Watched(reals, "looking for neighbours").blocks():
+    for _, block in Watched(reals, "looking for neighbors").blocks():
         between_reals.update(flat(block))
         seen_by = (by_pixels, flat(block)), (by_features, features(network, block))
         for pictures, (search, references) in zip(found.values(), seen_by, strict=True):
@@ -54,7 +54,7 @@ def run_neighbors(out: Path, *, ckpt: str, data: str, count: int, limit: int | N
     result.write(
         dict(numbers),
         summary=(
-            f"{count} samples lie {numbers['distance']:.1f} grey levels (root mean square) from their nearest of "
+            f"{count} samples lie {numbers['distance']:.1f} gray levels (root mean square) from their nearest of "
             f"{reals.count:,} real images, the closest {numbers['closest']:.1f}. Real images lie "
             f"{numbers['real_to_real']:.1f} from their nearest other real image, the closest "
             f"{numbers['real_to_real_closest']:.1f}. A copy would lie near 0."

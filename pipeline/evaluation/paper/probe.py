@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipeline.common.errors import UsageError
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose, permutation
-from pipeline.data.labelled import Labelled, load_labelled
+from pipeline.data.labeled import Labeled, load_labeled
 from pipeline.evaluation import charts, inputs, published
 from pipeline.evaluation.confidence import interval_of_mean, wilson
 from pipeline.evaluation.images import Pixels
@@ -51,17 +51,17 @@ def run_probe(
 ) -> dict[str, float]:
     """Write probe.json and probe.png, and return the accuracies."""
     loaded, subject = inputs.discriminator(ckpt)
-    everything = load_labelled(data, limit)
+    everything = load_labeled(data, limit)
     whole = everything.having(label)
     without = len(everything.images) - len(whole.images)
     if test_data:
-        learn, tested = whole, load_labelled(test_data)
+        learn, tested = whole, load_labeled(test_data)
         test = tested.having(label)
         without += len(tested.images) - len(test.images)
     else:
         learn, test = whole.split(max(1, len(whole.images) // 5))
-    for labelled in (learn, test):
-        inputs.check_fits(loaded.config, labelled.images.shape[1:])
+    for labeled in (learn, test):
+        inputs.check_fits(loaded.config, labeled.images.shape[1:])
     truth, truth_test = _classes(learn, label), _classes(test, label)
     next(_draws(truth[_parts(truth)[1]], protocol, 1, lane=0))  # too few labels are refused before features are made
     settings = {
@@ -156,9 +156,9 @@ def _draws(truth: NDArray[Any], protocol: Protocol, count: int, *, lane: int) ->
         yield order if protocol.labels is None else balanced_draw(truth, protocol.labels, order)
 
 
-def _classes(labelled: Labelled, label: str) -> NDArray[Any]:
-    values = labelled.label(label)
-    if labelled.types[label] == "float":
+def _classes(labeled: Labeled, label: str) -> NDArray[Any]:
+    values = labeled.label(label)
+    if labeled.types[label] == "float":
         raise UsageError(f"--label {label}: holds numbers; a probe needs classes (bool, int or str)")
     if len(np.unique(values)) < 2:
         raise UsageError(f"--label {label}: every image has the value {values[0]!s}; a probe needs two classes")

@@ -59,8 +59,8 @@ def run_turn(
     caption = f"{attribute}: from one extreme to the other, a sample a row"
     result.picture(charts.sheet([(caption, shown.reshape(-1, *images.shape[1:]))], steps), caption)
     chart, area = charts.axes()
-    area.plot(places, predicted[:40].T, color=charts.COLOURS[1], linewidth=0.7, alpha=0.6)
-    area.plot(places, predicted.mean(0), color=charts.COLOURS[0], linewidth=2.5, label="mean of all samples")
+    area.plot(places, predicted[:40].T, color=charts.COLORS[1], linewidth=0.7, alpha=0.6)
+    area.plot(places, predicted.mean(0), color=charts.COLORS[0], linewidth=2.5, label="mean of all samples")
     area.set_xlabel("step along the vector, in lengths of a random z")
     area.set_ylabel(f"{attribute} as the classifier reads it")
     area.legend(frameon=False)

@@ -54,7 +54,7 @@ def spherical(a: Z, b: Z, steps: int) -> Z:
 def unevenness(images: Pixels) -> float:
     """Return the largest step of a walk over its mean step, by pixel distance; 1 is perfectly smooth.
 
-    The paper takes sharp transitions for a sign of memorisation (section 6.1). Images (steps, H, W, C).
+    The paper takes sharp transitions for a sign of memorization (section 6.1). Images (steps, H, W, C).
     """
     steps = np.sqrt(np.square(np.diff(images.astype(np.float32), axis=0)).mean((1, 2, 3)))
     return float(steps.max() / max(float(steps.mean()), 1e-9))

@@ -23,7 +23,7 @@ ANALYSES = {
     "forget": ("Forgetting an object", "Figure 6 of the paper"),
     "probe": ("What the features know", "Tables 1 and 2 of the paper"),
     "neighbors": ("Nearest training images", "Is anything copied?"),
-    "memorization": ("Learned or memorised", "Section 3 of the paper"),
+    "memorization": ("Learned or memorized", "Section 3 of the paper"),
     "classifier": ("The judge", "The attribute classifier that scores the results above"),
 }
 """Order, heading and relation to the paper. Other results follow under their own names."""
@@ -60,7 +60,7 @@ def summary(content: dict[str, Any], metrics: Entries) -> str:
     what = "A DCGAN"
     if config is not None:
         network = config.network
-        kind = "colour" if network.channels == 3 else "grey"
+        kind = "color" if network.channels == 3 else "gray"
         what = f"A DCGAN for {kind} images of {network.image_size}×{network.image_size} pixels"
     trained = f", trained on {data_name(content)}" + (f" ({total:,} images)" if total else "")
     length = f" for {seen:,} images" + (f", {seen / total:.1f} times through" if total else "") if seen else ""

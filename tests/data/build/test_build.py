@@ -49,7 +49,7 @@ def test_images_and_classes_arrive_once_each(dcgan_data: Any, tmp_path: Path, en
     assert dcgan_data("verify", tmp_path / "out").code == 0
 
 
-def test_grey_data_sets(dcgan_data: Any, tmp_path: Path) -> None:
+def test_gray_data_sets(dcgan_data: Any, tmp_path: Path) -> None:
     src = make_folder(tmp_path / "src", 5)
     assert dcgan_data("build", "folder", src, tmp_path / "out", "--size", 16, "--channels", 1).code == 0
     assert next(iterate(tmp_path / "out")).shape == (5, 16, 16, 1)
@@ -117,9 +117,9 @@ def test_subsets_and_splits_follow_the_labels_and_are_recorded(dcgan_data: Any, 
         0.3,
         "val",
     )
-    wrong = dcgan_data("build", "folder", src, tmp_path / "other", "--where", "colour=red")
+    wrong = dcgan_data("build", "folder", src, tmp_path / "other", "--where", "color=red")
     assert wrong.code == 2
-    assert "colour" in wrong.err
+    assert "color" in wrong.err
     assert "class" in wrong.err
 
 

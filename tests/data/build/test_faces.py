@@ -108,7 +108,7 @@ def test_options_of_the_detector(dcgan_data: Any, tmp_path: Path) -> None:
 def write_yunet(path: Path, outputs: tuple[str, ...] = ("cls", "obj", "bbox", "kps")) -> None:
     """Write a network with YuNet's inputs and outputs that takes a bright cell of 32 pixels for a face of 96.
 
-    OpenCV decodes cell (row, column) of stride s: centre ((column, row) + bbox[:2]) s, size exp(bbox[2:]) s.
+    OpenCV decodes cell (row, column) of stride s: center ((column, row) + bbox[:2]) s, size exp(bbox[2:]) s.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -119,8 +119,8 @@ def write_yunet(path: Path, outputs: tuple[str, ...] = ("cls", "obj", "bbox", "k
             helper.make_node(
                 "AveragePool", ["input"], [f"mean{stride}"], kernel_shape=[stride] * 2, strides=[stride] * 2
             ),
-            helper.make_node("ReduceMean", [f"mean{stride}"], [f"grey{stride}"], axes=[1]),
-            helper.make_node("Reshape", [f"grey{stride}", "column"], [f"cells{stride}"]),
+            helper.make_node("ReduceMean", [f"mean{stride}"], [f"gray{stride}"], axes=[1]),
+            helper.make_node("Reshape", [f"gray{stride}", "column"], [f"cells{stride}"]),
             helper.make_node("Sub", [f"cells{stride}", "threshold"], [f"above{stride}"]),
             helper.make_node("Sigmoid", [f"above{stride}"], [f"score{stride}"]),
         ]

@@ -66,9 +66,9 @@ def test_the_same_seed_gives_the_same_hash(faces: Pixels) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32), st.integers(1, 60), st.integers(0, 12))
-def test_close_pairs_are_those_of_comparing_all_with_all(seed: int, centres: int, radius: int) -> None:
+def test_close_pairs_are_those_of_comparing_all_with_all(seed: int, centers: int, radius: int) -> None:
     rng = np.random.default_rng(seed)
-    bits = np.repeat(rng.integers(0, 2, (centres, 128), dtype=np.uint8), 4, axis=0)
+    bits = np.repeat(rng.integers(0, 2, (centers, 128), dtype=np.uint8), 4, axis=0)
     for row in bits:
         row[rng.integers(0, 128, rng.integers(0, 10))] ^= 1
     codes = np.unique(np.packbits(bits, axis=1), axis=0)
@@ -93,14 +93,14 @@ def test_the_first_is_kept_and_chains_do_not_pull_others_in() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32), st.integers(1, 40), st.integers(0, 12))
-@example(seed=32, centres=16, radius=3)  # image 56: as 29, which was dropped before a nearer one came
-def test_what_is_kept_is_what_the_rule_says(seed: int, centres: int, radius: int) -> None:
+@example(seed=32, centers=16, radius=3)  # image 56: as 29, which was dropped before a nearer one came
+def test_what_is_kept_is_what_the_rule_says(seed: int, centers: int, radius: int) -> None:
     """Image by image: dropped for the nearest code kept before it, of equally near ones for the first.
 
     An image with a code that was there before shares that one's fate, though a nearer one may have been kept since.
     """
     rng = np.random.default_rng(seed)
-    bits = np.repeat(rng.integers(0, 2, (centres, 128), dtype=np.uint8), 5, axis=0)
+    bits = np.repeat(rng.integers(0, 2, (centers, 128), dtype=np.uint8), 5, axis=0)
     for row in bits:
         row[rng.integers(0, 128, rng.integers(0, 8))] ^= 1
     codes = np.packbits(rng.permutation(bits), axis=1)

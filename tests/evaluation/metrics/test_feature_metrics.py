@@ -148,8 +148,8 @@ def test_a_torchscript_inception_is_called_as_it_expects(tmp_path: Path) -> None
     np.testing.assert_allclose(read.probabilities.sum(1), 1, rtol=1e-5)
     assert extractor.comparable
     assert extractor.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    grey = load_extractor(str(path), resize=8).read(images[..., :1])
-    assert grey.features.shape == (4, 5)
+    gray = load_extractor(str(path), resize=8).read(images[..., :1])
+    assert gray.features.shape == (4, 5)
 
 
 def test_an_onnx_extractor_gives_features_and_classes(tmp_path: Path) -> None:
@@ -207,47 +207,47 @@ def request(out: Path, run: Path, data: Path | None, **changes: object) -> Reque
 
 
 def test_every_metric_writes_what_it_measured_and_with_what(
-    run: Path, labelled: Path, judge_file: Path, tmp_path: Path
+    run: Path, labeled: Path, judge_file: Path, tmp_path: Path
 ) -> None:
     for name, extractor in (("fid", FALLBACK), ("kid", FALLBACK), ("precision-recall", FALLBACK), ("is", judge_file)):
-        numbers = measure(name, request(tmp_path, run, labelled, extractor=str(extractor)))
+        numbers = measure(name, request(tmp_path, run, labeled, extractor=str(extractor)))
         written = json.loads((tmp_path / f"{name}.json").read_text())
         assert written["results"] == numbers
         assert written["settings"]["images"] == 300
         assert len(written["settings"]["extractor_sha256"]) == 64
         assert "never with published ones" in written["note"]
     with pytest.raises(UsageError, match="knows no classes"):
-        measure("is", request(tmp_path, run, labelled))
+        measure("is", request(tmp_path, run, labeled))
     with pytest.raises(UsageError, match="--data is missing"):
         measure("fid", request(tmp_path, run, None))
 
 
-def test_samples_that_an_engine_wrote_are_scored_as_shards(run: Path, labelled: Path, tmp_path: Path) -> None:
-    same = measure("fid", request(tmp_path, run, labelled, ckpt=None, samples=str(labelled)))
+def test_samples_that_an_engine_wrote_are_scored_as_shards(run: Path, labeled: Path, tmp_path: Path) -> None:
+    same = measure("fid", request(tmp_path, run, labeled, ckpt=None, samples=str(labeled)))
     assert same["fid"] == pytest.approx(0, abs=1e-4)
 
 
 def test_reference_statistics_are_kept_and_never_serve_another_question(
-    run: Path, labelled: Path, tmp_path: Path
+    run: Path, labeled: Path, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    first = measure("fid", request(tmp_path, run, labelled, cache=cache))
+    first = measure("fid", request(tmp_path, run, labeled, cache=cache))
     (kept,) = cache.iterdir()
     stamp = kept.stat().st_mtime_ns
-    assert measure("fid", request(tmp_path, run, labelled, cache=cache)) == first
+    assert measure("fid", request(tmp_path, run, labeled, cache=cache)) == first
     assert kept.stat().st_mtime_ns == stamp
-    measure("fid", request(tmp_path, run, labelled, cache=cache, resize=16))
-    measure("fid", request(tmp_path, run, labelled, cache=cache, count=200))
+    measure("fid", request(tmp_path, run, labeled, cache=cache, resize=16))
+    measure("fid", request(tmp_path, run, labeled, cache=cache, count=200))
     assert len(list(cache.iterdir())) == 3
     kept.write_bytes(kept.read_bytes()[:100])
     with pytest.raises(DataError, match="damaged"):
-        measure("fid", request(tmp_path, run, labelled, cache=cache))
+        measure("fid", request(tmp_path, run, labeled, cache=cache))
 
 
-def test_two_processes_give_the_same_distance_as_one(run: Path, labelled: Path, tmp_path: Path) -> None:
-    alone = measure("fid", request(tmp_path / "one", run, labelled))
+def test_two_processes_give_the_same_distance_as_one(run: Path, labeled: Path, tmp_path: Path) -> None:
+    alone = measure("fid", request(tmp_path / "one", run, labeled))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-               "-m", "pipeline.evaluation.cli", "fid", "--ckpt", str(run), "--data", str(labelled), "--count", "300",
+               "-m", "pipeline.evaluation.cli", "fid", "--ckpt", str(run), "--data", str(labeled), "--count", "300",
                "--out", str(tmp_path / "two")]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)

@@ -9,7 +9,7 @@ from planted import write_planted
 from typer.testing import CliRunner
 
 from pipeline.common.errors import UsageError
-from pipeline.data.labelled import load_labelled
+from pipeline.data.labeled import load_labeled
 from pipeline.evaluation.cli import app
 from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics.patch_metrics import Part
@@ -18,10 +18,10 @@ from pipeline.evaluation.metrics.swd import Sampling, distances, project
 FEW = ["--patches", "16", "--directions", "16"]
 
 
-def test_samples_equal_to_the_data_score_as_low_as_data_against_data(labelled: Path, tmp_path: Path) -> None:
+def test_samples_equal_to_the_data_score_as_low_as_data_against_data(labeled: Path, tmp_path: Path) -> None:
     out = str(tmp_path)
     done = CliRunner().invoke(
-        app, ["swd", "--samples", str(labelled), "--data", str(labelled), "--out", out, *FEW], catch_exceptions=False
+        app, ["swd", "--samples", str(labeled), "--data", str(labeled), "--out", out, *FEW], catch_exceptions=False
     )
     assert done.exit_code == 0
     written = json.loads((tmp_path / "swd.json").read_text())
@@ -32,12 +32,12 @@ def test_samples_equal_to_the_data_score_as_low_as_data_against_data(labelled: P
     assert (tmp_path / "swd.png").stat().st_size > 5000
 
 
-def test_halves_are_compared_with_as_many_samples(labelled: Path, tmp_path: Path) -> None:
+def test_halves_are_compared_with_as_many_samples(labeled: Path, tmp_path: Path) -> None:
     fresh = write_planted(tmp_path / "fresh", 480, seed=1)  # what a perfect generator would give
-    real, fake = (load_labelled(str(folder)).images for folder in (labelled, fresh))
+    real, fake = (load_labeled(str(folder)).images for folder in (labeled, fresh))
     sampling = Sampling(patches=16, directions=16)
     for count, samples, number in ((480, fresh, 240), (161, fresh, 80), (480, write_planted(tmp_path / "few", 90), 90)):
-        options = ["--data", str(labelled), "--out", str(tmp_path), "--count", str(count), *FEW]
+        options = ["--data", str(labeled), "--out", str(tmp_path), "--count", str(count), *FEW]
         done = CliRunner().invoke(app, ["swd", "--samples", str(samples), *options], catch_exceptions=False)
         assert f"swd of {number} samples to {number} real images" in done.output
         results = json.loads((tmp_path / "swd.json").read_text())["results"]
@@ -58,9 +58,9 @@ def test_a_part_is_every_second_image_and_no_more_than_asked() -> None:
 
 
 def test_an_untrained_generator_is_far_from_the_data_and_repeats_itself(
-    run: Path, labelled: Path, tmp_path: Path
+    run: Path, labeled: Path, tmp_path: Path
 ) -> None:
-    both = ["--ckpt", str(run), "--data", str(labelled), "--out", str(tmp_path), "--count", "256"]
+    both = ["--ckpt", str(run), "--data", str(labeled), "--out", str(tmp_path), "--count", "256"]
     assert CliRunner().invoke(app, ["swd", *both, *FEW], catch_exceptions=False).exit_code == 0
     assert CliRunner().invoke(app, ["ms-ssim", *both], catch_exceptions=False).exit_code == 0
     results = {name: json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("swd", "ms_ssim")}
@@ -68,14 +68,14 @@ def test_an_untrained_generator_is_far_from_the_data_and_repeats_itself(
     assert results["ms_ssim"]["ms_ssim"] > results["ms_ssim"]["ms_ssim_real"]
 
 
-def test_what_to_judge_must_be_said_once_and_fit_the_data(run: Path, labelled: Path, tmp_path: Path) -> None:
+def test_what_to_judge_must_be_said_once_and_fit_the_data(run: Path, labeled: Path, tmp_path: Path) -> None:
     runner = CliRunner()
     out = ["--out", str(tmp_path)]
-    for arguments in ([], ["--ckpt", str(run), "--samples", str(labelled)]):
-        failed = runner.invoke(app, ["swd", "--data", str(labelled), *arguments, *out])
+    for arguments in ([], ["--ckpt", str(run), "--samples", str(labeled)]):
+        failed = runner.invoke(app, ["swd", "--data", str(labeled), *arguments, *out])
         assert isinstance(failed.exception, UsageError)
         assert "either --ckpt" in str(failed.exception)
-    failed = runner.invoke(app, ["swd", "--ckpt", str(run), "--data", str(labelled), "--count", "1", *out])
+    failed = runner.invoke(app, ["swd", "--ckpt", str(run), "--data", str(labeled), "--count", "1", *out])
     assert "expected at least 2" in str(failed.exception)
 
 

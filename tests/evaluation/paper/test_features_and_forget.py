@@ -60,12 +60,12 @@ def test_the_strongest_units_are_those_that_single_images_out() -> None:
     assert strength[0] > 4 > strength[1]
 
 
-def test_features_writes_trained_beside_random(run: Path, labelled: Path, tmp_path: Path) -> None:
-    run_features(tmp_path, ckpt=str(run), data=str(labelled), layer=2, units=3, images_each=4, seed=0)
+def test_features_writes_trained_beside_random(run: Path, labeled: Path, tmp_path: Path) -> None:
+    run_features(tmp_path, ckpt=str(run), data=str(labeled), layer=2, units=3, images_each=4, seed=0)
     written = json.loads((tmp_path / "features.json").read_text())
     assert len(written["pictures"]) == 4
     with pytest.raises(UsageError, match="layers 1 to 3"):
-        run_features(tmp_path, ckpt=str(run), data=str(labelled), layer=4, units=3, images_each=4, seed=0)
+        run_features(tmp_path, ckpt=str(run), data=str(labeled), layer=4, units=3, images_each=4, seed=0)
     assert peak_responses(random_discriminator(NETWORK, 0).eval(), planted(5, seed=0)[0], 1).shape == (5, 8)
 
 

@@ -1,4 +1,4 @@
-"""Nearest neighbours are the nearest, curves fall, collisions are found, and the commands write what they found."""
+"""Nearest neighbors are the nearest, curves fall, collisions are found, and the commands write what they found."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 from evaluation_cases import Unheld
 from planted import NETWORK, legible_generator, planted
 
-from pipeline.data.labelled import load_labelled
+from pipeline.data.labeled import load_labeled
 from pipeline.evaluation import inputs
 from pipeline.evaluation.images import ArrayImages, GeneratedImages
 from pipeline.evaluation.paper import memorization, neighbors
@@ -68,15 +68,15 @@ def test_memory_does_not_grow_with_the_training_set(
         assert many < few + 1_000_000  # the further images are 7 MB, 28 MB as floats
 
 
-def test_neighbours_are_shown_from_wherever_in_the_set_they_are(
-    run: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_neighbors_are_shown_from_wherever_in_the_set_they_are(
+    run: Path, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[dict[str, np.ndarray]] = []  # type: ignore[type-arg]
     monkeypatch.setattr(
         neighbors.charts, "sheet", lambda groups, _: shown.append(dict(groups)) or np.zeros((1, 1, 3), np.uint8)
     )
-    run_neighbors(tmp_path, ckpt=str(run), data=str(labelled), count=12, limit=None, seed=0)
-    reals = load_labelled(str(labelled)).images
+    run_neighbors(tmp_path, ckpt=str(run), data=str(labeled), count=12, limit=None, seed=0)
+    reals = load_labeled(str(labeled)).images
     samples = flat(shown[0]["samples"])
     table = np.square(samples[:, None] - flat(reals)[None]).mean(2)
     assert table.argmin(1).max() >= 128  # not all of them in the first block
@@ -113,11 +113,11 @@ def test_a_generator_that_repeats_its_training_set_collides_and_another_does_not
     assert collisions(ArrayImages(repeated), generator, seed=0)["samples_that_collide"] == 1
 
 
-def test_both_commands_write_numbers_and_pictures(run: Path, labelled: Path, tmp_path: Path) -> None:
-    near = run_neighbors(tmp_path, ckpt=str(run), data=str(labelled), count=14, limit=None, seed=0)
+def test_both_commands_write_numbers_and_pictures(run: Path, labeled: Path, tmp_path: Path) -> None:
+    near = run_neighbors(tmp_path, ckpt=str(run), data=str(labeled), count=14, limit=None, seed=0)
     assert 0 < near["closest"] <= near["distance"]
     numbers = run_memorization(
-        tmp_path, ckpt=str(run), data=str(labelled), held_out=str(labelled), most=100, limit=200, seed=0
+        tmp_path, ckpt=str(run), data=str(labeled), held_out=str(labeled), most=100, limit=200, seed=0
     )
     # Held out here are the very same images: a fair measure must not tell them apart.
     assert numbers["distance_training_100"] == numbers["distance_held-out_100"]
@@ -130,10 +130,10 @@ def test_both_commands_write_numbers_and_pictures(run: Path, labelled: Path, tmp
 
 def test_generated_images_are_the_trainers_and_the_same_at_every_pass() -> None:
     from pipeline.common.randomness import Purpose
-    from pipeline.model.networks import initialise
+    from pipeline.model.networks import initialize
 
     generator = Generator(NETWORK).eval()
-    initialise(generator, 0, lane=1)
+    initialize(generator, 0, lane=1)
     images = GeneratedImages(generator, 300, seed=5)
     passes = [np.concatenate([pixels for _, pixels in images.blocks()]) for _ in range(2)]
     np.testing.assert_array_equal(passes[0], passes[1])

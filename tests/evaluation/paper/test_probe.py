@@ -10,7 +10,7 @@ from sklearn.svm import LinearSVC
 from torch import nn
 
 from pipeline.common.errors import DataError, UsageError
-from pipeline.data.labelled import load_labelled
+from pipeline.data.labeled import load_labeled
 from pipeline.evaluation.classifier import to_network
 from pipeline.evaluation.confidence import interval_of_mean, wilson
 from pipeline.evaluation.paper.discriminator_features import (
@@ -80,8 +80,8 @@ def test_it_recovers_what_is_planted_and_finds_nothing_in_shuffled_labels() -> N
     assert np.mean(found) == pytest.approx(0.5, abs=0.045)  # three deviations of the mean of 6 x 200 coins
 
 
-def test_the_command_compares_d_with_pixels_and_with_an_untrained_d(run: Path, labelled: Path, tmp_path: Path) -> None:
-    options = {"ckpt": str(run), "data": str(labelled), "test_data": None, "limit": None}
+def test_the_command_compares_d_with_pixels_and_with_an_untrained_d(run: Path, labeled: Path, tmp_path: Path) -> None:
+    options = {"ckpt": str(run), "data": str(labeled), "test_data": None, "limit": None}
     numbers = run_probe(tmp_path, label="bright", protocol=Protocol(60, draws=2), **options)  # type: ignore[arg-type]
     assert set(numbers) == {"discriminator", "untrained discriminator", "raw pixels", "majority"}
     assert numbers["raw pixels"] > 0.95 > numbers["majority"]
@@ -110,14 +110,14 @@ def test_a_draw_that_cannot_be_balanced_is_refused() -> None:
 
 
 def test_images_without_a_label_are_left_out_of_that_label_only(gappy: Path, tmp_path: Path) -> None:
-    data = load_labelled(str(gappy))
+    data = load_labeled(str(gappy))
     for name, kind in (("bright", bool), ("place", np.float64), ("kind", np.str_)):
         kept = data.having(name)
         assert len(kept.images) == len(kept.label(name)) == 480 - 60
         assert np.issubdtype(kept.label(name).dtype, kind)
     assert data.having("coin") is data
     with pytest.raises(UsageError, match="none of 480 images has it"):
-        load_labelled(str(write_planted(tmp_path / "empty", gaps=1))).having("kind")
+        load_labeled(str(write_planted(tmp_path / "empty", gaps=1))).having("kind")
 
 
 def test_small_helpers() -> None:
@@ -130,12 +130,12 @@ def test_small_helpers() -> None:
     assert interval_of_mean([4.0]) == (4.0, 4.0)
 
 
-def test_bad_input_is_named(run: Path, labelled: Path, tmp_path: Path) -> None:
-    data = load_labelled(str(labelled))
+def test_bad_input_is_named(run: Path, labeled: Path, tmp_path: Path) -> None:
+    data = load_labeled(str(labeled))
     with pytest.raises(UsageError, match="it has: bright, disc"):
         data.label("hat")
     options = {"ckpt": str(run), "test_data": None, "protocol": Protocol(None)}
     with pytest.raises(UsageError, match="a probe needs classes"):
-        run_probe(tmp_path, data=str(labelled), label="place", limit=None, **options)  # type: ignore[arg-type]
+        run_probe(tmp_path, data=str(labeled), label="place", limit=None, **options)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no such file"):
         run_probe(tmp_path, data=str(tmp_path), label="bright", limit=None, **options)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from pipeline.evaluation.images import Pixels
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Images (N, H, W, C) uint8 in the data set's order, which is random, and a column for each label.
 
     A label that some images lack is None there.
@@ -23,18 +23,18 @@ class Labelled:
     types: dict[str, LabelType]
     description: dict[str, Any]
 
-    def split(self, held_out: int) -> tuple["Labelled", "Labelled"]:
+    def split(self, held_out: int) -> tuple["Labeled", "Labeled"]:
         """Return all but the last `held_out` images, and those."""
         if not 0 < held_out < len(self.images):
             raise UsageError(f"{held_out} held-out images of {len(self.images)}: expected fewer, and at least one")
         return self.take(slice(0, -held_out)), self.take(slice(-held_out, None))
 
-    def take(self, rows: slice | NDArray[Any]) -> "Labelled":
+    def take(self, rows: slice | NDArray[Any]) -> "Labeled":
         """Return the chosen rows."""
         columns = {name: values[rows] for name, values in self.columns.items()}
-        return Labelled(self.images[rows], columns, self.types, self.description)
+        return Labeled(self.images[rows], columns, self.types, self.description)
 
-    def having(self, name: str) -> "Labelled":
+    def having(self, name: str) -> "Labeled":
         """Return the images that have a label: data sets may leave it open for some. Raises UsageError if none has."""
         values = self.label(name)
         rows = np.flatnonzero([value is not None for value in values.tolist()])
@@ -54,8 +54,8 @@ class Labelled:
         return self.columns[name]
 
 
-def load_labelled(location: str, limit: int | None = None) -> Labelled:
-    """Read a labelled data set. Raises DataError when it has no labels."""
+def load_labeled(location: str, limit: int | None = None) -> Labeled:
+    """Read a labeled data set. Raises DataError when it has no labels."""
     from pipeline.data.dataset import load_dataset
     from pipeline.data.shard_reader import iterate
 
@@ -78,7 +78,7 @@ def load_labelled(location: str, limit: int | None = None) -> Labelled:
         "images": dataset.images,
         "used": have if limit is None else min(have, limit),
     }
-    whole = Labelled(
+    whole = Labeled(
         np.concatenate(images),
         {name: np.asarray(values) for name, values in columns.items()},
         dataset.labels,

@@ -205,10 +205,10 @@ def write_model(folder: Path) -> Path:
     """Write the tutorials' generator (width 64), untrained: its speed does not depend on its weights."""
     from pipeline.checkpoints.weights import serialize
     from pipeline.config import NetworkConfig
-    from pipeline.model.networks import Generator, initialize
+    from pipeline.model.networks import build_generator, initialize
 
     config = NetworkConfig(width=64)
-    generator = Generator(config)
+    generator = build_generator(config)
     initialize(generator, 0, lane=0)
     path = folder / "generator.safetensors"
     path.write_bytes(serialize(generator, config, "ema", 0))

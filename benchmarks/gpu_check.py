@@ -30,11 +30,11 @@ PRESET_WEIGHTS = """
 import sys, torch
 from pathlib import Path
 from pipeline.config import load_config
-from pipeline.model.networks import Generator, initialize
+from pipeline.model.networks import build_generator, initialize
 from pipeline.checkpoints.weights import serialize
 torch.manual_seed(0)
 config = load_config(sys.argv[1]).network
-generator = Generator(config)
+generator = build_generator(config)
 initialize(generator, 0, lane=0)
 with torch.no_grad():
     for _ in range(10):

@@ -27,7 +27,7 @@ from hardware import describe  # benchmarks/hardware.py
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pipeline.checkpoints.store import load_generator
+from pipeline.checkpoints.reference import load_generator
 from pipeline.common.imaging import encode, labeled_sheet
 from pipeline.common.randomness import Purpose
 from pipeline.common.storage import write_atomic
@@ -36,8 +36,8 @@ from pipeline.data.shard_reader import iterate
 from pipeline.evaluation.images import ArrayImages, GeneratedImages, Images
 from pipeline.evaluation.metrics.ms_ssim import ms_ssim
 from pipeline.evaluation.metrics.swd import Sampling, distances, project
-from pipeline.model.networks import Discriminator, Generator, initialize
-from pipeline.training.evaluator import sample
+from pipeline.model.networks import Generator, build_discriminator, build_generator, initialize
+from pipeline.model.sampling import sample
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
@@ -65,7 +65,7 @@ def train_tutorial(seed: int, data: Path, out: Path) -> None:
     """Run the tutorial's loop and keep a generator at every EVERY images; continue from the last of them."""
     network, batch = tutorial_network(seed), config(seed).recipe.batch
     torch.manual_seed(seed)
-    generator, discriminator = Generator(network), Discriminator(network)
+    generator, discriminator = build_generator(network), build_discriminator(network)
     initialize(generator, seed, lane=0)
     initialize(discriminator, seed, lane=1)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
@@ -120,7 +120,7 @@ def generator_at(name: str, seed: int, seen: int, out: Path) -> Generator:
     if name != "tutorial":
         weights = "generator_ema" if name == "ours" else "generator"
         return load_generator(str(out / "checkpoints" / f"{seen:012d}" / f"{weights}.safetensors")).generator
-    generator = Generator(tutorial_network(seed))
+    generator = build_generator(tutorial_network(seed))
     generator.load_state_dict(torch.load(out / f"{seen:09d}.pt", weights_only=True)["generator"])
     return generator.train()
 

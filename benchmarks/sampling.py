@@ -23,10 +23,11 @@ from export.benchmark.report import describe_limits, draw, make_rows
 from export.benchmark.roofline import Ceiling
 from export.benchmark.run import Effort, Limits, Timing, measure, measure_limits
 from export.builders.onnx_model import export_onnx
-from export.samplers.base import available_threads, open_sampler
+from export.samplers.base import open_sampler
 from pipeline.checkpoints.weights import serialize
+from pipeline.common.machine import available_threads
 from pipeline.config import NetworkConfig
-from pipeline.model.networks import Generator, initialize
+from pipeline.model.networks import build_generator, initialize
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = [1, 8, 64, 256]
@@ -81,7 +82,7 @@ def main() -> None:
 def write_generator(folder: Path) -> Path:
     """Write the tutorials' generator with random weights and measured BatchNorm statistics."""
     config = NetworkConfig(width=64)
-    generator = Generator(config)
+    generator = build_generator(config)
     initialize(generator, 0, lane=0)
     with torch.no_grad():
         for _ in range(10):

@@ -28,7 +28,7 @@ from pipeline.common.randomness import Purpose
 from pipeline.config import RunConfig, load_config
 from pipeline.model.latents import latents
 from pipeline.model.losses import discriminator_loss, generator_loss
-from pipeline.model.networks import Discriminator, Generator, initialize
+from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.step import AdversarialStep
 
 Update = Callable[[], None]
@@ -36,7 +36,7 @@ Update = Callable[[], None]
 
 def tutorial(config: RunConfig) -> Update:
     """The loop of the PyTorch DCGAN tutorial on our networks: default memory order, Adam, five reads a step."""
-    generator, discriminator = Generator(config.network), Discriminator(config.network)
+    generator, discriminator = build_generator(config.network), build_discriminator(config.network)
     initialize(generator, 0, lane=0)
     initialize(discriminator, 0, lane=1)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
@@ -90,7 +90,7 @@ def ours(config: RunConfig, accelerator: Accelerator) -> Update:
 
 def bare(config: RunConfig) -> Update:
     """Our levers and nothing else: no average, no statistics, no norms, data and z in memory."""
-    networks = Generator(config.network), Discriminator(config.network)
+    networks = build_generator(config.network), build_discriminator(config.network)
     for lane, network in enumerate(networks):
         initialize(network, 0, lane=lane)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

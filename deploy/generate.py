@@ -89,7 +89,7 @@ def generate(
     ):
         if number is not None and not low <= number <= high:
             raise UsageError(f"{name} {number}: expected {low} to {high}")
-    from deploy.topology import count_cores
+    from pipeline.common.machine import available_cores
     from pipeline.common.partition import parse_part
     from pipeline.common.telemetry import Telemetry
 
@@ -106,7 +106,7 @@ def generate(
                 backend=backend,
                 batch=batch,
                 threads=threads,
-                encoders=encoders or count_cores(),
+                encoders=encoders or available_cores(),
                 stop=stop,
                 telemetry=telemetry,
                 choices={
@@ -247,7 +247,7 @@ def _plan(sampler: "Sampler", choices: dict[str, Any]) -> "Plan":
 def _maker(sampler: "Sampler") -> Any:
     """Return what the records say about this process."""
     from deploy.generation.manifest import Maker
-    from export.format.card import versions
+    from pipeline.common.machine import versions
 
     return Maker(
         device=sampler.device,

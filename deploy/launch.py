@@ -54,7 +54,8 @@ def launch(
     ] = 30,
 ) -> None:
     """Run COMMAND as one or many processes; exit with its code."""
-    from deploy.topology import Topology, count_cores, count_gpus, discover
+    from deploy.topology import Topology, count_gpus, discover
+    from pipeline.common.machine import available_cores
 
     options = {"processes": processes, "nodes": nodes, "node_rank": node_rank, "address": address, "port": port}
     program, *rest = command
@@ -70,7 +71,7 @@ def launch(
     if topology.world_size > 1 and not count_gpus():
         shared["ACCELERATE_USE_CPU"] = os.environ.get("ACCELERATE_USE_CPU", "true")  # without it each runs alone
     # Left alone, every process takes as many threads as the machine has cores, whatever the container's limit.
-    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, count_cores() // topology.processes)))
+    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // topology.processes)))
     arguments = [*([sys.executable] if distributed else []), program, *rest]
     if topology.nodes > 1:
         print(

@@ -1,13 +1,11 @@
 """Which machine this is among how many: read from options and from what schedulers put into the environment."""
 
 import ctypes
-import os
 import re
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.common.errors import ConfigConflict, UsageError
 
@@ -73,19 +71,6 @@ def count_gpus() -> int:
         if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
             return count.value
     return 0
-
-
-def count_cores() -> int:
-    """Return the cores that this process may use: its affinity, or the container's CPU limit where that is lower."""
-    cores = len(os.sched_getaffinity(0))
-    groups = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        quota, period = (groups / "cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    with suppress(OSError, ValueError):  # the same before version 2 of cgroups, -1 where there is no limit
-        quota, period = ((groups / f"cpu/cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))
-        cores = min(cores, max(1, int(quota) // int(period))) if int(quota) > 0 else cores
-    return cores
 
 
 def discover(

@@ -2,14 +2,34 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.common.errors import ConfigConflict, UsageError
 
 PRESETS = Path(__file__).parent / "presets"
+
+NETWORKS = {"dcgan": "pipeline.model.dcgan"}
+"""`network.architecture`: the module that holds its `Generator` and `Discriminator`, imported when one is built."""
+
+LOSSES = {
+    "non_saturating": "pipeline.model.losses.non_saturating",
+    "hinge": "pipeline.model.losses.hinge",
+}
+"""`recipe.loss`: the module that holds its `discriminator_loss` and `generator_loss`."""
+
+
+def one_of(table: dict[str, str]) -> Any:
+    """Return the type of a setting whose values are the names in `table`."""
+
+    def check(name: str) -> str:
+        if name not in table:
+            raise ValueError(f"expected one of {', '.join(table)}")
+        return name
+
+    return Annotated[str, AfterValidator(check), Field(json_schema_extra={"enum": list(table)})]
 
 
 class Section(BaseModel):
@@ -21,6 +41,8 @@ class Section(BaseModel):
 class NetworkConfig(Section):
     """The architecture (section 3 of the paper). Fixed for the life of a run."""
 
+    architecture: one_of(NETWORKS) = "dcgan"  # type: ignore[valid-type]
+    """What the networks are built of: `dcgan` is the paper's."""
     image_size: Literal[32, 64, 128] = 64
     """Height and width in pixels."""
     channels: Literal[1, 3] = 3
@@ -48,6 +70,8 @@ class RecipeConfig(Section):
     """Independent streams of images; process counts must divide it, and it must divide the batch."""
     batch: int = Field(128, ge=1)
     """Images in one update over all processes together."""
+    loss: one_of(LOSSES) = "non_saturating"  # type: ignore[valid-type]
+    """What the networks minimize: `non_saturating` is the paper's."""
     learning_rate_g: float = Field(2e-4, gt=0)
     """Adam's step size for the generator."""
     learning_rate_d: float = Field(2e-4, gt=0)

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.common.errors import ConfigConflict, UsageError
 from pipeline.config import RunConfig, load_config, preset_names
-from pipeline.model.networks import stage_widths
+from pipeline.model.dcgan import stage_widths
 
 
 @pytest.mark.parametrize("name", preset_names())

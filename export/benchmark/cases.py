@@ -6,7 +6,7 @@ from pathlib import Path
 from export.format.card import ComputePrecision, Precision, read_card
 from export.format.driver import driver_version
 from export.samplers.base import CHECKPOINT_BACKENDS, ONNX_BACKENDS, PLAN_BACKENDS, Sampler, open_sampler
-from pipeline.checkpoints.store import load_generator
+from pipeline.checkpoints.reference import load_generator
 from pipeline.common.errors import DataError, UnavailableError, UsageError, UserError
 from pipeline.config import NetworkConfig
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.format.card import versions
 from export.format.driver import driver_version
+from pipeline.common.machine import versions
 from pipeline.common.storage import atomic_path, write_atomic
 
 if TYPE_CHECKING:
@@ -106,9 +106,9 @@ def _percentile_ms(seconds: list[float], percent: int) -> float:
 def _work(network: "NetworkConfig") -> "Work":
     """Count the work of an image; the architecture alone decides it."""
     from export.benchmark.roofline import work_of
-    from pipeline.model.networks import Generator
+    from pipeline.model.networks import build_generator
 
-    return work_of(Generator(network).eval())
+    return work_of(build_generator(network).eval())
 
 
 def describe_limits(limits: "Limits") -> list[Row]:

@@ -10,7 +10,6 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.format.card import Precision
-from export.format.graph import fold_batchnorm
 from pipeline.model.networks import Generator
 
 CPU_MATRIX, GPU_MATRIX = 2048, 8192
@@ -35,19 +34,20 @@ class Work:
 
 def work_of(generator: Generator) -> Work:
     """Count the work of `generator`, BatchNorm folded."""
-    layers = fold_batchnorm(generator)
+    folded = generator.folded()
     values = 0
 
     def count(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
         nonlocal values
         values += output.numel()
 
-    for layer in layers:
-        if not isinstance(layer, nn.ReLU | nn.Tanh):  # fused into the layer before by every good backend
-            layer.register_forward_hook(count)
+    for module in folded.modules():
+        # Activations are fused into the layer before by every good backend.
+        if not list(module.children()) and not isinstance(module, nn.ReLU | nn.LeakyReLU | nn.Tanh):
+            module.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        layers(torch.zeros(1, generator.config.latent_dim, 1, 1))
-    return Work(counter.get_total_flops(), values, sum(weight.numel() for weight in layers.parameters()))
+        folded(torch.zeros(1, generator.config.latent_dim))
+    return Work(counter.get_total_flops(), values, sum(weight.numel() for weight in folded.parameters()))
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from export.benchmark import roofline as ceilings
 from export.benchmark.cases import CONTROL, Subject, choose_subjects
 from export.format.card import Precision, read_card
 from export.format.driver import driver_version
-from export.samplers.base import Sampler, available_threads
+from export.samplers.base import Sampler
 from pipeline.common.errors import DataError, UnavailableError, UsageError
 from pipeline.common.imaging import encode
+from pipeline.common.machine import available_threads
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose
 from pipeline.model.latents import latents

@@ -16,10 +16,10 @@ from export.format.card import (
     read_model,
     require_replaceable,
     split,
-    versions,
     write_card,
 )
 from pipeline.common.errors import DataError, UnavailableError, UsageError
+from pipeline.common.machine import versions
 from pipeline.common.storage import is_url, sha256_bytes, write_atomic
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _onnx_of(
 ) -> Path:
     """Return the ONNX file of a checkpoint in `folder`: the one that is there if it is the same, else a new one."""
     from export.builders.onnx_model import export_onnx
-    from pipeline.checkpoints.store import load_generator
+    from pipeline.checkpoints.reference import load_generator
 
     graph: ComputePrecision = "fp16" if precision == "fp16" else "fp32"
     name = "model_fp16.onnx" if graph == "fp16" else "model.onnx"
@@ -233,7 +233,7 @@ def _reference(onnx_card: Card, model: str, weights: str | None) -> "Reference":
     """
     from export.builders import parity
     from export.builders.onnx_model import float_runner, load_source
-    from export.samplers.base import available_threads
+    from pipeline.common.machine import available_threads
 
     try:
         return parity.of_generator(load_source(onnx_card, weights).generator)

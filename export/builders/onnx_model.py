@@ -12,27 +12,19 @@ import torch
 from numpy.typing import NDArray
 
 from export.builders import parity
-from export.format.card import (
-    Card,
-    ComputePrecision,
-    Output,
-    Parity,
-    Source,
-    ports,
-    versions,
-    write_card,
-)
+from export.format.card import Card, ComputePrecision, Output, Parity, Source, ports, write_card
 from export.format.graph import DeployedGenerator
 from export.format.onnx_file import check_network, load_checked, notes
-from export.samplers.base import Sampler, available_threads, cpu_onnx_backends
+from export.samplers.base import Sampler, cpu_onnx_backends
 from export.samplers.onnx import create_session, open_onnx
-from pipeline.checkpoints.store import load_generator
+from pipeline.checkpoints.reference import load_generator
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.machine import available_threads, versions
 from pipeline.common.storage import sha256_bytes, write_atomic
 from pipeline.model.networks import Generator
 
 if TYPE_CHECKING:
-    from pipeline.checkpoints.weights import LoadedGenerator
+    from pipeline.checkpoints.reference import LoadedGenerator
 
 OPSET = 20
 MAX_BATCH = 4096

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from export.format.card import Parity, Precision, beside
-from export.format.graph import to_uint8
 from export.samplers.base import Sampler
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels, labeled_sheet, save_png
@@ -21,6 +20,7 @@ from pipeline.common.storage import is_url
 from pipeline.config import NetworkConfig
 from pipeline.model.latents import latents
 from pipeline.model.networks import Generator
+from pipeline.model.sampling import to_uint8
 
 FLOAT_BARS = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2}
 """Largest difference allowed of a value in [-1, 1], by precision."""

@@ -1,9 +1,7 @@
 """The card of an exported file: what goes in, what comes out, where it came from, what was proven (contract 5)."""
 
 import json
-import platform
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -125,17 +123,6 @@ def ports(network: NetworkConfig, output: Output) -> tuple[Port, Port]:
     if output == "uint8":
         return z, Port(name="image", dtype="uint8", shape=["batch", size, size, channels], values="0 to 255, NHWC")
     return z, Port(name="image", dtype="float32", shape=["batch", channels, size, size], values="-1 to 1, NCHW")
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Return the installed versions of `packages`, of Python and of this project."""
-    found = {"python": platform.python_version()}
-    for package in ("dcgan-pipeline", *packages):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def card_name(model: str) -> str:

@@ -1,7 +1,6 @@
 """One interface to every way of running a generator: z in, uint8 images out, in blocks of one fixed size."""
 
 import importlib.util
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from export.format.card import SUFFIXES, ComputePrecision, read_model
 from pipeline.common.errors import UnavailableError, UsageError
+from pipeline.common.machine import available_threads
 from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig
 from pipeline.model.latents import latents
@@ -184,9 +184,3 @@ def cpu_onnx_backends() -> list[str]:
     if not found:
         raise UnavailableError("running an ONNX file needs OpenVINO or ONNX Runtime: pip install openvino onnxruntime")
     return found
-
-
-def available_threads() -> int:
-    """Return the cores that this process may use, or OMP_NUM_THREADS where it is set."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))

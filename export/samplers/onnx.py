@@ -10,6 +10,7 @@ from export.format.card import Card
 from export.format.driver import driver_version
 from export.samplers.base import Sampler
 from pipeline.common.errors import DataError, UnavailableError
+from pipeline.common.imaging import to_pixels
 
 CPU = "CPUExecutionProvider"
 PROVIDERS = {
@@ -40,8 +41,7 @@ class _OnnxSampler(Sampler):
     def _pixels(self, output: NDArray[Any]) -> NDArray[np.uint8]:
         images: NDArray[np.uint8] = output
         if self._float_output:
-            scaled = output.transpose(0, 2, 3, 1) * np.float32(127.5) + np.float32(128.0)  # as in graph.to_uint8
-            images = np.clip(scaled, 0.0, 255.0).astype(np.uint8)
+            images = to_pixels(output)
         return images
 
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from export.builders.tensorrt import RTX_CAPABILITIES, load_module, make_logger, system, this_gpu
 from export.format.card import Card, Engine, beside
 from export.format.driver import driver_version
-from export.format.graph import to_uint8
 from export.samplers.base import Sampler
 from export.samplers.cuda import WARM_UP_LAUNCHES, CudaSampler, memory_errors
 from pipeline.common.errors import DataError, UnavailableError
+from pipeline.model.sampling import to_uint8
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 
 from export.format.card import ComputePrecision
 from export.format.driver import driver_version
-from export.format.graph import DeployedGenerator, to_uint8
+from export.format.graph import DeployedGenerator
 from export.samplers.base import BATCH_ON_CPU, BATCH_ON_GPU, Sampler
 from export.samplers.cuda import CudaSampler, memory_errors
-from pipeline.checkpoints.store import load_generator
+from pipeline.checkpoints.reference import load_generator
 from pipeline.common.errors import UnavailableError
+from pipeline.model.sampling import to_uint8
 
 if TYPE_CHECKING:
-    from pipeline.checkpoints.weights import LoadedGenerator
+    from pipeline.checkpoints.reference import LoadedGenerator
 
 
 def open_checkpoint(

@@ -6,21 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Re-exported so that `pipeline.checkpoints.store` answers every question about --ckpt.
-from pipeline.checkpoints.weights import LoadedDiscriminator, LoadedGenerator, load_discriminator, load_generator
 from pipeline.common.errors import ConfigConflict, DataError
 from pipeline.common.storage import Store, sha256_bytes
-
-__all__ = [
-    "STATE",
-    "VERSION",
-    "Checkpoint",
-    "CheckpointStore",
-    "LoadedDiscriminator",
-    "LoadedGenerator",
-    "load_discriminator",
-    "load_generator",
-]
 
 STATE = "state.json"
 VERSION = 1

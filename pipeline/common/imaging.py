@@ -17,6 +17,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from pipeline.common.storage import write_atomic
 
 Pixels = NDArray[np.uint8]
+
+PIXEL_SCALE, PIXEL_OFFSET = 127.5, 128.0
+"""An image value x in [-1, 1] is the pixel x * scale + offset, clamped and truncated; a pixel p is p / scale - 1."""
+
 Format = Literal["jpg", "webp", "png"]
 
 MAX_PIXELS = 1 << 27
@@ -75,6 +79,13 @@ def upright(image: Image.Image, channels: int) -> Image.Image:
     except Exception as error:  # decoders meet hostile bytes here and raise whatever they like
         reason = "truncated" if "truncated" in str(error) else f"undecodable ({type(error).__name__})"
         raise BadImage(reason) from None
+
+
+def to_pixels(images: NDArray[np.float32]) -> Pixels:
+    """Images (N, C, H, W) float in [-1, 1] -> (N, H, W, C) uint8, as `pipeline.model.sampling.to_uint8` makes them."""
+    scaled = images.transpose(0, 2, 3, 1) * np.float32(PIXEL_SCALE) + np.float32(PIXEL_OFFSET)
+    pixels: Pixels = np.clip(scaled, 0.0, 255.0).astype(np.uint8)
+    return pixels
 
 
 def square(image: Image.Image, size: int) -> Pixels:

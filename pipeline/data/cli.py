@@ -152,8 +152,8 @@ def dedup(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another data set in OUT.")] = False,
 ) -> None:
     """Copy a data set without near-duplicates, found by the paper's semantic hash, and report them."""
+    from pipeline.common.machine import available_cores
     from pipeline.data.build.command import report
-    from pipeline.data.build.process_pool import available_cores
     from pipeline.data.dedup.dedup import dedup as copy_without
 
     processes = workers or available_cores()

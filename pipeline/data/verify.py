@@ -7,9 +7,10 @@ from typing import Any
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import BadImage, decode
+from pipeline.common.machine import available_cores
 from pipeline.common.progress import Progress
 from pipeline.common.storage import Store, sha256_bytes
-from pipeline.data.build.process_pool import available_cores, run_tasks
+from pipeline.data.build.process_pool import run_tasks
 from pipeline.data.dataset import FILE_NAME, Dataset, Shard, load_dataset
 from pipeline.data.shard_reader import DamagedTar, checksum, members
 

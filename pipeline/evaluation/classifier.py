@@ -18,6 +18,7 @@ from pipeline.data.labeled import Labeled, load_labeled
 from pipeline.evaluation.images import Pixels
 from pipeline.evaluation.inputs import device
 from pipeline.evaluation.results import Result
+from pipeline.model.sampling import to_float
 
 FILE_NAME = "classifier.safetensors"
 KIND = "attributes"
@@ -110,8 +111,7 @@ class Classifier:
 
 def to_network(images: Pixels) -> Tensor:
     """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1], on the device."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device()).permute(0, 3, 1, 2)
-    return (tensor.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return to_float(torch.from_numpy(np.ascontiguousarray(images)).to(device()))
 
 
 def load_classifier(reference: str) -> Classifier:

@@ -109,7 +109,7 @@ class GeneratedImages:
 
     def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, Pixels]]:
         from pipeline.common.randomness import Purpose
-        from pipeline.training.evaluator import sample
+        from pipeline.model.sampling import sample
 
         kept = self._kept.get((rank, size))
         file = kept or tempfile.TemporaryFile(prefix="dcgan-eval-")  # noqa: SIM115  lives as long as this object

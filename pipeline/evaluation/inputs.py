@@ -6,7 +6,7 @@ from pipeline.common.errors import DataError, UsageError
 from pipeline.evaluation.images import GeneratedImages, Images, ShardImages
 
 if TYPE_CHECKING:
-    from pipeline.checkpoints.weights import LoadedDiscriminator, LoadedGenerator
+    from pipeline.checkpoints.reference import LoadedDiscriminator, LoadedGenerator
     from pipeline.config import NetworkConfig
 
 
@@ -19,7 +19,7 @@ def device() -> str:
 
 def generator(ckpt: str) -> tuple["LoadedGenerator", dict[str, Any]]:
     """Return the generator that `--ckpt` names, on the device, with its description for the results."""
-    from pipeline.checkpoints.store import load_generator
+    from pipeline.checkpoints.reference import load_generator
 
     loaded = load_generator(ckpt)
     loaded.generator.to(device()).requires_grad_(False)
@@ -28,7 +28,7 @@ def generator(ckpt: str) -> tuple["LoadedGenerator", dict[str, Any]]:
 
 def discriminator(ckpt: str) -> tuple["LoadedDiscriminator", dict[str, Any]]:
     """Return the discriminator that `--ckpt` names, on the device, with its description for the results."""
-    from pipeline.checkpoints.store import load_discriminator
+    from pipeline.checkpoints.reference import load_discriminator
 
     loaded = load_discriminator(ckpt)
     loaded.discriminator.to(device()).requires_grad_(False)

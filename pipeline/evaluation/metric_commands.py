@@ -79,12 +79,12 @@ def _feature_metric(metric: Metric) -> Callable[..., None]:
         cache: Annotated[Path | None, typer.Option(help="Keep the real images' statistics in this folder.")] = None,
     ) -> None:
         folder = output_folder(out, ckpt)
-        from pipeline.evaluation.metrics.feature_metrics import Request, measure, processes
+        from pipeline.evaluation.metrics.feature_metrics import Request, launched_ranks, measure
 
         request = Request(folder, ckpt, samples, data, count, seed, extractor, extractor_sha256, resize, cache)
-        with processes() as accelerator:
-            numbers = measure(metric.value, request, accelerator)
-            if accelerator is None or accelerator.is_main_process:
+        with launched_ranks() as ranks:
+            numbers = measure(metric.value, request, ranks)
+            if ranks.main:
                 show(dict(numbers), folder, metric.value)
 
     return command

@@ -1,22 +1,20 @@
-"""The paper's family of networks (Radford et al. 2015, section 3), for 32, 64 and 128 pixels."""
+"""What every generator and discriminator offers, whatever it is built of, and how one is built by its name."""
 
-import math
+import copy
+from abc import abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.common.randomness import Purpose, raw_bits
+from pipeline.config import NETWORKS
 
 if TYPE_CHECKING:
     from pipeline.config import NetworkConfig
-
-
-def stage_widths(image_size: int, width: int) -> list[int]:
-    """Return the channels of the feature maps from 4x4 outwards: 64 px, width 128 is 1024-512-256-128."""
-    stages = int(math.log2(image_size // 4))
-    return [width << stage for stage in reversed(range(stages))]
 
 
 class Generator(nn.Module):
@@ -25,30 +23,49 @@ class Generator(nn.Module):
     def __init__(self, config: "NetworkConfig") -> None:
         super().__init__()
         self.config = config
-        widths = stage_widths(config.image_size, config.width)
-        layers: list[nn.Module] = [
-            nn.ConvTranspose2d(config.latent_dim, widths[0], 4, bias=False),  # (N, widths[0], 4, 4)
-            nn.BatchNorm2d(widths[0]),
-            nn.ReLU(inplace=True),
-        ]
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
-            layers += [*self._upsample(inputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-        layers += [*self._upsample(widths[-1], config.channels), nn.Tanh()]
-        self.layers = nn.Sequential(*layers)
 
-    def _upsample(self, inputs: int, outputs: int) -> Iterator[nn.Module]:
-        """Double the size: a fractionally strided convolution, or bilinear resizing and a convolution."""
-        kernel = self.config.kernel_size
-        if self.config.upsampling == "transposed":
-            odd = kernel % 2  # 5x5 needs one row of output padding to double exactly
-            yield nn.ConvTranspose2d(inputs, outputs, kernel, 2, (kernel - 1) // 2, odd, bias=False)
-        else:
-            yield nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-            same = kernel - 1 if kernel % 2 == 0 else kernel  # only an odd kernel keeps the size: 4 means 3x3
-            yield nn.Conv2d(inputs, outputs, same, padding=same // 2, bias=False)
+    @property
+    @abstractmethod
+    def last_activation(self) -> nn.Module:
+        """The module whose output, (N, maps, h, w), the last convolution reads."""
 
-    def forward(self, z: Tensor) -> Tensor:
-        images: Tensor = self.layers(z[:, :, None, None])
+    def folded(self) -> "Generator":
+        """Return a float32 copy in which each BatchNorm that follows a convolution is folded into it.
+
+        Done here rather than by each backend, so that all of them run the same weights.
+        """
+        assert not self.training, "fold the statistics of a generator in eval mode"
+        folded = copy.deepcopy(self).float()
+        for module in list(folded.modules()):
+            if isinstance(module, nn.Sequential):
+                _fold_sequence(module)
+        return folded
+
+    @torch.no_grad()
+    def feature_maps(self, z: Tensor) -> Tensor:
+        """Return the maps (N, maps, h, w) of z (N, latent_dim) that the last convolution reads."""
+        seen: list[Tensor] = []
+        handle = self.last_activation.register_forward_hook(lambda _, __, output: seen.append(output.clone()))
+        try:
+            self(z)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    @torch.no_grad()
+    def without_maps(self, z: Tensor, dropped: Tensor, strength: float = 1.0) -> Tensor:
+        """Return the images of z with the feature maps of the indices `dropped` scaled by 1 - strength, everywhere."""
+
+        def drop(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            output = output.clone()
+            output[:, dropped] *= 1 - strength
+            return output
+
+        handle = self.last_activation.register_forward_hook(drop)
+        try:
+            images: Tensor = self(z)
+        finally:
+            handle.remove()
         return images
 
 
@@ -58,25 +75,29 @@ class Discriminator(nn.Module):
     def __init__(self, config: "NetworkConfig") -> None:
         super().__init__()
         self.config = config
-        widths = stage_widths(config.image_size, config.width)[::-1]
-        kernel = config.kernel_size
 
-        def halve(inputs: int, outputs: int) -> nn.Conv2d:
-            return nn.Conv2d(inputs, outputs, kernel, 2, (kernel - 1) // 2, bias=False)
+    @property
+    @abstractmethod
+    def activation_widths(self) -> list[int]:
+        """Channels of each of `activations`."""
 
-        layers: list[nn.Module] = [halve(config.channels, widths[0]), nn.LeakyReLU(0.2, inplace=True)]
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
-            layers += [halve(inputs, outputs), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2, inplace=True)]
-        self.layers = nn.Sequential(*layers)  # (N, widths[-1], 4, 4)
-        self.head: nn.Module = (
-            nn.Conv2d(widths[-1], 1, 4, bias=False)
-            if config.head == "convolution"
-            else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(widths[-1], 1, 1))
-        )
+    @abstractmethod
+    def activations(self, images: Tensor) -> Iterator[Tensor]:
+        """Yield each stage's maps (N, channels, h, w) after their nonlinearity, the finest first."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.layers(images))  # (N, 1, 1, 1)
-        return logits.flatten()
+
+def build_generator(config: "NetworkConfig") -> Generator:
+    """Return the generator that `config.architecture` names, with PyTorch's initial weights."""
+    network = import_module(NETWORKS[config.architecture]).Generator(config)
+    assert isinstance(network, Generator)
+    return network
+
+
+def build_discriminator(config: "NetworkConfig") -> Discriminator:
+    """Return the discriminator that `config.architecture` names, with PyTorch's initial weights."""
+    network = import_module(NETWORKS[config.architecture]).Discriminator(config)
+    assert isinstance(network, Discriminator)
+    return network
 
 
 def initialize(network: nn.Module, seed: int, *, lane: int) -> None:
@@ -94,3 +115,17 @@ def initialize(network: nn.Module, seed: int, *, lane: int) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02, generator=generator)
             nn.init.zeros_(module.bias)
+
+
+def _fold_sequence(layers: nn.Sequential) -> None:
+    """Fold each BatchNorm of a sequence into the convolution right before it, in place."""
+    folded: list[nn.Module] = []
+    for layer in layers:
+        before = folded[-1] if folded else None
+        if isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.Conv2d | nn.ConvTranspose2d):
+            folded[-1] = fuse_conv_bn_eval(before, layer, transpose=isinstance(before, nn.ConvTranspose2d))
+        else:
+            folded.append(layer)
+    for name in [name for name, _ in layers.named_children()]:
+        delattr(layers, name)
+    layers.extend(folded)

@@ -9,30 +9,16 @@ from numpy.typing import NDArray
 
 from pipeline.common.imaging import grid, save_png
 from pipeline.common.randomness import Purpose
+from pipeline.common.ranks import ranks_of
 from pipeline.config import ScheduleConfig
 from pipeline.data.dataset import Dataset
-from pipeline.model.latents import latents
 from pipeline.model.networks import Generator
+from pipeline.model.sampling import sample
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 GRID_SIDE = 8
-BLOCK = 64
-
-
-@torch.no_grad()
-def sample(generator: Generator, seed: int, purpose: Purpose, start: int, count: int) -> NDArray[np.uint8]:
-    """Return samples `start` to `start + count` of an eval-mode generator, uint8 (count, size, size, channels)."""
-    config = generator.config
-    device = next(generator.parameters()).device
-    images = [torch.empty(0, config.image_size, config.image_size, config.channels, dtype=torch.uint8)]
-    for first in range(start, start + count, BLOCK):
-        number = min(BLOCK, start + count - first)
-        z = latents(seed, purpose, first, number, config.latent_dim, config.latent_distribution)
-        fake = generator(torch.from_numpy(z).to(device)).float().permute(0, 2, 3, 1)
-        images.append((fake * 127.5 + 128.0).clamp(0, 255).to(torch.uint8).cpu())
-    return torch.cat(images).numpy()
 
 
 def save_grid(generator: Generator, seed: int, path: Path) -> None:
@@ -69,27 +55,21 @@ class QualityMeter:
         """
         from pipeline.training.quality import quality, reference
 
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        shared: dict[str, Any] = {
-            "seed": self.seed,
-            "rank": rank,
-            "world_size": world_size,
-            "sum_over_ranks": self._sum_over_ranks,
-        }
+        ranks = ranks_of(self.accelerator)
         if self._reference is None:
             reals = self._reals()
             if self._features is not None:
                 self._features.see_reals(reals)
-            self._reference = reference(reals, **shared)
-        share = -(-self.samples // world_size)
-        start = min(rank * share, self.samples)
+            self._reference = reference(reals, seed=self.seed, ranks=ranks)
+        share = -(-self.samples // ranks.world_size)
+        start = min(ranks.rank * share, self.samples)
         count = min(share, self.samples - start)
         mine = np.zeros((share, *self._image_shape(generator)), np.uint8)
         mine[:count] = sample(generator, self.seed, Purpose.EVALUATE, start, count)
         gathered = self.accelerator.gather(torch.from_numpy(mine).to(self.accelerator.device))
         fakes = gathered.cpu().numpy()[: self.samples]
         more = self._features.measure(fakes) if self._features is not None else {}
-        return {**quality(self._reference, fakes, **shared), **more}
+        return {**quality(self._reference, fakes, seed=self.seed, ranks=ranks), **more}
 
     def _reals(self) -> NDArray[np.uint8]:
         from pipeline.data.shard_reader import iterate
@@ -100,13 +80,6 @@ class QualityMeter:
             if sum(map(len, parts)) >= self.samples:
                 break
         return np.concatenate(parts)[: self.samples]
-
-    def _sum_over_ranks(self, values: NDArray[Any]) -> NDArray[Any]:
-        if self.accelerator.num_processes == 1:
-            return values
-        tensor = torch.from_numpy(np.ascontiguousarray(values)).to(self.accelerator.device)
-        torch.distributed.all_reduce(tensor)
-        return np.asarray(tensor.cpu().numpy())
 
     @staticmethod
     def _image_shape(generator: Generator) -> tuple[int, int, int]:

@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, UnavailableError
+from pipeline.common.ranks import ranks_of
 from pipeline.evaluation.images import ArrayImages, Pixels
 from pipeline.evaluation.metrics.extractors import load_extractor
 from pipeline.evaluation.metrics.feature_distances import (
     Moments,
-    Shared,
     frechet_distance,
     kernel_distance,
     read_features,
@@ -29,7 +29,7 @@ class FeatureMeter:
         if find_spec("torchmetrics") is None:
             raise UnavailableError("schedule.extractor: needs the package torchmetrics; install the extra `eval`")
         self._extractor = load_extractor(extractor, sha256)
-        self._shared = Shared(accelerator)
+        self._ranks = ranks_of(accelerator)
         self._seed = seed
         self._reals: NDArray[np.float32] | None = None
 
@@ -48,7 +48,7 @@ class FeatureMeter:
         return {"fid": distance, "kid_x1000": 1e3 * kernel}
 
     def _read(self, images: Pixels) -> NDArray[np.float32]:
-        return read_features(ArrayImages(images), self._extractor, self._shared, None)[0]
+        return read_features(ArrayImages(images), self._extractor, self._ranks, None)[0]
 
 
 def _moments(features: NDArray[np.float32]) -> Moments:

@@ -1,15 +1,13 @@
 """What the trainer asks now and then: how far are the samples from the data, and how alike are they?"""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pipeline.common.ranks import ALONE, Ranks
 from pipeline.evaluation.images import ArrayImages, Pixels
 from pipeline.evaluation.metrics.ms_ssim import ms_ssim
-from pipeline.evaluation.metrics.swd import Projections, Sampling, Workers, distances, project
+from pipeline.evaluation.metrics.swd import Projections, Sampling, distances, project
 
 PATCHES = 32
 DIRECTIONS = 128
@@ -28,17 +26,14 @@ def reference(
     reals: Pixels,
     *,
     seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    sum_over_ranks: Callable[[NDArray[Any]], NDArray[Any]] = lambda x: x,
+    ranks: Ranks = ALONE,
     patches: int = PATCHES,
     directions: int = DIRECTIONS,
 ) -> Reference:
     """Precompute the real side of `quality`."""
-    workers = Workers(rank, world_size, sum_over_ranks)
     images = ArrayImages(reals)
     sampling = Sampling(seed, patches, directions)
-    return Reference(project(images, sampling, real=True, workers=workers), ms_ssim(images, workers=workers))
+    return Reference(project(images, sampling, real=True, ranks=ranks), ms_ssim(images, ranks=ranks))
 
 
 def quality(
@@ -46,32 +41,21 @@ def quality(
     fakes: Pixels,
     *,
     seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    sum_over_ranks: Callable[[NDArray[Any]], NDArray[Any]] = lambda x: x,
+    ranks: Ranks = ALONE,
     patches: int = PATCHES,
     directions: int = DIRECTIONS,
 ) -> dict[str, float]:
     """Return {"swd", "swd_64", "swd_32", "swd_16" (times 1000, small is near), "ms_ssim", "ms_ssim_real"}.
 
     Images are uint8 NHWC and held by every rank; each does its share of the blocks, and the result is the
-    same, bit for bit, for every world size. `sum_over_ranks` returns the sum of every rank's array.
+    same, bit for bit, for every world size.
     """
-    workers = Workers(rank, world_size, sum_over_ranks)
     if not isinstance(reals, Reference):
-        reals = reference(
-            reals,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            sum_over_ranks=sum_over_ranks,
-            patches=patches,
-            directions=directions,
-        )
+        reals = reference(reals, seed=seed, ranks=ranks, patches=patches, directions=directions)
     images = ArrayImages(fakes)
-    mine = project(images, Sampling(seed, patches, directions), real=False, workers=workers)
+    mine = project(images, Sampling(seed, patches, directions), real=False, ranks=ranks)
     return {
         **distances(reals.projections, mine),
-        "ms_ssim": ms_ssim(images, workers=workers),
+        "ms_ssim": ms_ssim(images, ranks=ranks),
         "ms_ssim_real": np.float64(reals.ms_ssim).item(),
     }

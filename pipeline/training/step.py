@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.model.ema import EMA
-from pipeline.model.losses import discriminator_loss, generator_loss
-from pipeline.model.networks import Discriminator, Generator, initialize
+from pipeline.model.losses import load_loss
+from pipeline.model.networks import build_discriminator, build_generator, initialize
+from pipeline.model.sampling import to_float
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,11 +40,12 @@ class AdversarialStep:
         self.accelerator = accelerator
         self.device = accelerator.device
         self.batch = recipe.batch
+        self.loss = load_loss(recipe.loss)
         self.parts = runtime.accumulate
         self.memory_format = torch.channels_last if runtime.channels_last else torch.contiguous_format
 
-        self.generator = Generator(config.network)
-        self.discriminator = Discriminator(config.network)
+        self.generator = build_generator(config.network)
+        self.discriminator = build_discriminator(config.network)
         self.dtype = next(self.generator.parameters()).dtype
         initialize(self.generator, recipe.seed, lane=0)
         initialize(self.discriminator, recipe.seed, lane=1)
@@ -81,7 +83,7 @@ class AdversarialStep:
             fake = self._fake(z_part)  # (n / parts, channels, size, size) in [-1, 1]
             with self._reduce_only_last(self._ddp_d, index):
                 real_logits, fake_logits = self._ddp_d(real), self._ddp_d(fake.detach())
-                loss_d = discriminator_loss(real_logits, fake_logits)
+                loss_d = self.loss.discriminator_loss(real_logits, fake_logits)
                 self.accelerator.backward(loss_d / self.parts)
             fakes.append(fake)
             with torch.no_grad():
@@ -103,7 +105,7 @@ class AdversarialStep:
         for index, z_part in enumerate(z_parts):
             with self._reduce_only_last(self._ddp_g, index):
                 fake = fakes[0] if self.parts == 1 else self._ddp_g(z_part)
-                loss_g = generator_loss(self.discriminator(fake))  # without D's reducer
+                loss_g = self.loss.generator_loss(self.discriminator(fake))  # without D's reducer
                 self.accelerator.backward(loss_g / self.parts)
             losses_g.append(loss_g.detach())
         self.discriminator.requires_grad_(True)
@@ -120,8 +122,7 @@ class AdversarialStep:
 
     def to_device(self, images: NDArray[np.uint8]) -> Tensor:
         """Return uint8 (n, size, size, channels) images as float (n, channels, size, size) in [-1, 1]."""
-        normalized = self._upload(images).permute(0, 3, 1, 2).to(self.dtype).div_(127.5).sub_(1.0)
-        return normalized.contiguous(memory_format=self.memory_format)
+        return to_float(self._upload(images), self.dtype, self.memory_format)
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
         """Copy to the device without making the host wait, which takes pinned memory: the stream's is, z's is not."""

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.checkpoints.store import CheckpointStore, load_discriminator, load_generator
+from pipeline.checkpoints.reference import load_discriminator, load_generator
+from pipeline.checkpoints.store import CheckpointStore
 from pipeline.checkpoints.weights import FILE_OF_KIND, serialize
 from pipeline.common.errors import DataError
 from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig
-from pipeline.model.networks import Discriminator, Generator, initialize
+from pipeline.model.networks import build_discriminator, build_generator, initialize
 
 CONFIG = NetworkConfig(image_size=32, width=4, latent_dim=6, channels=1)
 
@@ -22,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights") / "run"
     store = CheckpointStore(Store(folder))
     for images, swd in ((100, 5.0), (200, 1.0), (300, 3.0)):
-        generator, discriminator = Generator(CONFIG), Discriminator(CONFIG)
+        generator, discriminator = build_generator(CONFIG), build_discriminator(CONFIG)
         initialize(generator, images, lane=0)
         files = {
             FILE_OF_KIND["ema"]: serialize(generator, CONFIG, "ema", images),
@@ -47,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_references(run: Path, scheme: str, suffix: str, images: int, kind: str) -> None:
     loaded = load_generator(f"{scheme}{run}{suffix}")
-    expected = Generator(CONFIG)
+    expected = build_generator(CONFIG)
     initialize(expected, images, lane=0)
     assert (loaded.images_seen, loaded.kind, loaded.config) == (images, kind, CONFIG)
     assert str(images) in loaded.source
@@ -153,7 +154,7 @@ def test_other_pickles_are_refused_and_never_run(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_diverged_are_named_as_such(tmp_path: Path, value: float) -> None:
-    generator = Generator(CONFIG)
+    generator = build_generator(CONFIG)
     with torch.no_grad():
         generator.layers[0].weight[0, 0] = value
     file = tmp_path / "generator.safetensors"

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.checkpoints.weights import serialize
 from pipeline.config import NetworkConfig
-from pipeline.model.networks import Generator, initialize
+from pipeline.model.networks import build_generator, initialize
 
 BIN = Path(sys.executable).parent
 
@@ -23,7 +23,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path
 
     def make(seed: int) -> Path:
         config = NetworkConfig(width=8, image_size=32)
-        generator = Generator(config)
+        generator = build_generator(config)
         initialize(generator, seed, lane=0)
         for module in generator.modules():
             if isinstance(module, torch.nn.BatchNorm2d):

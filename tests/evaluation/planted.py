@@ -14,7 +14,7 @@ from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig, RunConfig
 from pipeline.data.dataset import Dataset
 from pipeline.data.shard_reader import ShardWriter, write_shard
-from pipeline.model.networks import Discriminator, Generator, initialize
+from pipeline.model.networks import Generator, build_discriminator, build_generator, initialize
 
 SIZE = 32
 NETWORK = NetworkConfig(image_size=SIZE, width=8, latent_dim=16)
@@ -75,7 +75,7 @@ def write_planted(folder: Path, count: int = 480, seed: int = 0, *, labels: bool
 
 def write_run(run: Path, seed: int = 0) -> Path:
     """Write a run directory with one checkpoint of untrained networks."""
-    generator, discriminator = Generator(NETWORK), Discriminator(NETWORK)
+    generator, discriminator = build_generator(NETWORK), build_discriminator(NETWORK)
     initialize(generator, seed, lane=1)
     initialize(discriminator, seed, lane=2)
     files = {
@@ -95,7 +95,7 @@ def legible_generator() -> Generator:
     Channels 0 and 1 carry the positive and negative part of z[0] over the whole map, channel 2 the positive part
     of z[1] in the middle only; every layer hands them on, the last one adds them up.
     """
-    generator = Generator(NETWORK)
+    generator = build_generator(NETWORK)
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.zero_()

@@ -11,7 +11,7 @@ from pipeline.checkpoints.weights import serialize
 from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig
 from pipeline.model.latents import latents
-from pipeline.model.networks import Generator, initialize
+from pipeline.model.networks import Generator, build_generator, initialize
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -21,7 +21,7 @@ def make_generator(config: NetworkConfig, seed: int = 0) -> Generator:
 
     Freshly initialized ones make nearly gray images, in which every backend would agree.
     """
-    generator = Generator(config)
+    generator = build_generator(config)
     initialize(generator, seed, lane=0)
     norms = [module for module in generator.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:

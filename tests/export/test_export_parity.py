@@ -85,7 +85,7 @@ def whole_matrix() -> Iterator[NetworkConfig]:
                 yield NetworkConfig.model_validate(
                     {"width": 16, "image_size": size, "upsampling": upsampling, "channels": channels}
                 )
-    yield from {load_config(preset).network for preset in preset_names()}
+    yield from dict.fromkeys(load_config(preset).network for preset in preset_names())
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from export.builders.tensorrt import BuildOptions, build_plan, load_module, make
 from export.format.card import Card, Source, ports, read_card
 from export.format.driver import driver_version
 from export.samplers.tensorrt import Here, compare
-from pipeline.checkpoints.weights import LoadedGenerator
+from pipeline.checkpoints.reference import LoadedGenerator
 from pipeline.common.errors import DataError, UnavailableError, UsageError
 from pipeline.common.storage import sha256_bytes
 from pipeline.config import NetworkConfig, load_config, preset_names

@@ -9,7 +9,7 @@ from gpu_cases import Weights
 from export.format.driver import driver_version
 from pipeline.checkpoints.weights import serialize
 from pipeline.config import NetworkConfig
-from pipeline.model.networks import Generator, initialize
+from pipeline.model.networks import build_generator, initialize
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
     """Width 64, 64x64, with measured BatchNorm statistics and full contrast."""
     config = NetworkConfig(width=64)
-    generator = Generator(config)
+    generator = build_generator(config)
     initialize(generator, 0, lane=0)
     with torch.no_grad():
         for _ in range(20):

@@ -8,9 +8,9 @@ import torch
 from gpu_cases import Weights
 
 from export.builders.onnx_model import export_onnx
-from export.format.card import versions
 from export.samplers.base import CHECKPOINT_BACKENDS, Sampler, open_sampler
 from pipeline.common.errors import UnavailableError
+from pipeline.common.machine import versions
 from pipeline.common.randomness import Purpose
 from pipeline.model.latents import latents
 

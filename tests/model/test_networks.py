@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.config import NetworkConfig
-from pipeline.model.networks import Discriminator, Generator, initialize
+from pipeline.model.networks import build_discriminator, build_generator, initialize
 
 FAMILY = [
     NetworkConfig(
@@ -21,10 +21,10 @@ FAMILY = [
 
 @pytest.mark.parametrize("config", FAMILY)
 def test_shapes_and_ranges(config: NetworkConfig) -> None:
-    images = Generator(config)(torch.rand(2, 6) * 2 - 1)
+    images = build_generator(config)(torch.rand(2, 6) * 2 - 1)
     assert images.shape == (2, config.channels, config.image_size, config.image_size)
     assert images.abs().max() <= 1
-    assert Discriminator(config)(images).shape == (2,)
+    assert build_discriminator(config)(images).shape == (2,)
 
 
 def test_parameter_counts_of_the_tutorial_and_the_paper() -> None:
@@ -33,14 +33,14 @@ def test_parameter_counts_of_the_tutorial_and_the_paper() -> None:
 
     # pytorch/examples' DCGAN at ngf = ndf = 64: 3,576,704 and 2,765,568 parameters.
     tutorial = NetworkConfig(width=64)
-    assert (count(Generator(tutorial)), count(Discriminator(tutorial))) == (3_576_704, 2_765_568)
+    assert (count(build_generator(tutorial)), count(build_discriminator(tutorial))) == (3_576_704, 2_765_568)
     paper = NetworkConfig(width=128)
-    assert [round(count(net(paper)) / 1e6, 1) for net in (Generator, Discriminator)] == [12.7, 11.0]
+    assert [round(count(net(paper)) / 1e6, 1) for net in (build_generator, build_discriminator)] == [12.7, 11.0]
 
 
 def test_normalization_is_where_the_paper_has_it() -> None:
     config = NetworkConfig(width=8)
-    generator, discriminator = list(Generator(config).layers), list(Discriminator(config).layers)
+    generator, discriminator = list(build_generator(config).layers), list(build_discriminator(config).layers)
     assert isinstance(generator[-1], nn.Tanh)
     assert isinstance(generator[-2], nn.ConvTranspose2d)
     assert sum(isinstance(layer, nn.BatchNorm2d) for layer in generator) == 4
@@ -50,7 +50,7 @@ def test_normalization_is_where_the_paper_has_it() -> None:
 
 def test_initial_weights_follow_the_paper_and_the_seed() -> None:
     config = NetworkConfig(width=32)
-    first, again, other = Generator(config), Generator(config), Generator(config)
+    first, again, other = build_generator(config), build_generator(config), build_generator(config)
     initialize(first, 5, lane=0)
     initialize(again, 5, lane=0)
     initialize(other, 6, lane=0)

@@ -16,7 +16,7 @@ from torch import nn
 from pipeline.common.randomness import Purpose
 from pipeline.config import RunConfig, load_config
 from pipeline.model.latents import latents
-from pipeline.model.networks import Discriminator, Generator, initialize
+from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.step import deviation
 
 TINY = ["image_size=32", "width=4", "latent_dim=8", "batch=16", "streams=8"]
@@ -31,7 +31,7 @@ def batch_of(config: RunConfig) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, A
 
 def plain_updates(config: RunConfig, count: int) -> dict[str, torch.Tensor]:
     """Do what every tutorial does, in float64: the reference that the fast step must equal."""
-    generator, discriminator = Generator(config.network).double(), Discriminator(config.network).double()
+    generator, discriminator = build_generator(config.network).double(), build_discriminator(config.network).double()
     initialize(generator, config.recipe.seed, lane=0)
     initialize(discriminator, config.recipe.seed, lane=1)
     adam = {"lr": 2e-4, "betas": (0.5, 0.999)}
@@ -58,7 +58,7 @@ import sys, json, torch
 torch.set_default_dtype(torch.float64)
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = {tests!r}
 from pipeline.config import load_config
 from pipeline.training.step import AdversarialStep
 from test_step import batch_of
@@ -87,7 +87,7 @@ def updates(
 ) -> dict[str, Any]:
     """Run three updates of AdversarialStep in float64 in real processes, and return the weights."""
     worker, out = tmp_path / "worker.py", tmp_path / f"{len(list(tmp_path.iterdir()))}.pt"
-    worker.write_text(WORKER.format(tests=str(Path(__file__).parents[1])))
+    worker.write_text(WORKER.format(tests=[str(folder) for folder in list(Path(__file__).parents)[:2]]))
     options = {
         "overrides": TINY + overrides,
         "processes": processes,

@@ -9,13 +9,13 @@ from typing import Any
 
 from pipeline.common.errors import Stopped, UsageError
 from pipeline.common.imaging import encode, grid
+from pipeline.common.machine import available_cores
 from pipeline.common.partition import Part, parse_part
 from pipeline.common.storage import Store, sha256_file
 from pipeline.common.telemetry import Telemetry
 from pipeline.data.build import builder as build
 from pipeline.data.build import state as place
 from pipeline.data.build.plan import Selection, make_work
-from pipeline.data.build.process_pool import available_cores
 from pipeline.data.build.transform import DEFAULT_QUALITY, Recipe
 from pipeline.data.dataset import Dataset, Encoding
 from pipeline.data.shard_reader import iterate

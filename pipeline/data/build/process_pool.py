@@ -17,11 +17,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_tasks(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[R]:
     """Yield function(task) for every task, as they finish. The first error stops all workers at once.
 

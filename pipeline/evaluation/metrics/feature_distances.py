@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.ranks import Ranks
 from pipeline.common.storage import sha256_bytes, write_atomic
 from pipeline.evaluation.images import BLOCK, Images, Watched, num_blocks
 from pipeline.evaluation.metrics.extractors import Extractor
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    pass
 
 NEIGHBORS = 3
 """Precision and recall: a point counts as covered when it is no farther from another than that one's third nearest."""
@@ -64,72 +65,52 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return float(distance)
 
 
-class Shared:
-    """The processes that share the work. Block b of the images belongs to rank b mod size."""
-
-    def __init__(self, accelerator: "Accelerator | None" = None) -> None:
-        self._accelerator = accelerator
-        self.rank = accelerator.process_index if accelerator else 0
-        self.size = accelerator.num_processes if accelerator else 1
-
-    def sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the sum of every rank's array."""
-        if self.size == 1:
-            return values
-        assert self._accelerator is not None
-        tensor = torch.from_numpy(np.ascontiguousarray(values)).to(self._accelerator.device)
-        torch.distributed.all_reduce(tensor)
-        return np.asarray(tensor.cpu().numpy())
-
-
-def read_moments(images: Images, extractor: Extractor, shared: Shared, what: str) -> Moments:
+def read_moments(images: Images, extractor: Extractor, ranks: Ranks, what: str) -> Moments:
     """Return the moments of a set's features, each rank reading its own blocks."""
     total: NDArray[np.float64] | None = None
     outer: NDArray[np.float64] | None = None
-    for _, features, _ in _blocks(images, extractor, shared, what):
+    for _, features, _ in _blocks(images, extractor, ranks, what):
         block = features.astype(np.float64)
         total = block.sum(0) if total is None else total + block.sum(0)
         outer = block.T @ block if outer is None else outer + block.T @ block
-    width = int(shared.sum(np.array([0.0 if total is None else len(total)]))[0]) // _working(images, shared)
+    width = int(ranks.sum(np.array([0.0 if total is None else len(total)]))[0]) // _working(images, ranks)
     if total is None or outer is None:  # fewer blocks than ranks
         total, outer = np.zeros(width), np.zeros((width, width))
-    return Moments(shared.sum(total), shared.sum(outer), images.count)
+    return Moments(ranks.sum(total), ranks.sum(outer), images.count)
 
 
 def read_features(
-    images: Images, extractor: Extractor, shared: Shared, what: str | None
+    images: Images, extractor: Extractor, ranks: Ranks, what: str | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """Return a set's features (N, F), and class probabilities where there are any, whole on every rank.
 
     Shows how far it is under the name `what`; None shows nothing.
     """
-    found = list(_blocks(images, extractor, shared, what))
+    found = list(_blocks(images, extractor, ranks, what))
     features = [(block, values) for block, values, _ in found]
     probabilities = [(block, values) for block, _, values in found if values is not None]
     joined = []
     for parts in (features, probabilities):
-        width = int(shared.sum(np.array([float(parts[0][1].shape[1]) if parts else 0.0]))[0]) // _working(
-            images, shared
-        )
+        width = int(ranks.sum(np.array([float(parts[0][1].shape[1]) if parts else 0.0]))[0]) // _working(images, ranks)
         whole = np.zeros((images.count, width))
         for block, part in parts:
             whole[block * BLOCK : block * BLOCK + len(part)] = part
-        joined.append(shared.sum(whole).astype(np.float32) if width else None)
+        joined.append(ranks.sum(whole).astype(np.float32) if width else None)
     assert joined[0] is not None
     return joined[0], joined[1]
 
 
-def _working(images: Images, shared: Shared) -> int:
+def _working(images: Images, ranks: Ranks) -> int:
     """Return how many ranks have a block at all."""
-    return min(shared.size, num_blocks(images.count))
+    return min(ranks.world_size, num_blocks(images.count))
 
 
 def _blocks(
-    images: Images, extractor: Extractor, shared: Shared, what: str | None
+    images: Images, extractor: Extractor, ranks: Ranks, what: str | None
 ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32] | None]]:
     """Yield (block, features, probabilities or None) of this rank's blocks."""
     watched = images if what is None else Watched(images, what)
-    for block, pixels in watched.blocks(shared.rank, shared.size):
+    for block, pixels in watched.blocks(ranks.rank, ranks.world_size):
         read = extractor.read(pixels)
         yield block, read.features, read.probabilities
 

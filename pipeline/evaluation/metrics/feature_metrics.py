@@ -5,18 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UsageError
+from pipeline.common.ranks import ALONE, Ranks, ranks_of
 from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.images import Images, ShardImages
 from pipeline.evaluation.metrics.extractors import Extractor, load_extractor
 from pipeline.evaluation.metrics.feature_distances import (
     Moments,
-    Shared,
     cached,
     frechet_distance,
     inception_score,
@@ -26,9 +26,6 @@ from pipeline.evaluation.metrics.feature_distances import (
     read_moments,
 )
 from pipeline.evaluation.results import Result
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 NOT_COMPARABLE = (
     "These numbers rest on an extractor of our own: compare them only with others of the same extractor, data set, "
@@ -57,10 +54,10 @@ class Request:
 class Measurement:
     """One command's sets, extractor and result, on every process that takes part."""
 
-    def __init__(self, name: str, request: Request, accelerator: "Accelerator | None" = None) -> None:
+    def __init__(self, name: str, request: Request, ranks: Ranks = ALONE) -> None:
         self.name = name
         self.request = request
-        self.shared = Shared(accelerator)
+        self.ranks = ranks
         self.extractor: Extractor = load_extractor(request.extractor, request.extractor_sha256, resize=request.resize)
         self.fakes, subject = inputs.fakes(request.ckpt, request.samples, request.count, request.seed)
         settings = {
@@ -69,7 +66,7 @@ class Measurement:
             "extractor": self.extractor.name,
             "extractor_sha256": self.extractor.sha256,
             "resize": request.resize,
-            "processes": self.shared.size,
+            "processes": self.ranks.world_size,
         }
         self.result = Result(name, request.out, subject, settings=settings)
         self.reals: ShardImages | None = None
@@ -81,27 +78,27 @@ class Measurement:
     @property
     def main(self) -> bool:
         """Whether this process writes the result."""
-        return self.shared.rank == 0
+        return self.ranks.main
 
     def moments(self) -> tuple[Moments, Moments]:
         """Return the moments of the real images (from the cache where they are) and of the samples."""
 
         def make() -> dict[str, NDArray[Any]]:
-            made = read_moments(self._reals(), self.extractor, self.shared, "features of real images")
+            made = read_moments(self._reals(), self.extractor, self.ranks, "features of real images")
             return {"total": made.total, "outer": made.outer}
 
         kept = cached(self._cache(), self._key("moments"), make)
         reals = Moments(kept["total"], kept["outer"], self._reals().count)
-        return reals, read_moments(self.fakes, self.extractor, self.shared, "features of samples")
+        return reals, read_moments(self.fakes, self.extractor, self.ranks, "features of samples")
 
     def features(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the features of the real images (from the cache where they are) and of the samples."""
 
         def make() -> dict[str, NDArray[Any]]:
-            return {"features": read_features(self._reals(), self.extractor, self.shared, "features of real images")[0]}
+            return {"features": read_features(self._reals(), self.extractor, self.ranks, "features of real images")[0]}
 
         reals = cached(self._cache(), self._key("features"), make)["features"]
-        return reals, read_features(self.fakes, self.extractor, self.shared, "features of samples")[0]
+        return reals, read_features(self.fakes, self.extractor, self.ranks, "features of samples")[0]
 
     def probabilities(self) -> NDArray[np.float32]:
         """Return class probabilities of the samples. Raises UsageError when the extractor knows no classes."""
@@ -111,7 +108,7 @@ class Measurement:
                 f"--extractor {self.request.extractor}: knows no classes, which an Inception score needs; name an "
                 "Inception, a classifier with logits, or a classifier.safetensors of `dcgan-eval classifier`"
             )
-        _, found = read_features(self.fakes, self.extractor, self.shared, "classes of samples")
+        _, found = read_features(self.fakes, self.extractor, self.ranks, "classes of samples")
         assert found is not None
         return found
 
@@ -132,7 +129,7 @@ class Measurement:
 
     def _cache(self) -> Path | None:
         # Only the main process could write; the others would wait for it. So a shared run keeps nothing.
-        return self.request.cache if self.shared.size == 1 else None
+        return self.request.cache if self.ranks.world_size == 1 else None
 
     def _key(self, kind: str) -> dict[str, Any]:
         reals = self._reals()
@@ -146,25 +143,25 @@ class Measurement:
 
 
 @contextmanager
-def processes() -> Iterator["Accelerator | None"]:
-    """Yield the group of processes that a launcher started, or None when this one is alone."""
+def launched_ranks() -> Iterator[Ranks]:
+    """Yield the ranks that a launcher started, or this process alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield None
+        yield ALONE
         return
     from accelerate import Accelerator
 
     accelerator = Accelerator()
     try:
-        yield accelerator
+        yield ranks_of(accelerator)
     finally:
         accelerator.end_training()
 
 
-def measure(name: str, request: Request, accelerator: "Accelerator | None" = None) -> dict[str, float]:
+def measure(name: str, request: Request, ranks: Ranks = ALONE) -> dict[str, float]:
     """Run `fid`, `kid`, `is` or `precision-recall`, write its result, and return the numbers."""
     if name != "is" and request.data is None:
         raise UsageError("--data is missing: the real images to compare with")
-    measurement = Measurement(name, request, accelerator)
+    measurement = Measurement(name, request, ranks)
     extractor = measurement.extractor.name
     if name == "fid":
         value = frechet_distance(*measurement.moments())

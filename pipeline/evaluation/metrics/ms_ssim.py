@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError
+from pipeline.common.ranks import ALONE, Ranks
 from pipeline.evaluation.images import Images, Pixels, num_blocks
-from pipeline.evaluation.metrics.swd import Workers
 
 WEIGHTS = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])
 WINDOW = 11
@@ -59,16 +59,15 @@ def _halve(maps: Maps) -> Maps:
     return total / np.float32(4)
 
 
-def ms_ssim(images: Images, *, workers: Workers | None = None) -> float:
+def ms_ssim(images: Images, *, ranks: Ranks = ALONE) -> float:
     """Return the mean MS-SSIM of images 0 and 1, 2 and 3, ...: random pairs, as the order of a set is random.
 
-    Near 0 for varied images, 1 for copies. The same, bit for bit, for every number of workers.
+    Near 0 for varied images, 1 for copies. The same, bit for bit, for every number of ranks.
     """
-    workers = workers or Workers()
     if images.shape[0] < SMALLEST:
         raise DataError(f"images of {images.shape[0]} pixels are too small for MS-SSIM: five scales need {SMALLEST}")
     sums = np.zeros(num_blocks(images.count))
-    for block, pixels in images.blocks(workers.rank, workers.size):
+    for block, pixels in images.blocks(ranks.rank, ranks.world_size):
         even = len(pixels) // 2 * 2
         sums[block] = ms_ssim_of_pairs(pixels[0:even:2], pixels[1:even:2]).sum()
-    return float(np.asarray(workers.sum(sums)).sum() / (images.count // 2))
+    return float(np.asarray(ranks.sum(sums)).sum() / (images.count // 2))

@@ -8,15 +8,14 @@ the difference of the two cumulative distributions, which is the same distance u
 no memory that grows with N, adds up over processes exactly, and allows sets of unequal size.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError
 from pipeline.common.randomness import Purpose, raw_bits
+from pipeline.common.ranks import ALONE, Ranks
 from pipeline.evaluation.images import BLOCK, Images, Pixels, num_blocks
 
 PATCH = 7
@@ -37,16 +36,6 @@ class Sampling:
     """Patches of an image on every level."""
     directions: int = 512
     """Random projections on every level."""
-
-
-@dataclass(frozen=True)
-class Workers:
-    """This process's place among those that share the work. Block b belongs to rank b mod size."""
-
-    rank: int = 0
-    size: int = 1
-    sum: Callable[[NDArray[Any]], NDArray[Any]] = lambda array: array
-    """Returns the sum of every rank's array."""
 
 
 @dataclass(frozen=True)
@@ -118,24 +107,23 @@ def _directions(features: int, lane: int, sampling: Sampling) -> Floats:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=0), np.float32)
 
 
-def project(images: Images, sampling: Sampling, *, real: bool, workers: Workers | None = None) -> Projections:
+def project(images: Images, sampling: Sampling, *, real: bool, ranks: Ranks = ALONE) -> Projections:
     """Look at a set from every direction. `real` keeps the patch positions of the two sides apart.
 
     Reads the images twice: the first pass finds the channels' means and deviations, the second one counts.
-    The result is the same, bit for bit, for every number of workers.
+    The result is the same, bit for bit, for every number of ranks.
     """
-    workers = workers or Workers()
     levels = resolutions(images.shape[0])
     channels = images.shape[2]
     lanes = [(3 * index, 3 * index + (1 if real else 2)) for index in range(len(levels))]
     # One row a block, zeros where it is another's: x + 0 is exact, so the sum's order never depends on the ranks.
     moments = np.zeros((num_blocks(images.count), len(levels), channels, 2))
-    for block, pixels in images.blocks(workers.rank, workers.size):
+    for block, pixels in images.blocks(ranks.rank, ranks.world_size):
         for index, level in enumerate(laplacian_pyramid(pixels)):
             patches = _patches(level, block * BLOCK, lanes[index][1], sampling).transpose(1, 0, 2, 3)
             values = patches.reshape(channels, -1).astype(np.float64)
             moments[block, index] = np.stack([values.sum(1), np.square(values).sum(1)], -1)
-    totals = np.asarray(workers.sum(moments)).sum(0) / (images.count * sampling.patches * PATCH**2)
+    totals = np.asarray(ranks.sum(moments)).sum(0) / (images.count * sampling.patches * PATCH**2)
     means = totals[..., 0]
     deviations = np.sqrt(np.maximum(totals[..., 1] - means**2, 1e-12))
 
@@ -148,7 +136,7 @@ def project(images: Images, sampling: Sampling, *, real: bool, workers: Workers 
         scaled = unit * per_pixel[:, None] * (BINS / (2 * REACH))
         shift = BINS / 2 - np.repeat(means[index], PATCH**2) @ scaled
         maps.append((np.ascontiguousarray(scaled.T, np.float32), shift.astype(np.float32)[:, None]))
-    for block, pixels in images.blocks(workers.rank, workers.size):
+    for block, pixels in images.blocks(ranks.rank, ranks.world_size):
         for index, level in enumerate(laplacian_pyramid(pixels)):
             patches = _patches(level, block * BLOCK, lanes[index][1], sampling)
             matrix, offset = maps[index]
@@ -157,7 +145,7 @@ def project(images: Images, sampling: Sampling, *, real: bool, workers: Workers 
             np.clip(bins, 0, BINS - 1, out=bins)
             for direction, values in enumerate(bins):  # converted row by row, which stays in the cache
                 counts[index, direction] += np.bincount(values.astype(np.int64), minlength=BINS)
-    return Projections(levels, np.asarray(workers.sum(counts), np.int64), sampling)
+    return Projections(levels, np.asarray(ranks.sum(counts), np.int64), sampling)
 
 
 def distances(reals: Projections, fakes: Projections) -> dict[str, float]:

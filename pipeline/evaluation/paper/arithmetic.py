@@ -14,9 +14,10 @@ from pipeline.evaluation.confidence import wilson
 from pipeline.evaluation.images import Pixels
 from pipeline.evaluation.paper.attributes import Concept, check_known, in_words, outcome, parse, shows
 from pipeline.evaluation.paper.sample_pool import POOL, Pool, images_chunked, make_pool
-from pipeline.evaluation.paper.walks import Z, images_of
+from pipeline.evaluation.paper.walks import Z
 from pipeline.evaluation.results import Result
 from pipeline.model.networks import Generator
+from pipeline.model.sampling import images_of
 
 NOISE = 0.25
 """The paper shows the neighborhood of a result by uniform noise of so much on every value of z."""

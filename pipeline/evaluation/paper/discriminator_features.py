@@ -1,39 +1,21 @@
 """The discriminator as a feature extractor (section 5.1 of the paper)."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.common.errors import UsageError
 from pipeline.config import NetworkConfig
 from pipeline.evaluation.classifier import to_network
 from pipeline.evaluation.images import Pixels
 from pipeline.evaluation.inputs import device
-from pipeline.model.networks import Discriminator, initialize
+from pipeline.model.networks import Discriminator, build_discriminator, initialize
 
 POOLED = 4
 BATCH = 128
 RANDOM_LANE = 99
-
-
-def activations(network: Discriminator, images: Tensor) -> Iterator[Tensor]:
-    """Yield every convolution's output after its nonlinearity, the finest map first."""
-    maps = images
-    for layer in network.layers:
-        maps = layer(maps)
-        if isinstance(layer, nn.LeakyReLU):
-            yield maps
-
-
-def layer_widths(config: NetworkConfig) -> list[int]:
-    """Return the channels of the activations, finest map first."""
-    from pipeline.model.networks import stage_widths
-
-    return stage_widths(config.image_size, config.width)[::-1]
 
 
 @torch.no_grad()
@@ -41,7 +23,7 @@ def features(network: Discriminator, images: Pixels, batch: int = BATCH) -> NDAr
     """Return (N, 16 * sum of widths): every layer's activations, max-pooled to 4x4, flattened and joined."""
     rows = []
     for start in range(0, len(images), batch):
-        maps = activations(network, to_network(images[start : start + batch]))
+        maps = network.activations(to_network(images[start : start + batch]))
         rows.append(torch.cat([F.adaptive_max_pool2d(m, POOLED).flatten(1) for m in maps], 1).cpu())
     return np.asarray(torch.cat(rows).numpy(), np.float32)
 
@@ -66,6 +48,6 @@ def reestimate_batchnorm(network: Discriminator, images: Pixels) -> Discriminato
 
 def random_discriminator(config: NetworkConfig, seed: int) -> Discriminator:
     """Return an untrained discriminator of the same architecture: what its features are worth without learning."""
-    network = Discriminator(config)
+    network = build_discriminator(config)
     initialize(network, seed, lane=RANDOM_LANE)
     return network.to(device()).requires_grad_(False)

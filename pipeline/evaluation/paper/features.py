@@ -1,5 +1,9 @@
 """`dcgan-eval features`: what excites D's units, by guided backpropagation and by gradient ascent (Figure 5)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,13 @@ from pipeline.evaluation.classifier import to_network
 from pipeline.evaluation.images import Pixels
 from pipeline.evaluation.inputs import device
 from pipeline.evaluation.paper.discriminator_features import (
-    activations,
-    layer_widths,
     random_discriminator,
     reestimate_batchnorm,
 )
 from pipeline.evaluation.paper.nearest import gather
 from pipeline.evaluation.results import Result
 from pipeline.model.networks import Discriminator
+from pipeline.model.sampling import to_uint8
 
 Peaks = NDArray[np.float32]
 
@@ -40,7 +43,7 @@ def run_features(
     `layer` counts from 1; None is the last.
     """
     loaded, subject = inputs.discriminator(ckpt)
-    widths = layer_widths(loaded.config)
+    widths = loaded.discriminator.activation_widths
     layer = len(widths) if layer is None else layer
     if not 1 <= layer <= len(widths):
         raise UsageError(f"--layer {layer}: the discriminator has layers 1 to {len(widths)}")
@@ -83,7 +86,7 @@ def peak_responses(network: Discriminator, images: Pixels, layer: int) -> Peaks:
     """Return each unit's largest response anywhere in each image: (N, units)."""
     rows = []
     for start in range(0, len(images), 256):
-        maps = list(activations(network, to_network(images[start : start + 256])))[layer - 1]
+        maps = next(islice(network.activations(to_network(images[start : start + 256])), layer - 1, None))
         rows.append(maps.amax((2, 3)).cpu())
     return np.asarray(torch.cat(rows).numpy(), np.float32)
 
@@ -97,34 +100,45 @@ def strongest(peaks: Peaks, units: int) -> tuple[list[int], NDArray[np.float32]]
 
 
 class _Guided(torch.autograd.Function):
-    """LeakyReLU whose gradient passes only where the unit is on and the gradient is positive."""
+    """A rectifier whose gradient passes only where the unit is on and the gradient is positive."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, slope: float) -> Tensor:
         ctx.save_for_backward(values)
-        return F.leaky_relu(values, 0.2)
+        return F.leaky_relu(values, slope)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (values,) = ctx.saved_tensors
         passed: Tensor = gradients[0].clamp(min=0) * (values > 0)
-        return passed
+        return passed, None
+
+
+def _rectify(values: Tensor, slope: float) -> Tensor:
+    guided: Tensor = _Guided.apply(values, slope)  # type: ignore[no-untyped-call]
+    return guided
+
+
+@contextmanager
+def _guided(network: nn.Module) -> Iterator[None]:
+    """Let every rectifier of a network pass gradients as guided backpropagation does."""
+    rectifiers = [module for module in network.modules() if isinstance(module, nn.LeakyReLU | nn.ReLU)]
+    for module in rectifiers:
+        slope = module.negative_slope if isinstance(module, nn.LeakyReLU) else 0.0
+        module.forward = partial(_rectify, slope=slope)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in rectifiers:
+            del module.forward
 
 
 def guided_backpropagation(network: Discriminator, images: Pixels, layer: int, unit: int) -> Pixels:
     """Return what in each image excites `unit` of convolution `layer`, as pictures around middle gray."""
     x = to_network(images).requires_grad_(True)
-    maps = x
-    depth = 0
-    for module in network.layers:
-        if isinstance(module, nn.LeakyReLU):
-            depth += 1
-            maps = _Guided.apply(maps)  # type: ignore[no-untyped-call]
-            if depth == layer:
-                break
-        else:
-            maps = module(maps)
-    (gradient,) = torch.autograd.grad(maps[:, unit].amax((1, 2)).sum(), x)
+    with _guided(network):
+        maps = next(islice(network.activations(x), layer - 1, None))
+        (gradient,) = torch.autograd.grad(maps[:, unit].amax((1, 2)).sum(), x)
     scale = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
     return _to_pixels(gradient / scale)
 
@@ -138,7 +152,7 @@ def ascend(network: Discriminator, layer: int, unit: int, shape: tuple[int, ...]
     optimizer = torch.optim.Adam([x], 0.05)
     for _ in range(ASCENT_STEPS):
         shift = torch.randint(-JITTER, JITTER + 1, (2,), generator=generator).tolist()
-        maps = list(activations(network, torch.roll(x.clamp(-1, 1), shift, (2, 3))))[layer - 1]
+        maps = next(islice(network.activations(torch.roll(x.clamp(-1, 1), shift, (2, 3))), layer - 1, None))
         roughness = x.diff(dim=2).square().mean() + x.diff(dim=3).square().mean()
         loss = -maps[:, unit].mean() + SMOOTHNESS * (roughness * 100 + x.square().mean())
         optimizer.zero_grad()
@@ -149,5 +163,4 @@ def ascend(network: Discriminator, layer: int, unit: int, shape: tuple[int, ...]
 
 def _to_pixels(values: Tensor) -> Pixels:
     """float (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C)."""
-    scaled = (values.permute(0, 2, 3, 1) * 127.5 + 128).clamp(0, 255)
-    return np.asarray(scaled.to(torch.uint8).cpu().numpy())
+    return np.asarray(to_uint8(values).cpu().numpy())

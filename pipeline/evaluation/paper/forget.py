@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.randomness import Purpose, permutation
 from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.classifier import get_classifier
 from pipeline.evaluation.confidence import wilson
+from pipeline.evaluation.images import Pixels
 from pipeline.evaluation.inputs import device
 from pipeline.evaluation.options import NUMBERED_SAMPLES
 from pipeline.evaluation.paper.sample_pool import images_chunked
-from pipeline.evaluation.paper.walks import Z, draw, images_of
+from pipeline.evaluation.paper.walks import Z, draw
 from pipeline.evaluation.results import Result
 from pipeline.model.networks import Generator
+from pipeline.model.sampling import BLOCK, to_uint8
 
 MEASURED = 1_024
 """Fresh samples on which the dropout is judged."""
@@ -76,7 +77,6 @@ def run_forget(
     if region is not None and max(region) > size:
         raise UsageError(f"--region {','.join(map(str, region))}: not inside an image of {size}x{size} pixels")
     result = Result("forget", out, subject, settings=settings)
-    layer = second_highest(loaded.generator)
     if boxes is not None:
         drawn = read_boxes(boxes, size)
     elif judge is not None and attribute is not None and region is not None:
@@ -92,7 +92,7 @@ def run_forget(
             f"boxes in only {with_boxes} samples: too few to tell the object's maps from others; expected {FEWEST}"
         )
 
-    weights, accuracy = object_maps(loaded.generator, layer, drawn, seed)
+    weights, accuracy = object_maps(loaded.generator, drawn, seed)
     dropped = np.flatnonzero(weights > 0)
     if len(dropped) == 0:
         raise DataError("no feature map is more active inside the boxes than outside: nothing to drop")
@@ -101,8 +101,8 @@ def run_forget(
     start = max(samples, max(box.index for box in drawn) + 1)
     fresh = draw(loaded.config, seed, start, MEASURED)
     before = images_chunked(loaded.generator, fresh, "samples")
-    after = without_maps(loaded.generator, layer, dropped, fresh, strength)
-    other = without_maps(loaded.generator, layer, control, fresh, strength)
+    after = without_maps(loaded.generator, dropped, fresh, strength)
+    other = without_maps(loaded.generator, control, fresh, strength)
 
     numbers = {"maps": float(len(weights)), "dropped": float(len(dropped)), "accuracy": accuracy}
     shown = np.arange(12)
@@ -136,21 +136,7 @@ def run_forget(
     return numbers
 
 
-def second_highest(generator: Generator) -> int:
-    """Return the index in `layers` of the activation whose maps feed the last convolution."""
-    return max(i for i, layer in enumerate(generator.layers.children()) if isinstance(layer, nn.ReLU))
-
-
-@torch.no_grad()
-def maps_of(generator: Generator, layer: int, z: Z) -> Tensor:
-    """Return the activations after `layer`: (N, maps, h, w)."""
-    values = torch.from_numpy(z).to(device())[:, :, None, None]
-    for module in list(generator.layers.children())[: layer + 1]:
-        values = module(values)
-    return values
-
-
-def object_maps(generator: Generator, layer: int, boxes: Sequence[Box], seed: int) -> tuple[NDArray[np.float64], float]:
+def object_maps(generator: Generator, boxes: Sequence[Box], seed: int) -> tuple[NDArray[np.float64], float]:
     """Return the logistic regression's weight of every map, and its accuracy on a fifth of the samples held out.
 
     Raises DataError when the boxes leave nothing outside.
@@ -163,7 +149,7 @@ def object_maps(generator: Generator, layer: int, boxes: Sequence[Box], seed: in
     inside: list[NDArray[np.bool_]] = []
     group: list[NDArray[np.int64]] = []
     for number, index in enumerate(dict.fromkeys(box.index for box in boxes)):
-        maps = maps_of(generator, layer, draw(config, seed, index, 1))[0]
+        maps = generator.feature_maps(torch.from_numpy(draw(config, seed, index, 1)).to(device()))[0]
         shrink = config.image_size // maps.shape[1]
         mask = np.zeros(maps.shape[1:], bool)
         for box in boxes:  # what is outside of one may be inside another
@@ -186,22 +172,15 @@ def object_maps(generator: Generator, layer: int, boxes: Sequence[Box], seed: in
     return np.asarray(model.coef_[0]), accuracy
 
 
-def without_maps(
-    generator: Generator, layer: int, dropped: NDArray[np.int64], z: Z, strength: float = 1.0
-) -> NDArray[np.uint8]:
-    """Return the images of z with the maps `dropped` after `layer` scaled by 1 - strength, everywhere."""
+@torch.no_grad()
+def without_maps(generator: Generator, dropped: NDArray[np.int64], z: Z, strength: float = 1.0) -> Pixels:
+    """Return the images of z with the maps `dropped` scaled by 1 - strength, everywhere."""
     rows = torch.from_numpy(np.ascontiguousarray(dropped)).to(device())
-
-    def drop(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        output = output.clone()
-        output[:, rows] *= 1 - strength
-        return output
-
-    handle = generator.layers[layer].register_forward_hook(drop)
-    try:
-        return images_of(generator, z)
-    finally:
-        handle.remove()
+    images = [
+        to_uint8(generator.without_maps(torch.from_numpy(z[start : start + BLOCK]).to(device()), rows, strength)).cpu()
+        for start in range(0, len(z), BLOCK)
+    ]
+    return np.asarray(torch.cat(images).numpy())
 
 
 def read_boxes(path: Path, size: int) -> list[Box]:

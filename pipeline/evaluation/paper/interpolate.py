@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.evaluation import charts, inputs
-from pipeline.evaluation.paper.walks import draw, images_of, spherical, straight, unevenness
+from pipeline.evaluation.paper.walks import draw, spherical, straight, unevenness
 from pipeline.evaluation.results import Result
+from pipeline.model.sampling import images_of
 
 
 def run_interpolate(out: Path, *, ckpt: str, rows: int, steps: int, seed: int) -> dict[str, float]:

@@ -12,9 +12,10 @@ from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.confidence import wilson
 from pipeline.evaluation.images import GeneratedImages, Images, Watched, first
 from pipeline.evaluation.paper.nearest import Nearest, Rows, flat, gather
-from pipeline.evaluation.paper.walks import draw, images_of, spherical, unevenness
+from pipeline.evaluation.paper.walks import draw, spherical, unevenness
 from pipeline.evaluation.results import Result
 from pipeline.model.networks import Generator
+from pipeline.model.sampling import images_of
 
 SIZES = (1_000, 10_000, 100_000)
 """The authors' faces run logs the distance from held-out images to so many samples."""

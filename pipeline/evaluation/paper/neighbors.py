@@ -8,8 +8,9 @@ from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.images import Watched
 from pipeline.evaluation.paper.discriminator_features import features, reestimate_batchnorm
 from pipeline.evaluation.paper.nearest import Nearest, flat, gather
-from pipeline.evaluation.paper.walks import draw, images_of
+from pipeline.evaluation.paper.walks import draw
 from pipeline.evaluation.results import Result
+from pipeline.model.sampling import images_of
 
 BATCHNORM_IMAGES = 4_096
 REAL_QUERIES = 1_000

@@ -8,8 +8,9 @@ from pipeline.common.progress import Progress
 from pipeline.evaluation.classifier import Classifier
 from pipeline.evaluation.images import Pixels
 from pipeline.evaluation.paper.attributes import Read
-from pipeline.evaluation.paper.walks import Z, draw, images_of
+from pipeline.evaluation.paper.walks import Z, draw
 from pipeline.model.networks import Generator
+from pipeline.model.sampling import images_of
 
 POOL = 2_048
 """Samples among which exemplars are looked for."""

@@ -1,34 +1,19 @@
 """Points and paths in latent space, and the images they become."""
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig
 from pipeline.evaluation.images import Pixels
 from pipeline.model.latents import latents
-from pipeline.model.networks import Generator
 
 Z = NDArray[np.float32]
-BLOCK = 64
 
 
 def draw(config: NetworkConfig, seed: int, start: int, count: int) -> Z:
     """Return z (count, latent_dim) of the analyses' own sequence."""
     return latents(seed, Purpose.ANALYSIS, start, count, config.latent_dim, config.latent_distribution)
-
-
-@torch.no_grad()
-def images_of(generator: Generator, z: Z) -> Pixels:
-    """Return uint8 (N, H, W, C) of z (N, latent_dim)."""
-    device = next(generator.parameters()).device
-    parts = []
-    for start in range(0, len(z), BLOCK):
-        fake = generator(torch.from_numpy(np.ascontiguousarray(z[start : start + BLOCK], np.float32)).to(device))
-        scaled = fake.float().permute(0, 2, 3, 1) * 127.5 + 128.0
-        parts.append(scaled.clamp(0, 255).to(torch.uint8).cpu())
-    return np.asarray(torch.cat(parts).numpy())
 
 
 def straight(a: Z, b: Z, steps: int) -> Z:

@@ -96,10 +96,10 @@ def parameters(config: RunConfig) -> tuple[int, int]:
     """Return the number of parameters of G and D; nothing is allocated."""
     import torch
 
-    from pipeline.model.networks import Discriminator, Generator
+    from pipeline.model.networks import build_discriminator, build_generator
 
     with torch.device("meta"):
-        networks = Generator(config.network), Discriminator(config.network)
+        networks = build_generator(config.network), build_discriminator(config.network)
     generator, discriminator = (sum(p.numel() for p in network.parameters()) for network in networks)
     return generator, discriminator
 

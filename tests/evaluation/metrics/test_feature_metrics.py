@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.ranks import ALONE
 from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics.extractors import FALLBACK, FallbackExtractor, load_extractor
 from pipeline.evaluation.metrics.feature_distances import (
     Moments,
-    Shared,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -113,9 +113,9 @@ def test_distances_order_a_split_a_blur_noise_and_another_set() -> None:
     noisy = np.clip(other + np.random.default_rng(0).normal(0, 40, other.shape), 0, 255).astype(np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, other.shape, dtype=np.uint8)
     extractor = FallbackExtractor()
-    reference = read_moments(ArrayImages(real), extractor, Shared(), "real")
+    reference = read_moments(ArrayImages(real), extractor, ALONE, "real")
     split, soft, rough, else_ = (
-        frechet_distance(reference, read_moments(ArrayImages(x), extractor, Shared(), "other"))
+        frechet_distance(reference, read_moments(ArrayImages(x), extractor, ALONE, "other"))
         for x in (other, blurred, noisy, noise)
     )
     assert split * 2 < soft < rough < else_

@@ -11,6 +11,7 @@ from evaluation_cases import Unheld
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError
+from pipeline.common.ranks import Ranks
 from pipeline.evaluation.images import ArrayImages, rebatch
 from pipeline.evaluation.metrics import swd
 from pipeline.evaluation.metrics.ms_ssim import ms_ssim
@@ -115,9 +116,9 @@ def test_quality_is_equal_for_every_world_size(pictures: Pixels, world_size: int
             barrier.wait()
             return np.asarray(summed)
 
-        shared = {"seed": 7, "rank": rank, "world_size": world_size, "sum_over_ranks": total}
-        real_side = reference(reals, patches=8, directions=16, **shared)  # type: ignore[arg-type]
-        results[rank] = quality(real_side, fakes, patches=8, directions=16, **shared)  # type: ignore[arg-type]
+        ranks = Ranks(rank, world_size, total)
+        real_side = reference(reals, patches=8, directions=16, seed=7, ranks=ranks)
+        results[rank] = quality(real_side, fakes, patches=8, directions=16, seed=7, ranks=ranks)
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
     for thread in threads:

@@ -10,7 +10,7 @@ from planted import NETWORK, legible_generator, planted
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.evaluation.classifier import to_network
-from pipeline.evaluation.paper.discriminator_features import activations, random_discriminator, reestimate_batchnorm
+from pipeline.evaluation.paper.discriminator_features import random_discriminator, reestimate_batchnorm
 from pipeline.evaluation.paper.features import (
     ascend,
     guided_backpropagation,
@@ -18,9 +18,10 @@ from pipeline.evaluation.paper.features import (
     run_features,
     strongest,
 )
-from pipeline.evaluation.paper.forget import Box, object_maps, read_boxes, run_forget, second_highest, without_maps
-from pipeline.evaluation.paper.walks import draw, images_of
+from pipeline.evaluation.paper.forget import Box, object_maps, read_boxes, run_forget, without_maps
+from pipeline.evaluation.paper.walks import draw
 from pipeline.model.networks import Discriminator
+from pipeline.model.sampling import images_of
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_guided_backpropagation_shows_only_what_feeds_the_unit(network: Discrimi
     images, _ = planted(2, seed=0)
     shown = guided_backpropagation(network, images, layer=1, unit=3).astype(int) - 128
     with torch.no_grad():
-        first = next(iter(activations(network, to_network(images))))[:, 3]
+        first = next(iter(network.activations(to_network(images))))[:, 3]
     for picture, maps in zip(shown, first, strict=True):
         row, column = divmod(int(maps.argmax()), maps.shape[1])
         rows, columns = np.nonzero(np.abs(picture).max(-1) > 1)
@@ -46,7 +47,7 @@ def test_ascent_excites_the_unit_more_than_any_real_image(network: Discriminator
 
     def mean_response(pixels: np.ndarray) -> float:  # type: ignore[type-arg]
         with torch.no_grad():
-            return float(list(activations(network, to_network(pixels)))[1][:, 5].mean((1, 2)).max())
+            return float(list(network.activations(to_network(pixels)))[1][:, 5].mean((1, 2)).max())
 
     assert mean_response(ascend(network, 2, 5, (32, 32, 3), seed=0)) > mean_response(images)
 
@@ -76,28 +77,26 @@ def squares() -> list[int]:
 
 def test_the_map_that_draws_the_object_is_found_and_dropped() -> None:
     generator = legible_generator()
-    layer = second_highest(generator)
-    weights, accuracy = object_maps(generator, layer, [Box(i, 8, 8, 24, 24) for i in squares()], seed=0)
+    weights, accuracy = object_maps(generator, [Box(i, 8, 8, 24, 24) for i in squares()], seed=0)
     assert weights.argmax() == 2
     assert accuracy > 0.8
     z = np.zeros((2, NETWORK.latent_dim), np.float32)
     z[0, 1], z[1, 0] = 1, 1
-    before, after = images_of(generator, z), without_maps(generator, layer, np.array([2]), z)
+    before, after = images_of(generator, z), without_maps(generator, np.array([2]), z)
     assert before[0, 14:18, 14:18].mean() > 200
     np.testing.assert_array_equal(after[0], np.full_like(after[0], 128))  # the square is gone
     np.testing.assert_array_equal(after[1], before[1])  # and nothing else
     np.testing.assert_array_equal(images_of(generator, z), before)  # nor for good
-    half = without_maps(generator, layer, np.array([2]), z, strength=0.5)
+    half = without_maps(generator, np.array([2]), z, strength=0.5)
     assert 128 < half[0, 15, 15, 0] < before[0, 15, 15, 0]
 
 
 def test_what_is_outside_one_box_and_inside_another_is_inside() -> None:
     generator = legible_generator()
-    layer = second_highest(generator)
     whole = [Box(i, 8, 8, 24, 24) for i in squares()]
     left, right = ([Box(i, a, 8, b, 24) for i in squares()] for a, b in ((8, 16), (16, 24)))
-    expected, accuracy = object_maps(generator, layer, whole, seed=0)
-    weights, again = object_maps(generator, layer, [*left, *right], seed=0)
+    expected, accuracy = object_maps(generator, whole, seed=0)
+    weights, again = object_maps(generator, [*left, *right], seed=0)
     np.testing.assert_array_equal(weights, expected)
     assert again == accuracy
 

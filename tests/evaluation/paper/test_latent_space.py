@@ -14,7 +14,8 @@ from pipeline.evaluation.paper.arithmetic import run_arithmetic, write_contact_s
 from pipeline.evaluation.paper.attributes import outcome, parse
 from pipeline.evaluation.paper.interpolate import run_interpolate
 from pipeline.evaluation.paper.turn import run_turn
-from pipeline.evaluation.paper.walks import draw, images_of, spherical, straight, unevenness
+from pipeline.evaluation.paper.walks import draw, spherical, straight, unevenness
+from pipeline.model.sampling import images_of
 
 
 def test_the_legible_generator_is_legible() -> None:

@@ -16,9 +16,8 @@ from pipeline.evaluation.paper import memorization, neighbors
 from pipeline.evaluation.paper.memorization import collisions, distance_curves, nearest_code, run_memorization
 from pipeline.evaluation.paper.nearest import Nearest, flat
 from pipeline.evaluation.paper.neighbors import run_neighbors
-from pipeline.evaluation.paper.walks import images_of
-from pipeline.model.networks import Generator
-from pipeline.training.evaluator import sample
+from pipeline.model.networks import build_generator
+from pipeline.model.sampling import images_of, sample
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +131,7 @@ def test_generated_images_are_the_trainers_and_the_same_at_every_pass() -> None:
     from pipeline.common.randomness import Purpose
     from pipeline.model.networks import initialize
 
-    generator = Generator(NETWORK).eval()
+    generator = build_generator(NETWORK).eval()
     initialize(generator, 0, lane=1)
     images = GeneratedImages(generator, 300, seed=5)
     passes = [np.concatenate([pixels for _, pixels in images.blocks()]) for _ in range(2)]

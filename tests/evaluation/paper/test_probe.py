@@ -14,9 +14,7 @@ from pipeline.data.labeled import load_labeled
 from pipeline.evaluation.classifier import to_network
 from pipeline.evaluation.confidence import interval_of_mean, wilson
 from pipeline.evaluation.paper.discriminator_features import (
-    activations,
     features,
-    layer_widths,
     random_discriminator,
     reestimate_batchnorm,
 )
@@ -40,9 +38,9 @@ def test_features_are_every_activation_pooled_to_four_by_four() -> None:
     network = random_discriminator(NETWORK, 0).eval()
     images, _ = planted(3, seed=1)
     rows = features(network, images)
-    assert rows.shape == (3, 16 * sum(layer_widths(NETWORK)))
+    assert rows.shape == (3, 16 * sum(network.activation_widths))
     with torch.no_grad():
-        finest, *_, coarsest = activations(network, to_network(images))
+        finest, *_, coarsest = network.activations(to_network(images))
         logits = network.head(coarsest).flatten()
         torch.testing.assert_close(logits, network(to_network(images)))
     assert finest.shape[1:] == (8, 16, 16)

@@ -1,4 +1,4 @@
-"""The losses of one adversarial update (Goodfellow et al. 2014, section 3, non-saturating form), on logits."""
+"""The paper's loss: the non-saturating form of Goodfellow et al. 2014, section 3, on logits."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,0 +1,145 @@
+"""Every form of `--ckpt`, found and turned into a network."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from pipeline.checkpoints.examples import read_examples
+from pipeline.checkpoints.store import CheckpointStore
+from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize
+from pipeline.common.errors import DataError
+from pipeline.common.storage import Store, sha256_bytes
+from pipeline.config import NetworkConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pipeline.model.networks import Discriminator, Generator
+
+
+@dataclass(frozen=True)
+class LoadedGenerator:
+    """A generator ready for use, and where it came from."""
+
+    generator: "Generator"
+    """On the CPU, float32, in eval mode."""
+    config: NetworkConfig
+    source: str
+    """The file that was read in the end: a URL or an absolute path, since it goes into cards that travel."""
+    sha256: str
+    """Of that file."""
+    images_seen: int | None
+    """Real images seen in training, where the file tells."""
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class LoadedDiscriminator:
+    """A discriminator ready for use, and where it came from."""
+
+    discriminator: "Discriminator"
+    """On the CPU, float32, in eval mode."""
+    config: NetworkConfig
+    source: str
+    sha256: str
+    images_seen: int | None
+
+
+def load_generator(reference: str) -> LoadedGenerator:
+    """Return the generator that `reference` names (DESIGN contract 4).
+
+    A run directory (its best checkpoint, else its last; `RUN@last`, `RUN@best` or `RUN@IMAGES` choose), a
+    checkpoint directory, a generator's `.safetensors`, or a `netG_epoch_N.pth` of pytorch/examples; paths
+    and URLs of these. The EMA weights are taken where there are any.
+
+    Raises DataError that says what was found there instead.
+    """
+    from pipeline.model.networks import build_generator
+
+    source, data = _read(reference, "ema")
+    if source.endswith((".pth", ".pt")):
+        config, tensors = read_examples(data, source)
+        generator = build_generator(config)
+        _fill(generator, tensors, source)
+        return LoadedGenerator(generator, config, source, sha256_bytes(data), None, "netG")
+    tensors, card = deserialize(data, source)
+    if card.get("kind") not in ("ema", "raw"):
+        raise DataError(f"{source}: holds {card.get('kind', 'weights of another project')}, expected a generator")
+    config = _network_config(card, source)
+    generator = build_generator(config)
+    _fill(generator, tensors, source)
+    kind: Kind = "ema" if card["kind"] == "ema" else "raw"
+    return LoadedGenerator(generator, config, source, sha256_bytes(data), card.get("images_seen"), kind)
+
+
+def load_discriminator(reference: str) -> LoadedDiscriminator:
+    """Return the discriminator that `reference` names: a run, a checkpoint, or a discriminator's `.safetensors`."""
+    source, data = _read(reference, "discriminator")
+    tensors, card = deserialize(data, source)
+    if card.get("kind") != "discriminator":
+        raise DataError(f"{source}: holds {card.get('kind', 'weights of another project')}, expected a discriminator")
+    from pipeline.model.networks import build_discriminator
+
+    config = _network_config(card, source)
+    discriminator = build_discriminator(config)
+    _fill(discriminator, tensors, source)
+    return LoadedDiscriminator(discriminator, config, source, sha256_bytes(data), card.get("images_seen"))
+
+
+def _read(reference: str, kind: Kind) -> tuple[str, bytes]:
+    """Return the URL or absolute path of the weights of `kind` that a `--ckpt` value means, and their bytes."""
+    store, name = _resolve(reference, kind)
+    return store.path(name) if store.remote else os.path.abspath(store.path(name)), store.read(name)
+
+
+def _resolve(reference: str, kind: Kind) -> tuple[Store, str]:
+    """Return the store and file name of the weights of `kind` that a `--ckpt` value means."""
+    if re.search(r"\.(safetensors|pth|pt)$", reference):
+        folder, _, name = reference.rpartition("/")
+        return Store(folder or ("/" if reference.startswith("/") else ".")), name
+    location, _, choice = (
+        reference.partition("@") if re.search(r"@(best|last|\d+)$", reference) else (reference, "", "")
+    )
+    store = Store(location)
+    if not store.remote and not Path(store.location).exists():
+        raise DataError(f"--ckpt {reference}: nothing there; expected a run, a checkpoint, or a weights file")
+    if store.exists("state.json"):
+        parent, _, here = str(store.location).rpartition("/")
+        checkpoints = CheckpointStore(Store(parent or "."), folder="")
+        checkpoints.verify(here, FILE_OF_KIND[kind])
+        return store, FILE_OF_KIND[kind]
+    checkpoints = CheckpointStore(store)
+    chosen = checkpoints.choose(choice)
+    if chosen is None:
+        what = f"no checkpoint {choice!r} in it" if choice and checkpoints.names() else "no finished checkpoint in it"
+        have = ", ".join(checkpoints.names()) or "none"
+        raise DataError(f"--ckpt {reference}: {what} (finished: {have}); expected a run that has saved at least once")
+    checkpoints.verify(chosen, FILE_OF_KIND[kind])
+    return store, f"{checkpoints.folder}/{chosen}/{FILE_OF_KIND[kind]}"
+
+
+def _network_config(card: dict[str, Any], source: str) -> NetworkConfig:
+    try:
+        return NetworkConfig.model_validate(card.get("network"))
+    except ValidationError as error:
+        raise DataError(f"{source}: its network is of another version: {error.errors()[0]['msg']}") from None
+
+
+def _fill(network: "nn.Module", tensors: dict[str, "Tensor"], source: str) -> None:
+    """Load `tensors` into `network` and put it into eval mode."""
+    import torch
+
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise DataError(
+            f"{source}: its weights are not finite ({broken[0]}): the training diverged; use an earlier checkpoint"
+        )
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise DataError(f"{source}: the weights do not fit the network they name: {detail}") from None
+    network.eval()

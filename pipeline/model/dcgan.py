@@ -1,0 +1,91 @@
+"""The paper's networks (Radford et al. 2015, section 3) for 32, 64 and 128 pixels: `network.architecture=dcgan`."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from pipeline.model import networks
+
+if TYPE_CHECKING:
+    from pipeline.config import NetworkConfig
+
+
+def stage_widths(image_size: int, width: int) -> list[int]:
+    """Return the channels of the feature maps from 4x4 outwards: 64 px, width 128 is 1024-512-256-128."""
+    stages = int(math.log2(image_size // 4))
+    return [width << stage for stage in reversed(range(stages))]
+
+
+class Generator(networks.Generator):
+    """z (N, latent_dim) float -> images (N, channels, size, size) float in [-1, 1]."""
+
+    def __init__(self, config: "NetworkConfig") -> None:
+        super().__init__(config)
+        widths = stage_widths(config.image_size, config.width)
+        layers: list[nn.Module] = [
+            nn.ConvTranspose2d(config.latent_dim, widths[0], 4, bias=False),  # (N, widths[0], 4, 4)
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
+        ]
+        for inputs, outputs in zip(widths, widths[1:], strict=False):
+            layers += [*self._upsample(inputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        layers += [*self._upsample(widths[-1], config.channels), nn.Tanh()]
+        self.layers = nn.Sequential(*layers)
+
+    def _upsample(self, inputs: int, outputs: int) -> Iterator[nn.Module]:
+        """Double the size: a fractionally strided convolution, or bilinear resizing and a convolution."""
+        kernel = self.config.kernel_size
+        if self.config.upsampling == "transposed":
+            odd = kernel % 2  # 5x5 needs one row of output padding to double exactly
+            yield nn.ConvTranspose2d(inputs, outputs, kernel, 2, (kernel - 1) // 2, odd, bias=False)
+        else:
+            yield nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+            same = kernel - 1 if kernel % 2 == 0 else kernel  # only an odd kernel keeps the size: 4 means 3x3
+            yield nn.Conv2d(inputs, outputs, same, padding=same // 2, bias=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        images: Tensor = self.layers(z[:, :, None, None])
+        return images
+
+    @property
+    def last_activation(self) -> nn.Module:
+        return [layer for layer in self.layers if isinstance(layer, nn.ReLU)][-1]
+
+
+class Discriminator(networks.Discriminator):
+    """Images (N, channels, size, size) float in [-1, 1] -> logits (N,), positive for real."""
+
+    def __init__(self, config: "NetworkConfig") -> None:
+        super().__init__(config)
+        widths = stage_widths(config.image_size, config.width)[::-1]
+        kernel = config.kernel_size
+
+        def halve(inputs: int, outputs: int) -> nn.Conv2d:
+            return nn.Conv2d(inputs, outputs, kernel, 2, (kernel - 1) // 2, bias=False)
+
+        layers: list[nn.Module] = [halve(config.channels, widths[0]), nn.LeakyReLU(0.2, inplace=True)]
+        for inputs, outputs in zip(widths, widths[1:], strict=False):
+            layers += [halve(inputs, outputs), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2, inplace=True)]
+        self.layers = nn.Sequential(*layers)  # (N, widths[-1], 4, 4)
+        self.head: nn.Module = (
+            nn.Conv2d(widths[-1], 1, 4, bias=False)
+            if config.head == "convolution"
+            else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(widths[-1], 1, 1))
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layers(images))  # (N, 1, 1, 1)
+        return logits.flatten()
+
+    @property
+    def activation_widths(self) -> list[int]:
+        return stage_widths(self.config.image_size, self.config.width)[::-1]
+
+    def activations(self, images: Tensor) -> Iterator[Tensor]:
+        maps = images
+        for layer in self.layers:
+            maps = layer(maps)
+            if isinstance(layer, nn.LeakyReLU):
+                yield maps

@@ -1,0 +1,52 @@
+"""z to images to bytes: how every sample of a PyTorch generator is made."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.common.imaging import PIXEL_OFFSET, PIXEL_SCALE, Pixels
+from pipeline.common.randomness import Purpose
+from pipeline.model.latents import latents
+
+if TYPE_CHECKING:
+    from pipeline.model.networks import Generator
+
+BLOCK = 64
+"""Images that the generator makes at once."""
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) float in [-1, 1] -> (N, H, W, C) uint8: x * 127.5 + 128, clamped, truncated.
+
+    Permuted first and cast last: TensorRT takes uint8 as a network's output only.
+    """
+    scaled = images.float().permute(0, 2, 3, 1) * PIXEL_SCALE + PIXEL_OFFSET
+    return scaled.clamp(0.0, 255.0).to(torch.uint8)
+
+
+def to_float(
+    pixels: Tensor, dtype: torch.dtype = torch.float32, memory_format: torch.memory_format = torch.channels_last
+) -> Tensor:
+    """Pixels (N, H, W, C) uint8 -> images (N, C, H, W) in [-1, 1], on the same device."""
+    images = pixels.permute(0, 3, 1, 2).to(dtype).div_(PIXEL_SCALE).sub_(1.0)
+    return images.contiguous(memory_format=memory_format)
+
+
+@torch.no_grad()
+def images_of(generator: "Generator", z: NDArray[np.float32]) -> Pixels:
+    """Return the images of z (N, latent_dim) by a generator in eval mode: uint8 (N, size, size, channels)."""
+    config, device = generator.config, next(generator.parameters()).device
+    images = [torch.empty(0, config.image_size, config.image_size, config.channels, dtype=torch.uint8)]
+    for start in range(0, len(z), BLOCK):
+        block = torch.from_numpy(np.ascontiguousarray(z[start : start + BLOCK], np.float32))
+        images.append(to_uint8(generator(block.to(device))).cpu())
+    return torch.cat(images).numpy()
+
+
+def sample(generator: "Generator", seed: int, purpose: Purpose, start: int, count: int) -> Pixels:
+    """Return samples `start` to `start + count` of an eval-mode generator, uint8 (count, size, size, channels)."""
+    config = generator.config
+    return images_of(generator, latents(seed, purpose, start, count, config.latent_dim, config.latent_distribution))

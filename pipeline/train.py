@@ -30,19 +30,18 @@ if __name__ == "__main__":
 
 import typer
 
+from pipeline.common.command_line import HELP_OPTIONS, Version, exit_with, plain_app, run_command
 from pipeline.common.errors import (
     ConfigConflict,
     DataError,
     TryAgainError,
     UnavailableError,
     UsageError,
-    leave,
-    run_command,
 )
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 from pipeline.config import RunConfig, load_config, preset_names, validate
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = plain_app(completion=False)  # a launcher starts this file: there is no command of that name to complete
 
 
 class Resume(StrEnum):
@@ -52,7 +51,7 @@ class Resume(StrEnum):
     never = "never"
 
 
-@app.command(help=(__doc__ or "").replace("\n\n", "\n\n\b\n", 1))
+@app.command(context_settings=HELP_OPTIONS, help=(__doc__ or "").replace("\n\n", "\n\n\b\n", 1))
 def main(
     out: Annotated[Path, typer.Option(help="Run directory: checkpoints, samples, metrics.")],
     data: Annotated[
@@ -71,6 +70,7 @@ def main(
     metrics_address: MetricsAddress = "127.0.0.1",
     push_gateway: PushGateway = None,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print the settings as JSON and exit.")] = False,
+    version: Version = False,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Single settings, such as recipe.batch=64.")
     ] = None,
@@ -173,7 +173,7 @@ def run() -> None:
         except (UsageError, ConfigConflict) as error:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 raise
-            leave(error.exit_code)
+            exit_with(error.exit_code)
 
     run_command(command)
 

@@ -1,11 +1,7 @@
-"""Errors a user can cause: one line, an exit code, never a traceback."""
+"""Errors a user can cause, each with its exit code."""
 
 import errno
-import os
 import signal
-import sys
-from collections.abc import Callable
-from typing import NoReturn
 
 
 class UserError(Exception):
@@ -70,37 +66,3 @@ def describe_os_error(error: OSError) -> UserError:
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return UsageError(f"{where}{reason}. Choose a path that this user may use")
     return UsageError(f"{where}{reason}")
-
-
-def run_command(command: Callable[[], object]) -> None:
-    """Run a command line to its end and exit with our codes (DESIGN contract 6).
-
-    `UserError` and `OSError` become one line on standard error; anything else is a bug of ours and keeps
-    its traceback. Set `DCGAN_TRACEBACK=1` to see the traceback of user errors as well.
-    """
-    try:
-        command()
-    except (UserError, OSError) as error:
-        if os.environ.get("DCGAN_TRACEBACK"):
-            raise
-        known = describe_os_error(error) if isinstance(error, OSError) else error
-        line = " ".join(str(known).split())
-        print(f"{'stopped' if isinstance(known, Stopped) else 'error'}: {line}", file=sys.stderr)
-        leave(known.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        leave(128 + signal.SIGINT)
-
-
-def leave(code: int) -> NoReturn:
-    """Exit with a code that nothing can change.
-
-    A process group that an error left open has threads, and Python's teardown then now and then ends in
-    std::terminate (code 134). Closing the group first is no way out: NCCL waits for peers that are gone.
-    """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)

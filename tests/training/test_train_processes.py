@@ -119,7 +119,7 @@ def test_ranks_with_different_settings_are_refused_at_once(faces32: Path, tmp_pa
     worker.write_text(
         "import os, pathlib, sys\n"
         "from pipeline.config import load_config\n"
-        "from pipeline.common.errors import run_command\n"
+        "from pipeline.common.command_line import run_command\n"
         "from pipeline.training.loop import train\n"
         "mine = ['schedule.log_every_images=64'] if os.environ['RANK'] == '1' else []\n"
         "config = load_config(overrides=sys.argv[3:] + mine)\n"

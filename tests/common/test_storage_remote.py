@@ -27,7 +27,9 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(
     params=[
-        pytest.param("nginx", marks=pytest.mark.skipif(not NGINX, reason="nginx is not installed")),
+        pytest.param(
+            "nginx", marks=pytest.mark.skipif(not NGINX, reason="nginx is not installed; `make system` installs it")
+        ),
         "no ranges",
     ]
 )

@@ -19,7 +19,8 @@ from support import ROOT, TINY
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2 for namespaces"
+        os.geteuid() != 0 or shutil.which("ip") is None,
+        reason="needs root, and iproute2 (`make system` installs it), for network namespaces",
     ),
 ]
 

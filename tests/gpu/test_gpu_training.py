@@ -70,7 +70,7 @@ def test_a_batch_on_its_way_to_the_gpu_is_not_overwritten(data: Path) -> None:
 
     with Stream(data, seed=0, streams=8, batch=64) as stream:
         copies, expected = [], []
-        torch.cuda._sleep(2_000_000_000)  # a second or so, in which the host runs far ahead
+        torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call] # a second or so, in which the host runs far ahead
         for _ in range(64):
             reals = stream.next_batch()
             expected.append(reals.copy())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import OVERLAYS, ROOT, kustomize
+from overlays import OVERLAYS, ROOT, kustomize
 from rules import RULES
 
 Render = Callable[[str], list[dict[str, Any]]]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from overlays import ROOT
 
 # Renders for real. A Job is done when it is asked about for the second time, or fails if it is named in FAILS.
 KUBECTL = r"""#!/bin/sh

@@ -25,8 +25,10 @@ OPTIONS = (
 
 def wait_for_children(process: int) -> list[psutil.Process]:
     """Return the children of a process, as soon as it has any."""
-    while not (children := psutil.Process(process).children()):
+    children: list[psutil.Process] = []
+    while not children:
         time.sleep(0.05)
+        children = psutil.Process(process).children()
     return children
 
 

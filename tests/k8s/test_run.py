@@ -83,7 +83,7 @@ def test_single_steps_can_be_named_and_mistakes_are_told(run: Run) -> None:
     assert done.returncode == 0
     assert not any("component=train" in line for line in told)
     for arguments, message in (
-        (("nosuch",), "no overlay nosuch; there are: cpu-demo"),
+        (("nosuch",), "no overlay nosuch; expected one of: cpu-demo"),
         (("cpu-demo", "x"), "no step x"),
     ):
         done, told = run(*arguments)

@@ -1,4 +1,4 @@
-# make demo: everything from pictures to generated samples. make test: what CI runs. make help: the rest.
+# make demo runs everything from pictures to samples; make test is what CI runs; make help lists all targets.
 PYTHON ?= python3
 DEMO ?= demo
 TRAIN_OPTIONS ?=

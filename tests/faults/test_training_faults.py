@@ -1,4 +1,4 @@
-"""Runs that are killed, starved and damaged must end with the very bytes of a run that nobody disturbed."""
+"""Runs that are killed, run out of disk or are damaged must end with the same bytes as an undisturbed run."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def times_begun(out: Path) -> int:
     return text.count("beginning at image") + text.count("continuing at image")
 
 
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
+def test_sigterm_saves_and_the_run_resumes_to_the_same_end(
     faces32: Path, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
     whole, seconds = undisturbed

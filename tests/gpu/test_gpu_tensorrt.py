@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU with TensorRT: engines are built, run, proven equal, and refused where they do not belong."""
+"""On an NVIDIA GPU with TensorRT: engines are built, run and checked for parity, and refused on other GPUs."""
 
 import json
 from pathlib import Path

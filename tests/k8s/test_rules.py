@@ -1,4 +1,4 @@
-"""The rules of rules.py hold for every overlay, and each of them notices when it is broken."""
+"""The rules of rules.py hold for every overlay, and each rule notices a manifest that breaks it."""
 
 import re
 from collections.abc import Callable

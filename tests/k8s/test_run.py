@@ -1,4 +1,4 @@
-"""k8s/run.sh: each step once the one before it is done. No cluster is at hand, so a script answers in its place."""
+"""k8s/run.sh runs each step when the one before it is done. A script answers in place of a cluster."""
 
 import os
 import shutil

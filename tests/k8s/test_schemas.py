@@ -1,4 +1,4 @@
-"""Every field that we set exists and has its type: core objects, custom resources, the Dockerfile."""
+"""Every field of the core objects, the custom resources and the Dockerfile exists and has the right type."""
 
 import json
 import subprocess

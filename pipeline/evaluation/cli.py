@@ -5,16 +5,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.common.errors import run_command
+from pipeline.common.command_line import command_group, run_command
 from pipeline.evaluation import analysis_commands, metric_commands
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    help="Measure a generator, look inside it, and put everything on one page.",
-)
+app = command_group(help="Measure a generator, look inside it, and put everything on one page.")
 app.add_typer(metric_commands.commands)
 app.add_typer(analysis_commands.commands)
 

@@ -14,6 +14,7 @@ from pipeline.common.errors import DataError, UsageError
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose, permutation, raw_bits
 from pipeline.common.storage import Store, write_atomic
+from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.labeled import Labeled, load_labeled
 from pipeline.evaluation.images import Pixels
 from pipeline.evaluation.inputs import device
@@ -137,20 +138,19 @@ def get_classifier(reference: str | None, data: str | None, out: Path) -> Classi
     if reference is not None:
         return load_classifier(reference)
     kept = out / FILE_NAME
+    dataset = open_dataset(data) if data is not None else None
     if kept.exists():
-        from pipeline.data.dataset import load_dataset
-
         classifier = load_classifier(str(kept))
-        if data is None or load_dataset(data).fingerprint() == classifier.data:
+        if dataset is None or dataset.fingerprint() == classifier.data:
             return classifier
-    if data is None:
+    if dataset is None:
         raise UsageError("no judge: name a labeled --data set to train one on, or --classifier FILE")
-    return make_classifier(data, out, seed=0)
+    return make_classifier(dataset, out, seed=0)
 
 
-def make_classifier(data: str, out: Path, *, seed: int, epochs: int = EPOCHS) -> Classifier:
+def make_classifier(dataset: Dataset, out: Path, *, seed: int, epochs: int = EPOCHS) -> Classifier:
     """Train a classifier on all bool and float labels of a data set; write it and its scores into `out`."""
-    labeled = load_labeled(data)
+    labeled = load_labeled(dataset)
     learn, test = labeled.split(max(1, int(len(labeled.images) * HELD_OUT)))
     settings = {"epochs": epochs, "seed": seed, "training_images": len(learn.images), "held_out": len(test.images)}
     result = Result("classifier", out, {"kind": "attribute classifier"}, labeled.description, settings)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from pipeline.data.dataset import Dataset
     from pipeline.model.networks import Generator
 
 BLOCK = 128
@@ -78,12 +79,9 @@ def rebatch(batches: Iterable[Pixels], size: int = BLOCK) -> Iterator[Pixels]:
 class ShardImages:
     """The first `limit` images of a data set (its order is random), read from its shards at every pass."""
 
-    def __init__(self, location: str, limit: int | None = None) -> None:
-        from pipeline.data.dataset import load_dataset
-
-        self.location = location
-        self.dataset = load_dataset(location)
-        self.count = self.dataset.images if limit is None else min(limit, self.dataset.images)
+    def __init__(self, dataset: "Dataset", limit: int | None = None) -> None:
+        self.dataset = dataset
+        self.count = dataset.images if limit is None else min(limit, dataset.images)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -92,7 +90,7 @@ class ShardImages:
     def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, Pixels]]:
         from pipeline.data.shard_reader import iterate
 
-        whole = first(rebatch(iterate(self.location, dataset=self.dataset)), self.count)
+        whole = first(rebatch(iterate(self.dataset)), self.count)
         return ((block, pixels) for block, pixels in enumerate(whole) if block % size == rank)
 
 

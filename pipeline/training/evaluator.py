@@ -33,11 +33,9 @@ class QualityMeter:
     are a fair draw. The reals' share is computed once.
     """
 
-    def __init__(
-        self, data: str, dataset: Dataset, schedule: ScheduleConfig, seed: int, accelerator: "Accelerator"
-    ) -> None:
+    def __init__(self, dataset: Dataset, schedule: ScheduleConfig, seed: int, accelerator: "Accelerator") -> None:
         """Raises what `pipeline.evaluation.metrics.extractors.load_extractor` raises, before the first step."""
-        self.data = data
+        self.dataset = dataset
         self.samples = min(schedule.evaluate_samples, dataset.images)
         self.seed = seed
         self.accelerator = accelerator
@@ -75,7 +73,7 @@ class QualityMeter:
         from pipeline.data.shard_reader import iterate
 
         parts: list[NDArray[np.uint8]] = []
-        for images in iterate(self.data):
+        for images in iterate(self.dataset):
             parts.append(images)
             if sum(map(len, parts)) >= self.samples:
                 break

@@ -19,8 +19,8 @@ from pipeline.common.errors import ConfigConflict, DataError, Interrupted, Stopp
 from pipeline.common.randomness import Purpose
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import RunConfig
-from pipeline.data.dataset import Dataset, load_dataset
-from pipeline.data.loading.loader import Stream
+from pipeline.data.dataset import Dataset, open_dataset
+from pipeline.data.loading.loader import Loader
 from pipeline.model.latents import latents
 from pipeline.training.evaluator import QualityMeter, save_grid
 from pipeline.training.manager import Saver, describe_run
@@ -64,13 +64,13 @@ def train(
     check_gpus(accelerator)
     if recipe.sync_batchnorm and world_size > 1 and accelerator.device.type != "cuda":
         raise ConfigConflict("recipe.sync_batchnorm=true works on CUDA only; this run is on the CPU: leave it false")
-    dataset = load_dataset(data)
-    check_images_fit(config, dataset, data)
+    dataset = open_dataset(data)
+    check_images_fit(config, dataset)
     check_ranks_agree(config, dataset, accelerator)
 
     # The run directory, and where the run stands. Only the main process writes; its lock keeps others out.
     run = RunDirectory(out) if main else None
-    saver = Saver(config, describe_run(config, data, dataset), accelerator, out, mirror)
+    saver = Saver(config, describe_run(config, dataset), accelerator, out, mirror)
     checkpoint = saver.find(allow_change)
     if checkpoint is not None and resume == "never":
         raise ConfigConflict(f"--resume never: {checkpoint.path} is already there; choose another --out")
@@ -78,8 +78,8 @@ def train(
     seen = saver.restore(step, checkpoint, run) if checkpoint is not None else 0
 
     # Images from there on.
-    stream = Stream(
-        data,
+    loader = Loader(
+        dataset,
         seed=recipe.seed,
         streams=recipe.streams,
         batch=recipe.batch,
@@ -87,7 +87,6 @@ def train(
         rank=rank,
         world_size=world_size,
         threads=config.runtime.loader_threads,
-        dataset=dataset,
     )
 
     # What people and machines see of it.
@@ -96,14 +95,14 @@ def train(
     observer.begin(seen=seen, world_size=world_size, precision=accelerator.mixed_precision, device=step.device.type)
     if telemetry is not None:
         telemetry.start(metrics_port, metrics_address, push_gateway if main else None)
-    meter = QualityMeter(data, dataset, schedule, recipe.seed, accelerator)
+    meter = QualityMeter(dataset, schedule, recipe.seed, accelerator)
     if run is not None:
         observer.started(run.write_config(saver.description))
         run.open_board(seen)
         warn_about_batch(config, world_size)
         warn_about_threads(accelerator)
         log.info("%s at image %d of %d", "continuing" if seen else "beginning", seen, schedule.total_images)
-        log.info("%d images; streams hold at most %.0f MB a process", dataset.images, stream.resident_bytes / 1e6)
+        log.info("%d images; the loader holds at most %.0f MB a process", dataset.images, loader.resident_bytes / 1e6)
 
     def grid(generator_at: int) -> None:
         with observer.phase("grid"):
@@ -124,7 +123,7 @@ def train(
             # One update on images [seen, seen + batch) of the run; this rank has every world_size-th of them.
             start = time.perf_counter()
             watchdog.waits_for_data = True
-            reals = stream.next_batch()
+            reals = loader.next_batch()
             watchdog.waits_for_data = False
             drawn = (recipe.seed, Purpose.TRAIN, seen, recipe.batch, network.latent_dim, network.latent_distribution)
             z = latents(*drawn, rows=slice(rank, None, world_size))
@@ -142,7 +141,7 @@ def train(
             if not (last or crossed(schedule.log_every_images, previous, seen)):
                 continue
             boundary = seen
-            report = interval.agree(data_wait_seconds=stream.wait_seconds, save_due=saver.due())
+            report = interval.agree(data_wait_seconds=loader.wait_seconds, save_due=saver.due())
             observer.interval(report, seen, mirror_failures=saver.mirror_failures)
             if lost := report.nonfinite_steps or report.hopeless_steps:
                 raise DataError(
@@ -185,7 +184,7 @@ def train(
             log.info("done: %d images, %s", seen, out)
     finally:
         watchdog.close()
-        stream.close()
+        loader.close()
         saver.close(hurry=bool(stop))
         if telemetry is not None:
             telemetry.close()
@@ -249,13 +248,13 @@ def check_ranks_agree(config: RunConfig, dataset: Dataset, accelerator: Accelera
             )
 
 
-def check_images_fit(config: RunConfig, dataset: Dataset, data: str) -> None:
+def check_images_fit(config: RunConfig, dataset: Dataset) -> None:
     """Raise ConfigConflict unless the shards hold what the network takes."""
     network = config.network
     for name in ("image_size", "channels"):
         if getattr(dataset, name) != getattr(network, name):
             raise ConfigConflict(
-                f"--data {data} holds images of {name} {getattr(dataset, name)}, network.{name} is "
+                f"--data {dataset.location} holds images of {name} {getattr(dataset, name)}, network.{name} is "
                 f"{getattr(network, name)}; set network.{name}={getattr(dataset, name)} or build the shards again"
             )
 

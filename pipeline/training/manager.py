@@ -17,7 +17,7 @@ from pipeline.checkpoints.mirror import HURRIED_SECONDS, PATIENCE_SECONDS, Mirro
 from pipeline.checkpoints.store import Checkpoint, CheckpointStore
 from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize, serialize
 from pipeline.common.errors import ConfigConflict, DataError, UsageError
-from pipeline.common.storage import Store, is_url
+from pipeline.common.storage import Store
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset
 from pipeline.training.run_directory import RunDirectory
@@ -117,12 +117,12 @@ class Saver:
             self._mirror.close(HURRIED_SECONDS if hurry else PATIENCE_SECONDS)
 
 
-def describe_run(config: RunConfig, data: str, dataset: Dataset) -> dict[str, Any]:
+def describe_run(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """Return what config.json and state.json say about a run."""
     return {
         "config": config.model_dump(),
         "dataset": {
-            "location": data if is_url(data) else str(Path(data).resolve()),
+            "location": dataset.location if dataset.store.remote else str(Path(dataset.location).resolve()),
             "fingerprint": dataset.fingerprint(),
             "images": dataset.images,
             "encoding": dataset.encoding,

@@ -34,7 +34,7 @@ CONTROLS = [("ours jpg, again", "ours jpg"), ("ours packed, again", "ours packed
 
 
 def main() -> None:
-    """Make the data, let all contenders take turns, write benchmarks/results/streaming.{json,md}."""
+    """Make the data, let all contenders take turns, write benchmarks/results/data_loading.{json,md}."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, default=Path("data/faces"), help="a data set of ours to draw from")
     parser.add_argument("--count", type=int, default=20_480, help="images in the benchmark's data set")
@@ -53,12 +53,14 @@ def prepare(work: Path, source: Path, count: int) -> None:
     """Write `count` distinct 64x64 images as packed and two jpg data sets, and as one .npy."""
     from pipeline.common.imaging import encode
     from pipeline.common.storage import Store
-    from pipeline.data.dataset import Dataset, Encoding, Shard
-    from pipeline.data.shard_reader import ShardWriter, iterate, write_shard
+    from pipeline.data.build.options import BuildOptions
+    from pipeline.data.dataset import DATASET_FILE, Dataset, Encoding, Shard, dump_dataset, open_dataset
+    from pipeline.data.shard_reader import iterate
+    from pipeline.data.shard_writer import ShardWriter, write_shard
 
     if (work / "images.npy").exists():
         return
-    base = np.concatenate(list(iterate(source)))
+    base = np.concatenate(list(iterate(open_dataset(source))))
     assert base.shape[1:] == (SIZE, SIZE, 3), base.shape
     rng = np.random.default_rng(0)
     images = np.empty((count, SIZE, SIZE, 3), np.uint8)
@@ -73,12 +75,12 @@ def prepare(work: Path, source: Path, count: int) -> None:
     for name, (encoding, form) in forms.items():
         store = Store(work / name)
         shards: list[Shard] = []
-        writer = ShardWriter("000000", encoding, [])
+        writer = ShardWriter("000000", encoding, [], BuildOptions.shard_bytes)
         for index, image in enumerate(images):
             data = form(image)
             if not writer.add(data, str(index), []):  # full
                 shards.append(write_shard(store, f"{len(shards):06d}.tar", writer))
-                writer = ShardWriter(f"{len(shards):06d}", encoding, [])
+                writer = ShardWriter(f"{len(shards):06d}", encoding, [], BuildOptions.shard_bytes)
                 writer.add(data, str(index), [])
         shards.append(write_shard(store, f"{len(shards):06d}.tar", writer))
         dataset = Dataset(
@@ -90,7 +92,7 @@ def prepare(work: Path, source: Path, count: int) -> None:
             bytes=sum(shard.bytes for shard in shards),
             shards=shards,
         )
-        store.write("dataset.json", dataset.model_dump_json().encode())
+        store.write(DATASET_FILE, dump_dataset(dataset))
     np.save(work / "partial.npy", images)
     (work / "partial.npy").rename(work / "images.npy")
 

@@ -22,22 +22,24 @@ WARM_UP_BATCHES = 8
 
 
 def ours(folder: Path, encoding: str, *, resident: bool) -> Iterator[Any]:
-    from pipeline.data.loading.loader import RESIDENT_BYTES, Stream
+    from pipeline.data.dataset import open_dataset
+    from pipeline.data.loading.loader import RESIDENT_BYTES, Loader
 
     limit = RESIDENT_BYTES if resident else 0
     # Four streams hold five of the eight packed shards: the rest is read again all the time.
     streams = STREAMS if resident or encoding != "packed" else 4
-    return iter(Stream(folder / encoding, seed=SEED, streams=streams, batch=BATCH, threads=1, resident_limit=limit))
+    dataset = open_dataset(folder / encoding)
+    return iter(Loader(dataset, seed=SEED, streams=streams, batch=BATCH, threads=1, resident_limit=limit))
 
 
 def memmap_gather(folder: Path) -> Iterator[Any]:
     """The very batches of `ours`, gathered by numpy from one mapped file; nothing is verified."""
-    from pipeline.data.dataset import load_dataset
+    from pipeline.data.dataset import open_dataset
     from pipeline.data.loading.shuffle import image_ids
 
     images = np.load(folder / "images.npy", mmap_mode="r")
     images.sum()  # into the page cache
-    dataset = load_dataset(folder / "packed")
+    dataset = open_dataset(folder / "packed")
     epoch = len(images) // BATCH * BATCH
     ids = image_ids(dataset, SEED, STREAMS, 0, 4 * epoch).reshape(-1, BATCH)
     while True:

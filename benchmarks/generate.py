@@ -29,8 +29,9 @@ from deploy.generation.plan import Plan, ShardRange
 from export.samplers.base import Sampler, open_sampler
 from pipeline.common.imaging import Format, Pixels, encode
 from pipeline.common.storage import Store, write_atomic
-from pipeline.data.dataset import Encoding
-from pipeline.data.shard_reader import Pieces, ShardWriter, iterate
+from pipeline.data.dataset import Encoding, open_dataset
+from pipeline.data.shard_reader import iterate
+from pipeline.data.shard_writer import Pieces, ShardWriter
 
 BLOCK, ENCODERS, QUALITY = 64, 2, 90
 BULK: dict[Encoding, int] = {"packed": 16384, "jpg": 65536, "webp": 4096}
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--work", type=Path, default=Path("/tmp/dcgan-benchmark-generate"))
     options = parser.parse_args()
-    images = np.concatenate(list(iterate("data/faces")))[:4096]
+    images = np.concatenate(list(iterate(open_dataset("data/faces"))))[:4096]
     shutil.rmtree(options.work, ignore_errors=True)
     options.work.mkdir(parents=True)
     with open_sampler(str(write_model(options.work)), batch=BLOCK) as sampler:

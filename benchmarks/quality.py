@@ -36,6 +36,7 @@ from pipeline.common.machine import available_cores
 from pipeline.common.randomness import Purpose
 from pipeline.common.storage import write_atomic
 from pipeline.config import RunConfig, load_config
+from pipeline.data.dataset import open_dataset
 from pipeline.data.shard_reader import iterate
 from pipeline.evaluation import charts
 from pipeline.evaluation.images import ArrayImages, GeneratedImages, Images
@@ -76,7 +77,7 @@ def train_tutorial(seed: int, data: Path, out: Path) -> None:
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     criterion = nn.BCEWithLogitsLoss()
-    pixels = torch.from_numpy(np.concatenate(list(iterate(data)))).permute(0, 3, 1, 2).contiguous()
+    pixels = torch.from_numpy(np.concatenate(list(iterate(open_dataset(data))))).permute(0, 3, 1, 2).contiguous()
     loader = DataLoader(TensorDataset(pixels), batch, shuffle=True, drop_last=True)
     parts: dict[str, Any] = {"generator": generator, "discriminator": discriminator, "g": optimizer_g, "d": optimizer_d}
     seen = 0
@@ -190,7 +191,7 @@ def main() -> None:
 
 def report(runs: dict[tuple[str, int], Path], val: Path) -> None:
     """Evaluate every saved generator; write the numbers, the curves and the grids."""
-    held_out = ArrayImages(np.concatenate(list(iterate(val))))
+    held_out = ArrayImages(np.concatenate(list(iterate(open_dataset(val)))))
     curves: dict[str, Any] = {}
     for name, arm in GENERATORS.items():
         for seed in SEEDS:
@@ -208,7 +209,7 @@ def report(runs: dict[tuple[str, int], Path], val: Path) -> None:
             for name, measures in curves.items()
         },
     }
-    seen_set = ArrayImages(np.concatenate(list(iterate(val.parent / "train")))[:SAMPLES])
+    seen_set = ArrayImages(np.concatenate(list(iterate(open_dataset(val.parent / "train"))))[:SAMPLES])
     result["swd_of_training_images"] = round(swd(held_out, seen_set), 4)
     result["ms_ssim_of_held_out"] = round(ms_ssim(held_out), 4)
     (results / "quality.json").write_text(json.dumps(result, indent=1) + "\n")

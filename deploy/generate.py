@@ -87,10 +87,10 @@ def generate(
         if number is not None and not low <= number <= high:
             raise UsageError(f"{name} {number}: expected {low} to {high}")
     from pipeline.common.machine import available_cores
-    from pipeline.common.partition import parse_part
+    from pipeline.common.partition import parse_partition
     from pipeline.common.telemetry import Telemetry
 
-    mine = parse_part(part)
+    mine = parse_partition(part)
     with Telemetry("generate", run=out, part=str(mine)) as telemetry:
         telemetry.set("dcgan_generate_model_refused", 0)
         telemetry.start(metrics_port, metrics_address, push_gateway)

@@ -9,8 +9,8 @@ import numpy as np
 
 from pipeline.common.imaging import encode
 from pipeline.common.storage import Store
-from pipeline.data.dataset import FILE_NAME, Dataset, Encoding
-from pipeline.data.shard_reader import ShardWriter, write_shard
+from pipeline.data.dataset import DATASET_FILE, Dataset, Encoding
+from pipeline.data.shard_writer import ShardWriter, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("network.image_size=32", "network.width=4", "network.latent_dim=8", "recipe.batch=16", "recipe.streams=8")
@@ -40,7 +40,7 @@ def write_dataset(
         bytes=sum(shard.bytes for shard in shards),
         shards=shards,
     )
-    store.write(FILE_NAME, dataset.model_dump_json().encode())
+    store.write(DATASET_FILE, dataset.model_dump_json().encode())
     return folder
 
 

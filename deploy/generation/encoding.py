@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.common.errors import TryAgainError
 from pipeline.common.imaging import Format, Pixels, encode
-from pipeline.data.shard_reader import Members, ShardWriter
+from pipeline.data.shard_writer import Members, ShardWriter
 
 MEMBER_BYTES = 3 * 1024
 """Room for the headers, the .json and the padding of an image, and for a file a little larger than its pixels."""

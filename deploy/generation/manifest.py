@@ -18,9 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from deploy.generation.plan import Plan, ShardRange
 from pipeline.common.errors import ConfigConflict, DataError, TryAgainError
 from pipeline.common.storage import Store, sha256_bytes
-from pipeline.data.dataset import FILE_NAME as DATASET
-from pipeline.data.dataset import Dataset, Shard, load_dataset
-from pipeline.data.shard_reader import ShardWriter
+from pipeline.data.dataset import DATASET_FILE, Dataset, Shard, open_dataset
+from pipeline.data.shard_writer import ShardWriter
 
 MANIFEST = "manifest.json"
 RECORDS = "records"
@@ -92,8 +91,8 @@ def begin(store: Store, plan: Plan) -> bool:
     manifest = read_manifest(store)
     found = manifest.plan if manifest else read_plan(store)
     if found is None:
-        if store.exists(DATASET):
-            raise ConfigConflict(f"{store.path(DATASET)}: --out already holds a data set; choose an empty folder")
+        if store.exists(DATASET_FILE):
+            raise ConfigConflict(f"{store.path(DATASET_FILE)}: --out already holds a data set; choose an empty folder")
         store.write(PLAN, _json(plan, 1))
     elif found != plan:
         ours, theirs = plan.model_dump(), found.model_dump()
@@ -113,7 +112,7 @@ def read_plan(store: Store) -> Plan | None:
 
 def read_manifest(store: Store) -> Manifest | None:
     """Return the manifest of a finished generation, or None if it is not finished."""
-    return _read(store, MANIFEST, Manifest) if store.exists(MANIFEST) and store.exists(DATASET) else None
+    return _read(store, MANIFEST, Manifest) if store.exists(MANIFEST) and store.exists(DATASET_FILE) else None
 
 
 def finish_shard(store: Store, plan: Plan, shard: ShardRange, writer: ShardWriter, maker: Maker) -> Record:
@@ -160,7 +159,7 @@ def merge(store: Store, *, verify: bool = False, tidy: bool = False) -> Manifest
     """
     manifest = read_manifest(store)
     if manifest is not None:
-        dataset = load_dataset(store.location)
+        dataset = open_dataset(store)
     else:
         plan = read_plan(store)
         if plan is None:
@@ -172,9 +171,9 @@ def merge(store: Store, *, verify: bool = False, tidy: bool = False) -> Manifest
             )
         manifest, dataset = _assemble(store, plan)
     if verify:
-        _verify(store, manifest, dataset)
+        _verify(manifest, dataset)
     store.write(MANIFEST, _json(manifest, 1))
-    store.write(DATASET, _json(dataset))
+    store.write(DATASET_FILE, _json(dataset))
     if tidy:
         _tidy(store, manifest)
     return manifest
@@ -218,12 +217,13 @@ def _assemble(store: Store, plan: Plan) -> tuple[Manifest, Dataset]:
         images=plan.count,
         bytes=total,
         shards=[record.shard for record in records],
-    )
+    ).at(store)
     return manifest, dataset
 
 
-def _verify(store: Store, manifest: Manifest, dataset: Dataset) -> None:
+def _verify(manifest: Manifest, dataset: Dataset) -> None:
     """Read every shard. Where one is missing or damaged, open the generation again for it and raise DataError."""
+    store = dataset.store
     with ThreadPoolExecutor(READERS) as pool:
         intact = list(pool.map(lambda shard: _intact(store, shard), manifest.shards))
     if all(intact):
@@ -237,7 +237,7 @@ def _verify(store: Store, manifest: Manifest, dataset: Dataset) -> None:
             store.write(name, _json(record))
         else:
             store.delete(name)
-    store.delete(DATASET)
+    store.delete(DATASET_FILE)
     store.delete(MANIFEST)
     first = manifest.shards[intact.index(False)]
     raise DataError(

@@ -20,7 +20,7 @@ from deploy.generation.encoding import Encoders
 from deploy.generation.plan import Plan, ShardRange
 from pipeline.common.imaging import Pixels
 from pipeline.common.randomness import Purpose
-from pipeline.data.shard_reader import Members, ShardWriter
+from pipeline.data.shard_writer import Members, ShardWriter
 from pipeline.model.latents import latents
 
 WRITERS = 4

@@ -11,7 +11,7 @@ INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 
 
 @dataclass(frozen=True)
-class Part:
+class Partition:
     """Part `index` of `count`, counted from 0."""
 
     index: int = 0
@@ -25,20 +25,20 @@ class Part:
         return f"{self.index}/{self.count}"
 
 
-def parse_part(text: str | None, environment: Mapping[str, str] = os.environ) -> Part:
+def parse_partition(text: str | None, environment: Mapping[str, str] = os.environ) -> Partition:
     """Return the part that `--part` means: `i/N`, or `N` alone with i from JOB_COMPLETION_INDEX; None is the whole.
 
     Raises UsageError for anything else.
     """
     if text is None:
-        return Part()
+        return Partition()
     match = re.fullmatch(r"(?:(\d+)/)?(\d+)", text)
     if match is None:
         raise UsageError(f"--part {text}: expected i/N such as 0/20, or N with i in {INDEX_VARIABLE}")
     index = match[1] or environment.get(INDEX_VARIABLE, "")
     if not index.isdigit():
         raise UsageError(f"--part {text}: says how many parts but not which one; expected i/N, or {INDEX_VARIABLE} set")
-    part = Part(int(index), int(match[2]))
+    part = Partition(int(index), int(match[2]))
     if part.index >= part.count:
         raise UsageError(f"--part {part}: parts count from 0, so the last one is {part.count - 1}/{part.count}")
     return part

@@ -143,6 +143,10 @@ class Store:
         if self.remote:
             self._fs, self._root = _filesystem(self.location)
 
+    def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
+        """Travel to other processes as a location: each opens connections of its own."""
+        return Store, (self.location,)
+
     def path(self, name: str) -> str:
         """Return the full path or URL of `name`, for messages."""
         return f"{self.location}/{name}"

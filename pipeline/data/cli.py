@@ -1,4 +1,4 @@
-"""dcgan-data: make, check and look at data sets."""
+"""dcgan-data: builds, checks and shows data sets."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -9,12 +9,13 @@ import typer
 from pipeline.common.command_line import command_group, run_command
 from pipeline.common.errors import UsageError
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
+from pipeline.data.build.options import DEFAULT_MARGIN, DEFAULT_MAX_BAD, DEFAULT_QUALITY, BuildOptions
 
-app = command_group(help="Make data sets of images, check them and look at them.")
+app = command_group(help="Build data sets of images, check them and show them.")
 
 
 class SourceKind(StrEnum):
-    """What SRC is."""
+    """Kinds of sources."""
 
     folder = "folder"
     lsun = "lsun"
@@ -28,7 +29,7 @@ class SourceKind(StrEnum):
 
 
 class EncodingName(StrEnum):
-    """How images are stored."""
+    """Formats of stored images."""
 
     packed = "packed"
     jpg = "jpg"
@@ -36,58 +37,91 @@ class EncodingName(StrEnum):
     png = "png"
 
 
-Location = Annotated[str, typer.Argument(metavar="DATA", help="A data set: its folder or URL.")]
+Location = Annotated[str, typer.Argument(metavar="DATA", help="Folder or URL of a data set.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; default: one a core.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another data set in OUT.")]
+MaxBad = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help=f"Largest share of pictures that may be unusable.  [default: {DEFAULT_MAX_BAD}]"),
+]
 
 
 @app.command()
 def build(
     kind: Annotated[SourceKind, typer.Argument(metavar="SOURCE", help="What SRC is: " + ", ".join(SourceKind))],
     src: Annotated[str, typer.Argument(metavar="SRC", help="Folder, file or URL of the pictures.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the data set to make.")],
-    size: Annotated[int, typer.Option(min=4, max=4096, help="Height and width of the images in pixels.")] = 64,
-    channels: Annotated[int, typer.Option(min=1, max=3, help="3 for RGB, 1 for gray.")] = 3,
-    encoding: Annotated[EncodingName, typer.Option(help="packed: raw pixels in blocks, lossless and fastest.")] = (
-        EncodingName.packed
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the new data set.")],
+    size: Annotated[int, typer.Option(min=4, max=4096, help="Height and width of the images in pixels.")] = (
+        BuildOptions.size
     ),
+    channels: Annotated[int, typer.Option(min=1, max=3, help="3 for RGB, 1 for gray.")] = BuildOptions.channels,
+    encoding: Annotated[
+        EncodingName, typer.Option(help="Format of the stored images. packed: raw pixels in blocks, lossless, fastest.")
+    ] = EncodingName(BuildOptions.encoding),
     quality: Annotated[
-        int | None, typer.Option(min=1, max=100, help="Of jpg (default 95) and webp (92; 100 is lossless).")
-    ] = None,
-    min_side: Annotated[int, typer.Option(min=1, help="Refuse pictures with a shorter side below this.")] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            max=100,
+            help=f"Quality of jpg (default {DEFAULT_QUALITY['jpg']}) and "
+            f"webp (default {DEFAULT_QUALITY['webp']}; 100 is lossless).",
+        ),
+    ] = BuildOptions.quality,
+    min_side: Annotated[int, typer.Option(min=1, help="Refuse pictures whose shorter side has fewer pixels.")] = (
+        BuildOptions.min_side
+    ),
     labels: Annotated[
         str | None,
-        typer.Option(help="folder: 'folders' (the default: the first folder is the class), 'none', or a CSV file."),
-    ] = None,
-    category: Annotated[list[str] | None, typer.Option(help="lsun: only this category; may be repeated.")] = None,
-    split: Annotated[str | None, typer.Option(help="The source's own split, such as train, val, test.")] = None,
+        typer.Option(
+            help="folder, faces: 'folders' (the default: a picture's first folder is its class), 'none', or a CSV file."
+        ),
+    ] = BuildOptions.labels,
+    category: Annotated[list[str] | None, typer.Option(help="lsun: only this category; repeatable.")] = None,
+    split: Annotated[str | None, typer.Option(help="The source's own split: for example train, val, test.")] = (
+        BuildOptions.source_split
+    ),
     min_face: Annotated[
-        int | None, typer.Option(min=8, help="faces: skip smaller ones, in pixels; default: --size.")
-    ] = None,
+        int | None, typer.Option(min=8, help="faces: skip faces with fewer pixels a side; default: --size.")
+    ] = BuildOptions.min_face,
     margin: Annotated[
-        float | None, typer.Option(min=0, max=2, help="faces: share of the face added on each side; default 0.25.")
-    ] = None,
+        float | None,
+        typer.Option(
+            min=0, max=2, help=f"faces: margin on each side, as a share of the face; default {DEFAULT_MARGIN}."
+        ),
+    ] = BuildOptions.margin,
     model: Annotated[
-        str | None, typer.Option(help="faces: YuNet's ONNX file, used instead of OpenCV's Haar cascade.")
+        str | None, typer.Option(help="faces: YuNet's ONNX file; default: OpenCV's Haar cascade.")
+    ] = BuildOptions.model,
+    where: Annotated[
+        list[str] | None, typer.Option(help="Only pictures whose labels match: for example male=1, yaw<10; repeatable.")
     ] = None,
-    where: Annotated[list[str] | None, typer.Option(help="Only pictures such as male=1 or yaw<10; repeatable.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many pictures, drawn at random.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Largest number of pictures, drawn at random.")] = (
+        BuildOptions.limit
+    ),
     val_fraction: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Build OUT/train and OUT/val, with this share in val.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Decides the order, and what --limit and --val-fraction take.")] = 0,
-    shard_bytes: Annotated[int, typer.Option(min=65536, help="No shard is larger.")] = 32_000_000,
-    shard_images: Annotated[int | None, typer.Option(min=1, help="Images a shard; default: as many as fit.")] = None,
-    max_bad: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of pictures that may be unusable.  [default: 0.01]")
-    ] = None,
-    part: Annotated[str | None, typer.Option(help="Build only part i/N (from 0); then `dcgan-data merge`.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another data set in OUT.")] = False,
-    metrics_port: MetricsPort = None,
-    metrics_address: MetricsAddress = "127.0.0.1",
-    push_gateway: PushGateway = None,
+        float, typer.Option(min=0, max=0.9, help="Build OUT/train and OUT/val, with this share in OUT/val.")
+    ] = BuildOptions.val_fraction,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the order, and so of what --limit and --val-fraction take.")
+    ] = BuildOptions.seed,
+    shard_bytes: Annotated[int, typer.Option(min=65536, help="Largest size of a shard in bytes.")] = (
+        BuildOptions.shard_bytes
+    ),
+    shard_images: Annotated[int | None, typer.Option(min=1, help="Images a shard; default: as many as fit.")] = (
+        BuildOptions.shard_images
+    ),
+    max_bad: MaxBad = BuildOptions.max_bad,
+    part: Annotated[
+        str | None, typer.Option(help="Build only part i of N, as i/N, counted from 0; `dcgan-data merge` joins them.")
+    ] = BuildOptions.part,
+    workers: Workers = BuildOptions.workers,
+    overwrite: Overwrite = BuildOptions.overwrite,
+    metrics_port: MetricsPort = BuildOptions.metrics_port,
+    metrics_address: MetricsAddress = BuildOptions.metrics_address,
+    push_gateway: PushGateway = BuildOptions.push_gateway,
 ) -> None:
-    """Turn the pictures in SRC into the data set OUT. Interrupted, the same command goes on."""
-    from pipeline.data.build.command import BuildOptions, build_all
+    """Turn the pictures in SRC into the data set OUT. After an interruption, run the same command to resume."""
+    from pipeline.data.build.command import build_all
 
     if channels == 2:
         raise UsageError("--channels 2: expected 1 (gray) or 3 (RGB)")
@@ -127,54 +161,67 @@ def build(
 @app.command()
 def merge(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the data set to finish.")],
-    parts: Annotated[list[str] | None, typer.Argument(metavar="[PART]...", help="Folders of the parts.")] = None,
-    max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="As for build.")] = None,
+    parts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PART]...", help="Folders or URLs of the parts; default: OUT.")
+    ] = None,
+    max_bad: MaxBad = BuildOptions.max_bad,
 ) -> None:
-    """Bring the parts of a build together: the same bytes as building it whole."""
+    """Join the parts of a build. The result has the same bytes as a build without --part."""
     from pipeline.data.build.builder import merge as merge_parts
     from pipeline.data.build.command import report
 
-    report(out, merge_parts(out, parts or [], max_bad=max_bad))
+    report(merge_parts(out, parts or [], max_bad=max_bad))
 
 
 @app.command()
 def dedup(
-    src: Annotated[str, typer.Argument(metavar="IN", help="The data set with duplicates: its folder or URL.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the data set without them.")],
-    radius: Annotated[int, typer.Option(min=0, max=32, help="Drop what differs in at most so many of 128 bits.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of the hash's training.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another data set in OUT.")] = False,
+    src: Annotated[str, typer.Argument(metavar="IN", help="Folder or URL of the data set with duplicates.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the data set without duplicates.")],
+    radius: Annotated[
+        int, typer.Option(min=0, max=32, help="Drop images whose 128-bit hashes differ in at most this many bits.")
+    ] = 8,  # of the bundled faces, which are distinct, it drops one of 5,000; docs/data.md has the measurement
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the hash's training.")] = 0,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Copy a data set without near-duplicates, found by the paper's semantic hash, and report them."""
     from pipeline.common.machine import available_cores
     from pipeline.data.build.command import report
-    from pipeline.data.dedup.dedup import dedup as copy_without
+    from pipeline.data.build.state import refuse_overlap
+    from pipeline.data.dataset import open_dataset
+    from pipeline.data.dedup.dedup import dedup as copy_without_duplicates
 
+    refuse_overlap(src, out)  # before anything is read
     processes = workers or available_cores()
-    report(out, copy_without(src, out, radius=radius, seed=seed, workers=processes, overwrite=overwrite))
+    report(
+        copy_without_duplicates(
+            open_dataset(src), out, radius=radius, seed=seed, workers=processes, overwrite=overwrite
+        )
+    )
 
 
 @app.command()
-def verify(out: Location) -> None:
+def verify(data: Location) -> None:
     """Check every shard, image and label of a data set, and name what is damaged."""
+    from pipeline.data.dataset import open_dataset
     from pipeline.data.verify import verify as check
 
-    check(out)
+    check(open_dataset(data))
 
 
 @app.command()
 def show(
-    out: Location,
+    data: Location,
     sheet: Annotated[
-        Path | None, typer.Option("--out", "--sheet", help="Where the contact sheet goes; default: sheet.png in it.")
+        Path | None, typer.Option("--out", "--sheet", help="Path of the contact sheet; default: DATA/sheet.png.")
     ] = None,
     images: Annotated[int, typer.Option(min=1, max=10_000, help="Images on the sheet.")] = 96,
 ) -> None:
     """Print a data set's numbers and write a contact sheet."""
+    from pipeline.data.dataset import open_dataset
     from pipeline.data.show import show as present
 
-    present(out, sheet, images)
+    present(open_dataset(data), sheet, images)
 
 
 def main() -> None:

@@ -5,22 +5,17 @@ import os
 from itertools import accumulate
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, PrivateAttr
 
 from pipeline.common.errors import DataError
+from pipeline.common.records import Record, read_record
 from pipeline.common.storage import Store, sha256_bytes
 
-FILE_NAME = "dataset.json"
+DATASET_FILE = "dataset.json"
 VERSION = 1
 
 Encoding = Literal["packed", "jpg", "webp", "png"]
 LabelType = Literal["bool", "int", "float", "str"]
-
-
-class Record(BaseModel):
-    """A part of dataset.json. Unknown keys are refused: they come from a newer version or another tool."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Shard(Record):
@@ -45,14 +40,17 @@ class Refusals(Record):
 
     count: int = Field(0, ge=0)
     """How many."""
-    reasons: dict[str, int] = {}
+    reasons: dict[str, int] = Field(default_factory=dict)
     """How many for each reason."""
-    examples: list[str] = []
+    examples: list[str] = Field(default_factory=list)
     """The first of them, as `key: reason`."""
 
 
 class Dataset(Record):
-    """The content of dataset.json: shards in their order, and all that a reader must know about them."""
+    """The content of dataset.json, and the store that holds it and its shards.
+
+    The store is no part of the JSON: two data sets are equal when their dataset.json say the same, wherever they lie.
+    """
 
     version: int = VERSION
     image_size: int = Field(ge=1)
@@ -60,7 +58,7 @@ class Dataset(Record):
     channels: Literal[1, 3]
     encoding: Encoding
     """`packed`: members are uint8 .npy blocks (n, size, size, channels); else one encoded image a member."""
-    labels: dict[str, LabelType] = {}
+    labels: dict[str, LabelType] = Field(default_factory=dict)
     """Name and type of every label."""
     source: dict[str, Any]
     """The source's kind and options, the seed of the order, filters, split."""
@@ -70,6 +68,31 @@ class Dataset(Record):
     """Bytes over all shards."""
     shards: list[Shard]
     refused: Refusals = Refusals()
+
+    _store: Store | None = PrivateAttr(None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Dataset) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint())
+
+    def at(self, store: Store) -> "Dataset":
+        """Return this data set with `store` as the place of its shards."""
+        placed = self.model_copy()
+        placed._store = store
+        return placed
+
+    @property
+    def store(self) -> Store:
+        """The folder or URL of dataset.json and the shards. A data set made by hand has one after `at`."""
+        assert self._store is not None, "a data set without a store: use open_dataset(), or at(store)"
+        return self._store
+
+    @property
+    def location(self) -> str:
+        """The store's path or URL, for messages and records."""
+        return self.store.location
 
     @property
     def image_bytes(self) -> int:
@@ -86,30 +109,20 @@ class Dataset(Record):
         return sha256_bytes("\n".join(shard.sha256 for shard in self.shards).encode())
 
 
-def load_dataset(location: str | os.PathLike[str]) -> Dataset:
-    """Read and check LOCATION/dataset.json; a path or a URL.
+def open_dataset(location: str | os.PathLike[str] | Store) -> Dataset:
+    """Read and check the dataset.json in `location`, a path, a URL or a store; the result can read its shards.
 
-    Raises DataError when it is missing, is not ours, or contradicts itself.
+    Raises DataError when dataset.json is missing, is not ours, or contradicts itself.
     """
-    store = Store(location)
-    where = store.path(FILE_NAME)
+    store = location if isinstance(location, Store) else Store(location)
+    where = store.path(DATASET_FILE)
     try:
-        content = store.read(FILE_NAME)
+        content = store.read(DATASET_FILE)
     except DataError as error:
         raise DataError(
             f"{where}: {str(error).rpartition(': ')[2]}: a data set is a folder that `dcgan-data build` finished"
         ) from None
-    try:
-        values = json.loads(content)
-        version = values.get("version") if isinstance(values, dict) else None
-        if version != VERSION:
-            raise DataError(f"{where}: version {version!r}; this program reads version {VERSION}")
-        dataset = Dataset.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON: {error}") from None
+    dataset = read_record(Dataset, content, where, version=VERSION).at(store)
     _check_counts(dataset, where)
     return dataset
 

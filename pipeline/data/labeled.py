@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import Pixels
-from pipeline.data.dataset import LabelType
+from pipeline.data.dataset import Dataset, LabelType
+from pipeline.data.shard_reader import iterate
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,17 @@ class Labeled:
         return self.columns[name]
 
 
-def load_labeled(location: str, limit: int | None = None) -> Labeled:
-    """Read a labeled data set. Raises DataError when it has no labels."""
-    from pipeline.data.dataset import load_dataset
-    from pipeline.data.shard_reader import iterate
+def load_labeled(dataset: Dataset, limit: int | None = None) -> Labeled:
+    """Read the first `limit` images of a data set (all, by default) and their labels.
 
-    dataset = load_dataset(location)
+    Raises DataError when the data set has no labels.
+    """
     if not dataset.labels:
-        raise DataError(f"{location}: has no labels; build it with `dcgan-data build ... --labels`")
+        raise DataError(f"{dataset.location}: has no labels; build it with `dcgan-data build ... --labels`")
     images: list[Pixels] = []
     columns: dict[str, list[Any]] = {name: [] for name in dataset.labels}
     have = 0
-    for batch, values in iterate(location, dataset=dataset, labels=True):
+    for batch, values in iterate(dataset, labels=True):
         images.append(batch)
         have += len(batch)
         for name in columns:
@@ -73,7 +73,7 @@ def load_labeled(location: str, limit: int | None = None) -> Labeled:
         if limit is not None and have >= limit:
             break
     description = {
-        "location": location,
+        "location": dataset.location,
         "fingerprint": dataset.fingerprint(),
         "images": dataset.images,
         "used": have if limit is None else min(have, limit),

@@ -10,24 +10,25 @@ from rich.table import Table
 
 from pipeline.common.errors import UsageError
 from pipeline.common.imaging import grid, save_png
-from pipeline.common.storage import is_url
-from pipeline.data.dataset import load_dataset
+from pipeline.data.dataset import Dataset
 from pipeline.data.shard_reader import Columns, iterate
 
 LABEL_IMAGES = 5_000
 """Labels are summed up over the first so many images: they are shuffled, so these stand for all."""
 
 
-def show(location: str, sheet: Path | None, images: int) -> None:
-    """Print the numbers and write the sheet. Raises UserError."""
-    if sheet is None and is_url(location):
-        raise UsageError(f"{location}: a URL; say with --out where the contact sheet goes")
-    sheet = sheet or Path(location) / "sheet.png"
-    dataset = load_dataset(location)
+def show(dataset: Dataset, sheet: Path | None, images: int) -> None:
+    """Print the numbers, and write a contact sheet of the first `images` to `sheet`. Raises UserError.
+
+    The default of `sheet` is sheet.png in the data set's folder; one at a URL has no default.
+    """
+    if sheet is None and dataset.store.remote:
+        raise UsageError(f"{dataset.location}: a URL; say with --out where the contact sheet goes")
+    sheet = sheet or Path(dataset.location) / "sheet.png"
     batches: list[Any] = []
     columns: Columns = {}
     seen = 0
-    for batch, labels in iterate(location, dataset=dataset, labels=True):
+    for batch, labels in iterate(dataset, labels=True):
         if seen < images:
             batches.append(batch[: images - seen])
         for name, values in labels.items():

@@ -9,10 +9,11 @@ from pipeline.common.errors import DataError
 from pipeline.common.imaging import BadImage, decode
 from pipeline.common.machine import available_cores
 from pipeline.common.progress import Progress
-from pipeline.common.storage import Store, sha256_bytes
+from pipeline.common.storage import sha256_bytes
 from pipeline.data.build.process_pool import run_tasks
-from pipeline.data.dataset import FILE_NAME, Dataset, Shard, load_dataset
-from pipeline.data.shard_reader import DamagedTar, checksum, members
+from pipeline.data.dataset import DATASET_FILE, Dataset, Shard
+from pipeline.data.shard_reader import DamagedTar, members
+from pipeline.data.shard_writer import checksum
 
 SHOWN = 50
 """Damages that are printed; the last line counts all."""
@@ -37,25 +38,22 @@ class Damage:
 class Checker:
     """Checks one shard. Travels to the workers, with all of dataset.json but the shards."""
 
-    location: str
     dataset: Dataset
 
     def check(self, shard: Shard) -> tuple[int, list[Damage]]:
         """Return the shard's images and what is wrong with it."""
-        return shard.images, list(check_shard(Store(self.location), self.dataset, shard))
+        return shard.images, list(check_shard(self.dataset, shard))
 
 
-def verify(location: str) -> None:
+def verify(dataset: Dataset) -> None:
     """Check all shards and print what is damaged. Raises DataError when anything is."""
-    dataset = load_dataset(location)
-    store = Store(location)
-    present = set(store.names())
+    present = set(dataset.store.names())
     damages = [Damage(s.name, "missing") for s in dataset.shards if s.name not in present]
     stray = sorted(n for n in present if n.endswith(".tar") and n not in {s.name for s in dataset.shards})
     for name in stray:
-        print(f"note: {store.path(name)} is not part of the data set")
+        print(f"note: {dataset.store.path(name)} is not part of the data set")
     there = [shard for shard in dataset.shards if shard.name in present]
-    checker = Checker(location, dataset.model_copy(update={"shards": []}))
+    checker = Checker(dataset.model_copy(update={"shards": []}))
     with Progress("verifying", sum(shard.images for shard in there)) as progress:
         for images, found in run_tasks(checker.check, there, available_cores()):
             progress.advance(images)
@@ -65,17 +63,19 @@ def verify(location: str) -> None:
     if damages:
         shards = len({damage.shard for damage in damages})
         raise DataError(
-            f"{location}: {len(damages):,} damages in {shards:,} of {len(dataset.shards):,} shards; "
+            f"{dataset.location}: {len(damages):,} damages in {shards:,} of {len(dataset.shards):,} shards; "
             "copy those shards again, or build again with --overwrite"
         )
-    print(f"{location}: {dataset.images:,} images in {len(dataset.shards):,} shards, all as {FILE_NAME} says")
+    print(
+        f"{dataset.location}: {dataset.images:,} images in {len(dataset.shards):,} shards, all as {DATASET_FILE} says"
+    )
 
 
-def check_shard(store: Store, dataset: Dataset, shard: Shard) -> Iterator[Damage]:
+def check_shard(dataset: Dataset, shard: Shard) -> Iterator[Damage]:
     """Yield everything that is wrong with one shard."""
-    data = store.read(shard.name)
+    data = dataset.store.read(shard.name)
     if len(data) != shard.bytes:
-        yield Damage(shard.name, f"{len(data):,} bytes, but {FILE_NAME} states {shard.bytes:,}")
+        yield Damage(shard.name, f"{len(data):,} bytes, but {DATASET_FILE} states {shard.bytes:,}")
     elif sha256_bytes(data) == shard.sha256:
         yield from _check_images(data, dataset, shard)
         return
@@ -97,7 +97,7 @@ def _check_images(data: bytes, dataset: Dataset, shard: Shard) -> Iterator[Damag
             if not name.endswith(".json"):
                 image = next(places, None)
                 if image is None or not offset <= image[0] or image[0] + image[1] != offset + size:
-                    yield Damage(shard.name, f"{name} is not where {FILE_NAME} places an image", offset=offset)
+                    yield Damage(shard.name, f"{name} is not where {DATASET_FILE} places an image", offset=offset)
                     return
                 continue
             if image is None:
@@ -114,7 +114,7 @@ def _check_images(data: bytes, dataset: Dataset, shard: Shard) -> Iterator[Damag
         yield Damage(shard.name, damage.what, offset=damage.offset)
         return
     if images != shard.images:
-        yield Damage(shard.name, f"{images:,} intact entries, but {FILE_NAME} states {shard.images:,} images")
+        yield Damage(shard.name, f"{images:,} intact entries, but {DATASET_FILE} states {shard.images:,} images")
 
 
 def _entry(content: bytes, dataset: Dataset) -> list[tuple[str, list[Any], int]] | None:

@@ -31,9 +31,11 @@ def classifier(
     epochs: Annotated[int, typer.Option(help="Passes over the data.", min=1)] = 12,
 ) -> None:
     """Train the attribute classifier on labeled images, and report its accuracy on held-out ones."""
+    from pipeline.data.dataset import open_dataset
     from pipeline.evaluation.classifier_training import make_classifier
 
-    scores = {name: head.score for name, head in make_classifier(data, out, seed=seed, epochs=epochs).heads.items()}
+    heads = make_classifier(open_dataset(data), out, seed=seed, epochs=epochs).heads
+    scores = {name: head.score for name, head in heads.items()}
     show(scores, out, "classifier")
 
 

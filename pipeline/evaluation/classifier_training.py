@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose, permutation, raw_bits
+from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.labeled import Labeled, load_labeled
 from pipeline.evaluation.classifier import FILE_NAME, AttributeNet, Classifier, Head, load_classifier
 from pipeline.evaluation.device import device, to_network
@@ -35,20 +36,19 @@ def get_classifier(reference: str | None, data: str | None, out: Path) -> Classi
     if reference is not None:
         return load_classifier(reference)
     kept = out / FILE_NAME
+    dataset = open_dataset(data) if data is not None else None
     if kept.exists():
-        from pipeline.data.dataset import load_dataset
-
         classifier = load_classifier(str(kept))
-        if data is None or load_dataset(data).fingerprint() == classifier.data:
+        if dataset is None or dataset.fingerprint() == classifier.data:
             return classifier
-    if data is None:
+    if dataset is None:
         raise UsageError("no classifier: give --classifier FILE, or a labeled --data set to train one on")
-    return make_classifier(data, out, seed=0)
+    return make_classifier(dataset, out, seed=0)
 
 
-def make_classifier(data: str, out: Path, *, seed: int, epochs: int = EPOCHS) -> Classifier:
+def make_classifier(dataset: Dataset, out: Path, *, seed: int, epochs: int = EPOCHS) -> Classifier:
     """Train a classifier on every bool and float label of a data set; write it and its scores into `out`."""
-    labeled = load_labeled(data)
+    labeled = load_labeled(dataset)
     learn, test = labeled.split(max(1, int(len(labeled.images) * HELD_OUT)))
     settings = {"epochs": epochs, "seed": seed, "training_images": len(learn.images), "held_out": len(test.images)}
     result = Result("classifier", out, {"kind": "attribute classifier"}, labeled.description, settings)

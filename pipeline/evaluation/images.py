@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.common.imaging import Pixels
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose
+from pipeline.data.dataset import Dataset
 from pipeline.model.networks import Generator
 from pipeline.model.sampling import sample
 
@@ -78,12 +79,9 @@ def rebatch(batches: Iterable[Pixels], size: int = BLOCK) -> Iterator[Pixels]:
 class ShardImages:
     """The first `limit` images of a data set, read from its shards at every pass. Their order is random already."""
 
-    def __init__(self, location: str, limit: int | None = None) -> None:
-        from pipeline.data.dataset import load_dataset
-
-        self.location = location
-        self.dataset = load_dataset(location)
-        self.count = self.dataset.images if limit is None else min(limit, self.dataset.images)
+    def __init__(self, dataset: "Dataset", limit: int | None = None) -> None:
+        self.dataset = dataset
+        self.count = dataset.images if limit is None else min(limit, dataset.images)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -92,7 +90,7 @@ class ShardImages:
     def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Pixels]]:
         from pipeline.data.shard_reader import iterate
 
-        whole = first(rebatch(iterate(self.location, dataset=self.dataset)), self.count)
+        whole = first(rebatch(iterate(self.dataset)), self.count)
         return ((block, pixels) for block, pixels in enumerate(whole) if block % world_size == rank)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from pipeline.checkpoints.reference import LoadedDiscriminator, LoadedGenerator, load_discriminator, load_generator
 from pipeline.common.errors import DataError, UsageError
 from pipeline.config import NetworkConfig
+from pipeline.data.dataset import open_dataset
 from pipeline.evaluation.device import device
 from pipeline.evaluation.images import GeneratedImages, Images, ShardImages
 
@@ -43,17 +44,17 @@ def fakes(ckpt: str | None, samples: str | None, count: int, seed: int) -> tuple
         loaded, description = generator(ckpt)
         return GeneratedImages(loaded.generator, count, seed), description
     assert samples is not None
-    images = ShardImages(samples, count)
+    images = ShardImages(open_dataset(samples), count)
     _check_set(images)
     return images, {"kind": "samples", "source": samples, "sha256": images.dataset.fingerprint()}
 
 
 def reals(data: str, count: int | None) -> tuple[ShardImages, dict[str, Any]]:
     """Return the first `count` images of a data set (all, when it has fewer), with its description."""
-    images = ShardImages(data, count)
+    images = ShardImages(open_dataset(data), count)
     _check_set(images)
     return images, {
-        "location": data,
+        "location": images.dataset.location,
         "fingerprint": images.dataset.fingerprint(),
         "images": images.dataset.images,
         "used": images.count,
@@ -62,7 +63,7 @@ def reals(data: str, count: int | None) -> tuple[ShardImages, dict[str, Any]]:
 
 def _check_set(images: ShardImages) -> None:
     if images.count < 2:
-        raise DataError(f"{images.location}: {images.count} image, too few to measure; expected at least 2")
+        raise DataError(f"{images.dataset.location}: {images.count} image, too few to measure; expected at least 2")
 
 
 def check_same_shape(fakes: Images, reals: Images) -> None:

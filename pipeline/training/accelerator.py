@@ -58,8 +58,9 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
         failures = [found for found in gather_object([mine]) if found is not None]
         if failures and (failure is None or isinstance(failure, UserError)):
             rank, kind, words = failures[0]
-            failure = kind(words if len(failures) == accelerator.num_processes else f"rank {rank}: {words}")
-            failure.on_all_ranks = True
+            shared = kind(words if len(failures) == accelerator.num_processes else f"rank {rank}: {words}")
+            shared.on_all_ranks = True
+            failure = shared
     if failure is not None:
         raise failure
     return cast(T, result)

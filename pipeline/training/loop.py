@@ -89,7 +89,7 @@ def train(
         if main:
             warn(config, accelerator)
             log.info("%s at image %d of %d", "resuming" if seen else "beginning", seen, config.schedule.total_images)
-            log.info("%d images; streams hold at most %.0f MB a process", dataset.images, loader.resident_bytes / 1e6)
+            log.info("%d images; at most %.0f MB of them in memory", dataset.images, loader.resident_bytes / 1e6)
 
         # Train.
         schedule, window, stop = Schedule(config.schedule, seen), Window(accelerator, requests), 0

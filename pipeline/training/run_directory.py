@@ -68,6 +68,12 @@ class RunDirectory:
             for name, value in {**values, **(timing or {})}.items():
                 self._board.add_scalar(name, value, images_seen)
 
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Flush everything and release the lock."""
         if self._board is not None:

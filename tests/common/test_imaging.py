@@ -147,10 +147,10 @@ def test_a_jpeg_that_only_pillow_reads_is_encoded_anew() -> None:
     with pytest.raises(BadImage):
         decode(doubtful)
     assert not is_ready(doubtful, "jpg", 32, 3)
-    stored = Recipe(size=32, encoding="jpg", quality=95).convert(doubtful)
+    stored = Recipe(size=32, channels=3, encoding="jpg", quality=95, min_side=1).convert(doubtful)
     assert isinstance(stored, bytes)
     assert np.abs(decode(stored).astype(int) - decode(sound)).mean() < 2
-    assert Recipe(size=32, encoding="jpg", quality=95).convert(sound) == sound
+    assert Recipe(size=32, channels=3, encoding="jpg", quality=95, min_side=1).convert(sound) == sound
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -11,7 +11,7 @@ from picture_files import make_folder, make_picture
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import decode, encode
-from pipeline.data.dataset import Dataset, load_dataset
+from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.shard_reader import iterate
 
 ENCODINGS = ["packed", "png", "webp", "jpg"]
@@ -22,7 +22,7 @@ def built(request: pytest.FixtureRequest, dcgan_data: Any, tmp_path: Path) -> tu
     src = make_folder(tmp_path / "src", 20, classes=("cat", "dog"))
     options = ["--size", 16, "--encoding", request.param, "--shard-images", 10, "--workers", 1]
     assert dcgan_data("build", "folder", src, tmp_path / "out", *options).code == 0
-    return tmp_path / "out", load_dataset(tmp_path / "out")
+    return tmp_path / "out", open_dataset(tmp_path / "out")
 
 
 def place_of(dataset: Dataset, index: int) -> tuple[int, int]:
@@ -34,7 +34,7 @@ def place_of(dataset: Dataset, index: int) -> tuple[int, int]:
 
 
 def key_of(out: Path, index: int) -> str:
-    keys = [key for _, columns in iterate(out, labels=True) for key in columns["key"]]
+    keys = [key for _, columns in iterate(open_dataset(out), labels=True) for key in columns["key"]]
     return str(keys[10 + index])
 
 
@@ -51,7 +51,7 @@ def test_a_flipped_bit_is_found_by_shard_key_and_offset(built: tuple[Path, Datas
     assert done.out.startswith(f"{path.name}: key {key!r} offset {offset}: ")
     assert "1 damages in 1 of 2 shards" in done.err
     with pytest.raises(DataError, match="SHA-256"):
-        list(iterate(out))
+        list(iterate(open_dataset(out)))
 
 
 def test_a_changed_label_is_found(built: tuple[Path, Dataset], dcgan_data: Any) -> None:
@@ -73,7 +73,7 @@ def test_a_shard_cut_in_half_is_found(built: tuple[Path, Dataset], dcgan_data: A
     assert f"{path.name}: " in done.out
     assert "bytes, but dataset.json states" in done.out
     with pytest.raises(DataError, match="build or copy the shard again"):
-        list(iterate(out))
+        list(iterate(open_dataset(out)))
 
 
 def test_a_missing_a_damaged_and_a_stray_shard(built: tuple[Path, Dataset], dcgan_data: Any) -> None:
@@ -104,7 +104,7 @@ def test_stock_webdataset_reads_every_encoding(built: tuple[Path, Dataset]) -> N
     urls = [str(out / shard.name) for shard in dataset.shards]
     expected = {
         key: (image, label)
-        for images, columns in iterate(out, labels=True)
+        for images, columns in iterate(open_dataset(out), labels=True)
         for image, key, label in zip(images, columns["key"], columns["class"], strict=True)
     }
     seen = {}
@@ -125,8 +125,8 @@ def test_our_shards_become_other_shards_with_labels_and_order_kept(
 ) -> None:
     out, _ = built
     assert dcgan_data("build", "webdataset", out, tmp_path / "packed", "--size", 16).code == 0
-    before = [(images, columns) for images, columns in iterate(out, labels=True)]
-    after = [(images, columns) for images, columns in iterate(tmp_path / "packed", labels=True)]
+    before = [(images, columns) for images, columns in iterate(open_dataset(out), labels=True)]
+    after = [(images, columns) for images, columns in iterate(open_dataset(tmp_path / "packed"), labels=True)]
     assert [columns for _, columns in before] == [columns for _, columns in after]
     for (a, _), (b, _) in zip(before, after, strict=True):
         assert np.array_equal(a, b)
@@ -145,8 +145,8 @@ def test_anyones_tars_build(dcgan_data: Any, tmp_path: Path) -> None:
     done = dcgan_data("build", "webdataset", tmp_path / "src", tmp_path / "out", "--size", 24)
     assert done.code == 0, done.err
     assert "6 members of 0.tar that are neither" in done.err
-    assert load_dataset(tmp_path / "out").labels == {"label": "int", "score": "float"}
-    for images, columns in iterate(tmp_path / "out", labels=True):
+    assert open_dataset(tmp_path / "out").labels == {"label": "int", "score": "float"}
+    for images, columns in iterate(open_dataset(tmp_path / "out"), labels=True):
         for image, key, label, score in zip(images, *(columns[n] for n in ("key", "label", "score")), strict=True):
             shard, index = int(key[0]), int(key.partition("dir/")[2][:3])
             assert np.array_equal(image, make_picture(10 * shard + index, 24, 24))

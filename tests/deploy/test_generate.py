@@ -20,7 +20,7 @@ from pipeline.common.errors import DataError, TryAgainError
 from pipeline.common.imaging import decode, encode
 from pipeline.common.randomness import Purpose
 from pipeline.common.storage import Store
-from pipeline.data.dataset import load_dataset
+from pipeline.data.dataset import open_dataset
 from pipeline.data.shard_reader import iterate
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -64,7 +64,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def packed(*folders: Path) -> np.ndarray:
-    return np.concatenate([images for folder in folders for images in iterate(folder)])
+    return np.concatenate([images for folder in folders for images in iterate(open_dataset(folder))])
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_sigterm_keeps_whole_shards_and_says_so(start: Start, tmp_path: Path, mo
 @pytest.mark.parametrize("encoding", ["webp", "jpg", "png", "packed"])
 def test_every_format_is_a_data_set_and_plain_webdataset(run: Run, tmp_path: Path, model: str, encoding: str) -> None:
     run("--model", model, "--count", 300, "--start", 50, "--format", encoding, "--out", tmp_path)
-    dataset = load_dataset(tmp_path)
+    dataset = open_dataset(tmp_path)
     assert (dataset.images, dataset.encoding, dataset.image_size) == (300, encoding, 32)
     reference = sample(model, 50, 300)
     images = packed(tmp_path)
@@ -228,7 +228,7 @@ def test_merge_removes_what_killed_parts_left_behind(run: Run, tmp_path: Path, m
     (tmp_path / "notes.txt").write_text("mine")
     run("merge", tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"manifest.json", "dataset.json", "notes.txt", *(s.name for s in load_dataset(tmp_path).shards)}
+    assert names == {"manifest.json", "dataset.json", "notes.txt", *(s.name for s in open_dataset(tmp_path).shards)}
 
 
 def test_two_writers_of_the_same_part_do_no_harm(

@@ -11,6 +11,7 @@ from evaluation_cases import Outcome
 from numpy.typing import NDArray
 from planted import write_legible_run, write_planted, write_run
 
+from pipeline.data.dataset import open_dataset
 from pipeline.evaluation.classifier import FILE_NAME, Classifier, load_classifier
 from pipeline.evaluation.classifier_training import make_classifier
 from pipeline.evaluation.cli import main
@@ -91,7 +92,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def classifier_file(labeled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier that is trained on those pictures."""
     folder: Path = tmp_path_factory.mktemp("classifier")
-    make_classifier(str(labeled), folder, seed=0, epochs=20)
+    make_classifier(open_dataset(labeled), folder, seed=0, epochs=20)
     return folder / FILE_NAME
 
 

@@ -13,7 +13,7 @@ from pipeline.common.imaging import Pixels
 from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig, RunConfig
 from pipeline.data.dataset import Dataset
-from pipeline.data.shard_reader import ShardWriter, write_shard
+from pipeline.data.shard_writer import ShardWriter, write_shard
 from pipeline.model.networks import Generator, build_discriminator, build_generator, initialize
 
 SIZE = 32

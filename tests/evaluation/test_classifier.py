@@ -9,6 +9,7 @@ from planted import planted, write_planted
 from typer.testing import CliRunner
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.data.dataset import open_dataset
 from pipeline.data.labeled import load_labeled
 from pipeline.evaluation.classifier import Classifier, load_classifier
 from pipeline.evaluation.classifier_training import get_classifier, make_classifier
@@ -30,7 +31,7 @@ def test_it_predicts_what_the_pictures_show_and_no_more(classifier: Classifier) 
 
 
 def test_it_learns_from_labels_with_gaps(gappy: Path, tmp_path: Path) -> None:
-    heads = make_classifier(str(gappy), tmp_path, seed=0, epochs=8).heads
+    heads = make_classifier(open_dataset(gappy), tmp_path, seed=0, epochs=8).heads
     assert set(heads) == {"bright", "disc", "place", "coin"}
     assert heads["bright"].score > 0.95
     assert heads["place"].score > 0.6
@@ -40,12 +41,12 @@ def test_it_learns_from_labels_with_gaps(gappy: Path, tmp_path: Path) -> None:
 
 def test_a_label_that_no_held_out_image_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_planted(tmp_path / "data", 320)
-    labeled = load_labeled(str(data))
+    labeled = load_labeled(open_dataset(data))
     labeled.columns["bright"] = labeled.columns["bright"].astype(object)
     labeled.columns["bright"][-64:] = None
     monkeypatch.setattr("pipeline.evaluation.classifier_training.load_labeled", lambda _: labeled)
     with pytest.raises(DataError, match="label bright: none of 64 held-out images has it"):
-        make_classifier(str(data), tmp_path, seed=0, epochs=1)
+        make_classifier(open_dataset(data), tmp_path, seed=0, epochs=1)
 
 
 def test_a_saved_classifier_predicts_the_same(classifier: Classifier, classifier_file: Path) -> None:
@@ -68,9 +69,9 @@ def test_the_one_in_out_is_reused_unless_the_data_is_another(
 
 def test_bad_input_is_named(labeled: Path, classifier: Classifier, run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no labels"):
-        make_classifier(str(write_planted(tmp_path / "plain", 64, labels=False)), tmp_path, seed=0)
+        make_classifier(open_dataset(write_planted(tmp_path / "plain", 64, labels=False)), tmp_path, seed=0)
     with pytest.raises(DataError, match="too few to train on"):
-        make_classifier(str(write_planted(tmp_path / "few", 100)), tmp_path, seed=0)
+        make_classifier(open_dataset(write_planted(tmp_path / "few", 100)), tmp_path, seed=0)
     with pytest.raises(DataError, match="not an attribute classifier"):
         load_classifier(str(next(run.rglob("generator.safetensors"))))
     with pytest.raises(UsageError, match="no classifier: give --classifier FILE"):

@@ -66,9 +66,10 @@ def test_losses_agree_with_the_cpu(data: Path, tmp_path: Path) -> None:
 
 def test_a_batch_on_its_way_to_the_gpu_is_not_overwritten(data: Path) -> None:
     """The stream pins its batches; their memory must not be used again before a copy that the GPU has yet to make."""
-    from pipeline.data.loading.loader import Stream
+    from pipeline.data.dataset import open_dataset
+    from pipeline.data.loading.loader import Loader
 
-    with Stream(data, seed=0, streams=8, batch=64) as stream:
+    with Loader(open_dataset(data), seed=0, streams=8, batch=64) as stream:
         copies, expected = [], []
         torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call] # a second or so, in which the host runs far ahead
         for _ in range(64):

@@ -30,7 +30,7 @@ from deploy.grafana.page import fill_in
 from deploy.prometheus.servers import Monitoring, find_programs, free_port
 from pipeline.common.errors import UnavailableError
 from pipeline.common.telemetry import METRICS
-from pipeline.data.dataset import dump_dataset, load_dataset
+from pipeline.data.dataset import dump_dataset, open_dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -270,7 +270,7 @@ class SlowServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, shards: str) -> None:
         self.delay_seconds = 0.0
-        dataset = load_dataset(shards)
+        dataset = open_dataset(shards)
         contents = {shard.name: (Path(shards) / shard.name).read_bytes() for shard in dataset.shards}
         copies = []
         for shard in dataset.shards:

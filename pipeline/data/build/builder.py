@@ -11,36 +11,37 @@ from dataclasses import dataclass
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import BadImage, Pixels
-from pipeline.common.partition import Part
+from pipeline.common.partition import Partition
 from pipeline.common.progress import Progress
 from pipeline.common.storage import Store, is_url
 from pipeline.common.telemetry import Telemetry
-from pipeline.data.build.plan import Work
+from pipeline.data.build.options import DEFAULT_MAX_BAD
+from pipeline.data.build.plan import PlannedBuild
 from pipeline.data.build.process_pool import run_tasks
 from pipeline.data.build.state import (
-    PLAN,
     REFUSED,
     SKIPPED,
-    STATE,
+    STATE_FILE,
+    STATE_FOLDER,
+    BuildState,
     Group,
-    State,
     built_as,
-    check_place,
     compare,
     finish_clearing,
     group_name,
     identity,
+    read_group,
     read_groups,
-    read_record,
     read_state,
+    refuse_foreign,
     tidy,
 )
 from pipeline.data.build.transform import Recipe, Skipped
-from pipeline.data.dataset import FILE_NAME, Dataset, LabelType, Shard, dump_dataset, load_dataset
-from pipeline.data.shard_reader import ShardWriter, read_shard, write_shard
+from pipeline.data.dataset import DATASET_FILE, Dataset, LabelType, Shard, dump_dataset, open_dataset
+from pipeline.data.shard_reader import read_shard
+from pipeline.data.shard_writer import ShardWriter, write_shard
 from pipeline.data.sources.interface import Item, Listing, RefusalLog, Source, printable, read_picture
 
-DEFAULT_MAX_BAD = 0.01
 REMOTE_READERS = 8
 """Pictures fetched at the same time by each process, when they come from a URL."""
 
@@ -130,13 +131,13 @@ def shard_name(group: int, number: int) -> str:
 def run(
     source: Source,
     listing: Listing,
-    work: Work,
+    build: PlannedBuild,
     recipe: Recipe,
     *,
     location: str,
     out: str,
     workers: int,
-    part: Part | None = None,
+    part: Partition | None = None,
     max_bad: float | None = None,
     telemetry: Telemetry | None = None,
 ) -> Dataset | None:
@@ -145,23 +146,23 @@ def run(
     Raises DataError when more than `max_bad` of the pictures cannot be used (default 1 %, and none may be lost
     to a damaged source). What was built is kept: with another `max_bad` the same build goes on from there.
     """
-    store, plan = Store(out), work.plan
-    state = State(
+    store, plan = Store(out), build.plan
+    state = BuildState(
         plan=plan,
         location=location,
         refused=listing.refused.entries,
         lost=dict(listing.refused.unnamed),
         damaged=listing.damaged,
     )
-    if not store.exists(PLAN):
-        store.write(PLAN, state.model_dump_json().encode())
-    part = part or Part()
+    if not store.exists(STATE_FILE):
+        store.write(STATE_FILE, state.model_dump_json().encode())
+    part = part or Partition()
     mine = part.slice(plan.groups)
-    present = set(store.names(STATE))
+    present = set(store.names(STATE_FOLDER))
     todo = [index for index in mine if f"{index:06d}.json" not in present]
     builder = Builder(source, recipe, plan.labels, plan.shard_bytes, out, is_url(location))
-    tasks = [Task(index, work.group(index)) for index in todo]
-    total = sum(len(work.group(index)) for index in mine)
+    tasks = [Task(index, build.group(index)) for index in todo]
+    total = sum(len(build.group(index)) for index in mine)
     done = total - sum(len(task.items) for task in tasks)
     metrics = telemetry or Telemetry("build", run=out, part=str(part))
     metrics.set("dcgan_build_info", 1, source=plan.source["kind"], encoding=recipe.encoding)
@@ -192,34 +193,34 @@ def merge(out: str, parts: Iterable[str], *, max_bad: float | None = None) -> Da
     Raises ConfigConflict when `out`, or one of the parts, is of another build.
     """
     target = Store(out)
-    finished = load_dataset(out) if target.exists(FILE_NAME) else None
+    finished = open_dataset(target) if target.exists(DATASET_FILE) else None
     if finished is None:
-        check_place(out)
+        refuse_foreign(out)
         finish_clearing(out)
     for location in parts:
         store = Store(location)
-        if not store.exists(PLAN):
+        if not store.exists(STATE_FILE):
             raise DataError(f"{location}: no part of a build is here; expected the OUT of `dcgan-data build … --part`")
         plan = identity(read_state(store).plan)
         if finished is not None:
             compare(plan, built_as(finished), out, "choose another OUT")
             continue
-        if target.exists(PLAN):
+        if target.exists(STATE_FILE):
             compare(plan, identity(read_state(target).plan), out, f"{location} is no part of it")
         else:
-            target.write(PLAN, store.read(PLAN))
-        present = set(target.names(STATE))
-        for name in store.names(STATE):
+            target.write(STATE_FILE, store.read(STATE_FILE))
+        present = set(target.names(STATE_FOLDER))
+        for name in store.names(STATE_FOLDER):
             if name in present or not name[:6].isdigit():
                 continue
-            group = read_record(store, f"{STATE}/{name}", Group)
+            group = read_group(store, f"{STATE_FOLDER}/{name}")
             for shard in group.shards:
                 target.write(shard.name, read_shard(store, shard))
-            target.write(f"{STATE}/{name}", group.model_dump_json().encode())
+            target.write(f"{STATE_FOLDER}/{name}", group.model_dump_json().encode())
     if finished is not None:
         tidy(target)  # it may have been killed just before it did
         return finished
-    if not target.exists(PLAN):
+    if not target.exists(STATE_FILE):
         raise DataError(f"{out}: no part of a build is here; name the folders of the parts: merge OUT PART0 PART1 …")
     return finish(out, max_bad=max_bad)
 
@@ -253,11 +254,11 @@ def finish(out: str, *, max_bad: float | None) -> Dataset:
         bytes=sum(shard.bytes for shard in shards),
         shards=shards,
         refused=refused.summary(),
-    )
+    ).at(store)
     for name, entries in ((REFUSED, sorted(refused.entries)), (SKIPPED, skipped)):
         if entries:
             store.write(name, "".join(f"{key}\t{reason}\n" for key, reason in entries).encode())
-    store.write(FILE_NAME, dump_dataset(dataset))
+    store.write(DATASET_FILE, dump_dataset(dataset))
     tidy(store)
     return dataset
 
@@ -266,7 +267,7 @@ def _share(max_bad: float | None) -> float:
     return DEFAULT_MAX_BAD if max_bad is None else max_bad
 
 
-def _refusals(state: State, groups: Iterable[Group]) -> RefusalLog:
+def _refusals(state: BuildState, groups: Iterable[Group]) -> RefusalLog:
     """Return all refusals of the listing and of the given groups."""
     log = RefusalLog(list(state.refused))
     log.unnamed.update(state.lost)
@@ -275,7 +276,7 @@ def _refusals(state: State, groups: Iterable[Group]) -> RefusalLog:
     return log
 
 
-def _check_refusals(refused: RefusalLog, state: State, max_bad: float | None, out: str) -> None:
+def _check_refusals(refused: RefusalLog, state: BuildState, max_bad: float | None, out: str) -> None:
     """Raise DataError when too many pictures cannot be used."""
     pictures = state.plan.pictures + len(state.refused) + sum(state.lost.values())
     share = refused.count / pictures

@@ -26,9 +26,9 @@ class FaceRecipe(Recipe):
     model: str = Field("", exclude=True)
     """Path of YuNet's ONNX file. Its content counts, not its path: see `model_sha256`."""
     model_sha256: str = ""
-    min_face: int = Field(64, ge=8)
+    min_face: int = Field(ge=8)
     """Faces with fewer pixels a side are skipped: enlarged, they would be blurred."""
-    margin: float = Field(0.25, ge=0, le=2)
+    margin: float = Field(ge=0, le=2)
     """Added to each side, as a share of the face's box."""
 
     extra_labels: ClassVar[dict[str, LabelType]] = {"face_x": "int", "face_y": "int", "face_side": "int"}

@@ -13,9 +13,11 @@ from typing import Any
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import BadImage
+from pipeline.common.records import Record
+from pipeline.data.build.options import BuildOptions
 from pipeline.data.build.transform import Recipe, Skipped
-from pipeline.data.dataset import LabelType, Record
-from pipeline.data.shard_reader import RECORD, ShardWriter, key_hash
+from pipeline.data.dataset import LabelType
+from pipeline.data.shard_writer import RECORD, ShardWriter
 from pipeline.data.sources.interface import KEY, Item, Listing, Source, as_type, printable, read_picture
 
 PROBE_PICTURES = 64
@@ -37,7 +39,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 class Selection(Record):
     """Which pictures of the listing are taken."""
 
-    seed: int = 0
+    seed: int
     """Decides the order, and so what `limit` and the split take."""
     where: tuple[str, ...] = ()
     """Conditions on labels, such as `male=1` or `yaw<10`; all must hold."""
@@ -66,7 +68,7 @@ class Plan(Record):
 
 
 @dataclass
-class Work:
+class PlannedBuild:
     """A plan with the pictures it is about."""
 
     plan: Plan
@@ -96,12 +98,19 @@ def select(listing: Listing, selection: Selection) -> list[Item]:
     return items
 
 
+def key_hash(seed: int, key: str) -> bytes:
+    """Return the 8 bytes by which images are ordered: uniform, and the same on every machine."""
+    return hashlib.blake2b(
+        key.encode("utf-8", "surrogateescape"), digest_size=8, key=seed.to_bytes(8, "little")
+    ).digest()
+
+
 def in_validation(key: str, selection: Selection) -> bool:
     """Whether a picture belongs to the validation set: by its name alone, so that it stays there as the set grows."""
     return int.from_bytes(key_hash(selection.seed, f"val/{key}"), "big") < selection.val_fraction * 2**64
 
 
-def make_work(
+def plan_build(
     source: Source,
     listing: Listing,
     description: dict[str, Any],
@@ -110,7 +119,7 @@ def make_work(
     *,
     shard_bytes: int,
     shard_images: int | None,
-) -> Work:
+) -> PlannedBuild:
     """Return the plan of a build. `description` is the source's kind and options."""
     items = select(listing, selection)
     if shard_images is None:
@@ -124,7 +133,7 @@ def make_work(
         groups=-(-len(items) // shard_images),
         shard_bytes=shard_bytes,
     )
-    return Work(plan, items)
+    return PlannedBuild(plan, items)
 
 
 def _digest(items: list[Item]) -> str:
@@ -138,7 +147,8 @@ def _digest(items: list[Item]) -> str:
 
 def _bytes_each(source: Source, items: list[Item], recipe: Recipe, num_labels: int) -> float:
     """Return about how many bytes of a shard a picture takes, from the first few in the order."""
-    writer = ShardWriter("0" * 6, recipe.encoding, [str(i) for i in range(num_labels + len(recipe.extra_labels))])
+    names = [str(i) for i in range(num_labels + len(recipe.extra_labels))]
+    writer = ShardWriter("0" * 6, recipe.encoding, names, BuildOptions.shard_bytes)
     pictures = 0
     for item in items[:PROBE_PICTURES]:
         try:

@@ -2,27 +2,26 @@
 
 import os
 import re
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
+from typing import Any
 
 from pipeline.common.errors import ConfigConflict, DataError, UsageError
+from pipeline.common.records import Record, read_record
 from pipeline.common.storage import Store, is_url
 from pipeline.data.build.plan import Plan
-from pipeline.data.dataset import FILE_NAME, Dataset, Record, Shard, load_dataset
+from pipeline.data.dataset import DATASET_FILE, Dataset, Shard, open_dataset
 
-STATE = ".build"
-PLAN = f"{STATE}/plan.json"
-CLEARING = f"{STATE}/clearing"
+STATE_FOLDER = ".build"
+STATE_FILE = f"{STATE_FOLDER}/plan.json"
+CLEARING = f"{STATE_FOLDER}/clearing"
 """Here while, and after, an old data set is removed: a killed removal is known by it, and gone on with."""
 REFUSED, SKIPPED = "refused.txt", "skipped.txt"
 REPORTS = "duplicates."
 """What `dedup` writes beside the data set begins with this."""
 
-R = TypeVar("R", bound=Record)
+HINT = "--overwrite starts anew"
 
 
-class State(Record):
+class BuildState(Record):
     """OUT/.build/plan.json: what is being built here."""
 
     plan: Plan
@@ -45,7 +44,7 @@ class Group(Record):
 
 def group_name(group: int) -> str:
     """Return the name of a group's record."""
-    return f"{STATE}/{group:06d}.json"
+    return f"{STATE_FOLDER}/{group:06d}.json"
 
 
 def find_finished(out: str, plan: Plan) -> Dataset | None:
@@ -54,16 +53,16 @@ def find_finished(out: str, plan: Plan) -> Dataset | None:
     Raises ConfigConflict when it, or a build under way there, is another one.
     """
     store = Store(out)
-    if store.exists(FILE_NAME):
-        dataset = load_dataset(out)
+    if store.exists(DATASET_FILE):
+        dataset = open_dataset(store)
         compare(identity(plan), built_as(dataset), out)
         tidy(store)  # it may have been killed just before it did
         return dataset
     finish_clearing(out)
-    if store.exists(PLAN):
+    if store.exists(STATE_FILE):
         compare(identity(plan), identity(read_state(store).plan), out)
     else:
-        check_place(out)
+        refuse_foreign(out)
     return None
 
 
@@ -80,10 +79,10 @@ def _resolved(location: str) -> str:
     return local.rstrip("/") if is_url(local) else os.path.realpath(local)
 
 
-def check_place(out: str) -> None:
+def refuse_foreign(out: str) -> None:
     """Raise UsageError when `out` holds anything that is not ours."""
     names = Store(out).names()
-    if not {FILE_NAME, STATE} & set(names) and any(not name.startswith(REPORTS) for name in names):
+    if not {DATASET_FILE, STATE_FOLDER} & set(names) and any(not name.startswith(REPORTS) for name in names):
         raise UsageError(f"{out}: not empty, and no data set of ours; choose an empty or new folder")
 
 
@@ -108,12 +107,12 @@ def clear(out: str) -> None:
     """Remove a data set or an unfinished build, and nothing else; `finish_clearing` goes on when this is killed."""
     store = Store(out)
     names = store.names()
-    if FILE_NAME in names or STATE in names:
+    if DATASET_FILE in names or STATE_FOLDER in names:
         store.write(CLEARING, b"")
-        records = [f"{STATE}/{name}" for name in store.names(STATE)]
+        records = [f"{STATE_FOLDER}/{name}" for name in store.names(STATE_FOLDER)]
         shards = [name for name in names if re.fullmatch(r"\d{6}(-\d+)?\.tar", name)]
         # First what the others are believed for. The mark stays until the next build is finished: see `tidy`.
-        for name in [FILE_NAME, PLAN, *shards, REFUSED, SKIPPED, *records]:
+        for name in [DATASET_FILE, STATE_FILE, *shards, REFUSED, SKIPPED, *records]:
             if name != CLEARING:
                 store.delete(name)
 
@@ -121,14 +120,14 @@ def clear(out: str) -> None:
 def finish_clearing(out: str) -> None:
     """Remove what a killed `clear` has left: shards and records that no data set or plan stands for any more."""
     store = Store(out)
-    if store.exists(CLEARING) and not store.exists(PLAN) and not store.exists(FILE_NAME):
+    if store.exists(CLEARING) and not store.exists(STATE_FILE) and not store.exists(DATASET_FILE):
         clear(out)
 
 
 def tidy(store: Store) -> None:
     """Remove what a finished data set does not need: the records, and files that a killed process was writing."""
-    if store.names(STATE):
-        store.delete(STATE)
+    if store.names(STATE_FOLDER):
+        store.delete(STATE_FOLDER)
     store.remove_abandoned()
 
 
@@ -159,26 +158,22 @@ def compare(wanted: dict[str, Any], found: dict[str, Any], where: str, advice: s
 
 def read_groups(store: Store, wanted: range) -> dict[int, Group]:
     """Return the records of those of the wanted groups that are finished, in their order."""
-    present = set(store.names(STATE))
+    present = set(store.names(STATE_FOLDER))
     names = {index: group_name(index) for index in wanted}
-    return {i: read_record(store, name, Group) for i, name in names.items() if name.rpartition("/")[2] in present}
+    return {i: read_group(store, name) for i, name in names.items() if name.rpartition("/")[2] in present}
 
 
-def read_state(store: Store) -> State:
-    return read_record(store, PLAN, State)
+def read_state(store: Store) -> BuildState:
+    """Return what is being built in `store`. Raises DataError when another version wrote it."""
+    return read_record(BuildState, store.read(STATE_FILE), store.path(STATE_FILE), hint=HINT)
 
 
-def read_record(store: Store, name: str, kind: type[R]) -> R:
-    """Read a record of a build under way. Raises DataError when another version wrote it."""
-    try:
-        return kind.model_validate_json(store.read(name))
-    except ValidationError as error:
-        raise DataError(
-            f"{store.path(name)}: not of this version ({error.errors()[0]['msg']}); --overwrite starts anew"
-        ) from None
+def read_group(store: Store, name: str) -> Group:
+    """Return the record `name` of a finished group. Raises DataError when another version wrote it."""
+    return read_record(Group, store.read(name), store.path(name), hint=HINT)
 
 
-def local_writable(out: str) -> None:
+def make_local_folder(out: str) -> None:
     """Create the folder OUT now, so that a wrong path fails before any work. Raises OSError."""
     if not is_url(out):
         os.makedirs(out, exist_ok=True)

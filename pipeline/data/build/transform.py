@@ -7,11 +7,9 @@ from PIL import Image
 from pydantic import Field
 
 from pipeline.common.imaging import BadImage, Pixels, encode, is_ready, load_square, square
-from pipeline.data.dataset import Encoding, LabelType, Record
+from pipeline.common.records import Record
+from pipeline.data.dataset import Encoding, LabelType
 from pipeline.data.sources.interface import Item, printable
-
-DEFAULT_QUALITY = {"packed": 100, "png": 100, "jpg": 95, "webp": 92}
-
 
 Made = tuple[str, bytes | Pixels, tuple[Any, ...]]
 
@@ -25,12 +23,12 @@ class Recipe(Record):
 
     size: int = Field(ge=4, le=4096)
     """Height and width in pixels."""
-    channels: Literal[1, 3] = 3
+    channels: Literal[1, 3]
     """1 gray, 3 RGB."""
-    encoding: Encoding = "packed"
-    quality: int = Field(100, ge=1, le=100)
+    encoding: Encoding
+    quality: int = Field(ge=1, le=100)
     """Of jpg and webp; webp at 100 is lossless."""
-    min_side: int = Field(1, ge=1)
+    min_side: int = Field(ge=1)
     """Pictures whose shorter side has fewer pixels are refused."""
 
     extra_labels: ClassVar[dict[str, LabelType]] = {}

@@ -13,22 +13,18 @@ from numpy.typing import NDArray
 from pipeline.common.imaging import Pixels, decode, encode, labeled_sheet
 from pipeline.common.progress import Progress
 from pipeline.common.storage import Store, atomic_path, is_url
-from pipeline.data.build import builder as build
-from pipeline.data.build import state as place
-from pipeline.data.build.plan import Selection, make_work
+from pipeline.data.build import builder, state
+from pipeline.data.build.options import BuildOptions
+from pipeline.data.build.plan import Selection, plan_build
 from pipeline.data.build.transform import Recipe
-from pipeline.data.dataset import FILE_NAME, Dataset, load_dataset
+from pipeline.data.dataset import DATASET_FILE, Dataset, open_dataset
 from pipeline.data.dedup.hamming import close_pairs
 from pipeline.data.dedup.hash_recall import RADII, measure
 from pipeline.data.dedup.semantic_hash import Codes, SemanticHash
 from pipeline.data.shard_reader import iterate
 from pipeline.data.sources.interface import Item, Listing
-from pipeline.data.sources.tars import Tars
+from pipeline.data.sources.tars import Tars, list_dataset
 
-__all__ = ["DEFAULT_RADIUS", "SemanticHash", "dedup", "keep_first"]
-
-DEFAULT_RADIUS = 8
-"""Bits. On the bundled faces, which are distinct, one of 5,000 is dropped; docs/data.md has the whole measurement."""
 TRAIN_BYTES = 256_000_000
 """The hash learns from the first images, which are shuffled, up to so many bytes of pixels."""
 SHOWN_GROUPS = 60
@@ -71,70 +67,85 @@ def keep_first(codes: Codes, radius: int) -> Duplicates:
     return Duplicates(kept_by[same], distance[same])
 
 
-def dedup(location: str, out: str, *, radius: int, seed: int, workers: int, overwrite: bool) -> Dataset:
-    """Copy the data set at `location` to `out` without near-duplicates, with a report. Raises UserError."""
-    place.refuse_overlap(location, out)
-    dataset = load_dataset(location)
-    place.check_place(out)
+def dedup(dataset: Dataset, out: str, *, radius: int, seed: int, workers: int, overwrite: bool) -> Dataset:
+    """Copy `dataset` to `out` without near-duplicates, and write a report. Raises UserError.
+
+    `out` must not be the data set's own folder: see `refuse_overlap`.
+    """
+    state.refuse_overlap(dataset.location, out)
+    state.refuse_foreign(out)
     description = {"kind": "dedup", "of": dataset.fingerprint(), "radius": radius, "hash_seed": seed}
-    if not overwrite and (finished := _finished(out, description)):
+    if not overwrite and (finished := _finished(Store(out), description)):
         print(f"{out}: already de-duplicated with these options, nothing to do", file=sys.stderr)
         return finished
-    place.local_writable(out)
-    source = Tars(location)
-    listing = source.listing()
+    state.make_local_folder(out)
+    source = Tars(dataset.location)
+    listing = list_dataset(dataset)
     times: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        state = Path(temporary) if is_url(out) else Path(out) / place.STATE
-        semantic_hash, codes = _codes(location, dataset, seed, state, times)
+        kept_in = Path(temporary) if is_url(out) else Path(out) / state.STATE_FOLDER
+        semantic_hash, codes = _codes(dataset, seed, kept_in, times)
     began = time.monotonic()
     found = keep_first(codes, radius)
     times["neighbors"] = time.monotonic() - began
     kept = [item for item, keep in zip(listing.items, found.keep, strict=True) if keep]
     recipe = _recipe(dataset)
-    work = make_work(
+    planned = plan_build(
         source,
         Listing(listing.labels, kept),
         description,
         Selection(seed=int(dataset.source.get("seed", 0))),
         recipe,
-        shard_bytes=max(32_000_000, *(shard.bytes for shard in dataset.shards)),
+        shard_bytes=max(BuildOptions.shard_bytes, *(shard.bytes for shard in dataset.shards)),
         shard_images=None,
     )
-    place.prepare(out, work.plan, overwrite=overwrite)
+    state.prepare(out, planned.plan, overwrite=overwrite)
     _write_report(Store(out), source, listing.items, found, semantic_hash, radius, times)
-    result = build.run(source, Listing({}, []), work, recipe, location=location, out=out, workers=workers, max_bad=0.0)
+    result = builder.run(
+        source,
+        Listing({}, []),
+        planned,
+        recipe,
+        location=dataset.location,
+        out=out,
+        workers=workers,
+        max_bad=0.0,
+    )
     assert result is not None
     return result
 
 
-def _finished(out: str, description: dict[str, object]) -> Dataset | None:
-    """Return the data set in `out` if it came from the same images and options."""
-    if not Store(out).exists(FILE_NAME):
+def _finished(store: Store, description: dict[str, object]) -> Dataset | None:
+    """Return the data set in `store` if it came from the same images and options."""
+    if not store.exists(DATASET_FILE):
         return None
-    dataset = load_dataset(out)
+    dataset = open_dataset(store)
     return dataset if {key: dataset.source.get(key) for key in description} == description else None
 
 
 def _recipe(dataset: Dataset) -> Recipe:
     """Return the recipe that passes the data set's own images through."""
     quality = int(dataset.source.get("quality", 100))
-    return Recipe(size=dataset.image_size, channels=dataset.channels, encoding=dataset.encoding, quality=quality)
+    return Recipe(
+        size=dataset.image_size,
+        channels=dataset.channels,
+        encoding=dataset.encoding,
+        quality=quality,
+        min_side=BuildOptions.min_side,
+    )
 
 
-def _codes(
-    location: str, dataset: Dataset, seed: int, state: Path, times: dict[str, float]
-) -> tuple[SemanticHash, Codes]:
-    """Train the hash and hash all images; what a killed run has already done is read from `state`."""
-    weights, coded = state / "hash.safetensors", state / "codes.npy"
-    marker = state / "hash-of.txt"
+def _codes(dataset: Dataset, seed: int, folder: Path, times: dict[str, float]) -> tuple[SemanticHash, Codes]:
+    """Train the hash and hash all images; what a killed run has already done is read from `folder`."""
+    weights, coded = folder / "hash.safetensors", folder / "codes.npy"
+    marker = folder / "hash-of.txt"
     identity = f"{dataset.fingerprint()} {seed}"
     if marker.exists() and marker.read_text() == identity and weights.exists() and coded.exists():
         return SemanticHash.load(weights), np.load(coded, allow_pickle=False)
     semantic_hash = SemanticHash(seed=seed)
     began = time.monotonic()
     sample: list[Pixels] = []
-    for images in iterate(location, dataset=dataset):
+    for images in iterate(dataset):
         sample.append(images)
         if sum(images.nbytes for images in sample) >= TRAIN_BYTES:
             break
@@ -144,12 +155,12 @@ def _codes(
     began = time.monotonic()
     codes = []
     with Progress("hashing", dataset.images) as progress:
-        for images in iterate(location, dataset=dataset, batch=1024):
+        for images in iterate(dataset, batch=1024):
             codes.append(semantic_hash.codes(images))
             progress.advance(len(images))
     times["hashing"] = time.monotonic() - began
     all_codes = np.concatenate(codes)
-    state.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     semantic_hash.save(weights)
     with atomic_path(coded) as path, path.open("wb") as file:
         np.save(file, all_codes)

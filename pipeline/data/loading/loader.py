@@ -1,6 +1,5 @@
 """Training batches: image i of a run is a pure function of (seed, i), read ahead by threads (DESIGN contract 3)."""
 
-import os
 import threading
 import time
 from collections import deque
@@ -15,10 +14,11 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from pipeline.data.dataset import Dataset, load_dataset
-from pipeline.data.loading.shard_buffer import Arena, Images
-from pipeline.data.loading.shuffle import Indices, Order, Visit, check_division
-from pipeline.data.loading.thread_pool import Workers
+from pipeline.config import RunConfig
+from pipeline.data.dataset import Dataset
+from pipeline.data.loading.shard_buffer import Images, ShardBuffer
+from pipeline.data.loading.shuffle import Indices, Shuffle, Visit, check_division
+from pipeline.data.loading.thread_pool import ThreadPool
 
 RESIDENT_BYTES = 512 << 20
 """A data set whose decoded images need no more than this is decoded once and stays in memory."""
@@ -40,8 +40,8 @@ Batch = tuple[Images, list[Future[None]]]
 """Images, and what must be done before all of them are there."""
 
 
-class Stream:
-    """This rank's part of every global batch, endlessly: uint8 NHWC of batch / world_size images.
+class Loader:
+    """This rank's share of every global batch, endlessly: uint8 NHWC of batch / world_size images.
 
     `batch` is global; `start` is the number of images seen so far over all ranks, the one integer of state.
     Rank r owns the streams s with s mod world_size = r, and so the images i with i mod world_size = r, in order.
@@ -54,7 +54,7 @@ class Stream:
 
     def __init__(
         self,
-        location: str | os.PathLike[str],
+        dataset: Dataset,
         *,
         seed: int,
         streams: int,
@@ -64,27 +64,26 @@ class Stream:
         world_size: int = 1,
         threads: int = 2,
         cache_dir: Path | None = None,
-        dataset: Dataset | None = None,
         resident_limit: int = RESIDENT_BYTES,
     ) -> None:
-        self.dataset = dataset or load_dataset(location)
-        check_division(batch, streams, world_size, self.dataset.images)
+        self.dataset = dataset
+        check_division(batch, streams, world_size, dataset.images)
         self.batch, self.streams, self.rank, self.world_size = batch, streams, rank, world_size
         self.position = start
         """Images handed out so far over all ranks."""
         self.wait_seconds = 0.0
         """How long callers of `next_batch` have waited for data, in all."""
-        self._order = Order([shard.images for shard in self.dataset.shards], seed=seed, streams=streams)
+        self._shuffle = Shuffle([shard.images for shard in dataset.shards], seed=seed, streams=streams)
         self._shape = (self.dataset.image_size, self.dataset.image_size, self.dataset.channels)
         self._pinned = torch.cuda.is_available()
 
         resident = self.dataset.images * self.dataset.image_bytes <= resident_limit
         slots = len(self.dataset.shards) if resident else streams // world_size + 1
-        self._arena = Arena(location, self.dataset, slots=slots, decode=resident, cache_dir=cache_dir)
-        self.resident_bytes = self._arena.nbytes + (PREFETCH + 1) * (batch // world_size) * self.dataset.image_bytes
-        """Most that it holds in memory: the arena of shards and the batches ahead."""
+        self._buffer = ShardBuffer(dataset, slots=slots, decode=resident, cache_dir=cache_dir)
+        self.resident_bytes = self._buffer.nbytes + (PREFETCH + 1) * (batch // world_size) * self.dataset.image_bytes
+        """Most that it holds in memory: the buffer of shards and the batches ahead."""
         # Rows are gathered by the planning thread itself, at the speed of memory; decoding is cut over threads.
-        self._decoders = None if self._arena.rows_kept else Workers(threads, "decoder")
+        self._decoders = None if self._buffer.rows_kept else ThreadPool(threads, "decoder")
         self._threads = threads
 
         self._ready: SimpleQueue[Batch | BaseException] = SimpleQueue()
@@ -92,7 +91,7 @@ class Stream:
         self._room = threading.Semaphore(PREFETCH)
         self._closed = False
         self._failure: BaseException | None = None
-        self._planner = threading.Thread(target=self._run, args=(start,), name="stream", daemon=True)
+        self._planner = threading.Thread(target=self._run, args=(start,), name="loader", daemon=True)
         self._planner.start()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -101,7 +100,7 @@ class Stream:
             yield torch.from_numpy(self.next_batch())
 
     def next_batch(self) -> Images:
-        """Return this rank's part of the next global batch, uint8 (batch / world_size, H, W, C), the caller's to keep.
+        """Return this rank's share of the next global batch, uint8 (batch / world_size, H, W, C), the caller's to keep.
 
         Raises the UserError of whatever went wrong while it was made, and again when called again.
         """
@@ -113,9 +112,9 @@ class Stream:
             self._item = self._item or self._ready.get()
             if isinstance(self._item, BaseException):
                 raise self._item
-            images, parts = self._item
-            for part in parts:
-                part.result()
+            images, copies = self._item
+            for copy in copies:
+                copy.result()
         except Exception as error:
             self._failure = error
             raise
@@ -127,26 +126,26 @@ class Stream:
         return images
 
     def ids(self, images_seen: int | None = None) -> Indices:
-        """Return the data-set indices of this rank's part of the batch after `images_seen` (default: the next)."""
-        return self._order.ids(self._images(self.position if images_seen is None else images_seen, 1))
+        """Return the data-set indices of this rank's share of the batch after `images_seen` (default: the next)."""
+        return self._shuffle.ids(self._images(self.position if images_seen is None else images_seen, 1))
 
     def close(self) -> None:
         """End the threads. One that a store keeps waiting is left behind; `next_batch` must not be called any more."""
         self._closed = True
-        self._failure = self._failure or RuntimeError("the stream is closed")
+        self._failure = self._failure or RuntimeError("the loader is closed")
         self._room.release()
         self._ready.put(self._failure)
-        self._arena.close()
+        self._buffer.close()
         if self._decoders is not None:
             self._decoders.close()
         # Joined, because a thread inside C++ code when the interpreter ends takes the process down with SIGABRT.
         until = time.monotonic() + CLOSE_SECONDS
         self._planner.join(CLOSE_SECONDS)
-        self._arena.join(until)
+        self._buffer.join(until)
         if self._decoders is not None:
             self._decoders.join(until)
 
-    def __enter__(self) -> "Stream":
+    def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -166,54 +165,54 @@ class Stream:
 
     def _make_batches(self, start: int) -> None:
         share = self.batch // self.world_size
-        ahead = _Lookahead(self._order, range(self.rank, self.streams, self.world_size), start // self.streams)
+        ahead = _Lookahead(self._shuffle, range(self.rank, self.streams, self.world_size), start // self.streams)
         planned_batches = 1
         while True:
             images = self._images(start, planned_batches)
-            shards, rows = self._order.locate(images)
+            shards, rows = self._shuffle.locate(images)
             offsets = images // self.streams
             for first in range(0, len(images), share):
                 self._room.acquire()
                 if self._closed:
                     return
-                part = slice(first, first + share)
-                self._ready.put(self._make(shards[part], rows[part], offsets[part], ahead))
+                one = slice(first, first + share)
+                self._ready.put(self._make(shards[one], rows[one], offsets[one], ahead))
             start += planned_batches * self.batch
             planned_batches = min(2 * planned_batches, max(1, PLANNED_IMAGES // share))
 
     def _make(self, shards: Indices, rows: Indices, offsets: Indices, ahead: "_Lookahead") -> Batch:
         """Return the batch of the images at `rows` of `shards`."""
         images = self._empty(len(shards))
-        parts: list[Future[None]] = []
-        if self._arena.complete and self._decoders is None:
-            self._arena.copy(shards, rows, self._arena.bases(shards), images)
-            return images, parts
+        copies: list[Future[None]] = []
+        if self._buffer.complete and self._decoders is None:
+            self._buffer.copy(shards, rows, self._buffer.bases(shards), images)
+            return images, copies
         for begin, end, needed in self._segments(shards):
-            if (wanted := ahead.wanted(needed, int(offsets[end - 1]), self._arena.slots)) is not None:
-                self._arena.hold(wanted)
-            self._arena.wait(needed)
-            bases = self._arena.bases(shards[begin:end])
+            if (wanted := ahead.wanted(needed, int(offsets[end - 1]), self._buffer.slots)) is not None:
+                self._buffer.hold(wanted)
+            self._buffer.wait(needed)
+            bases = self._buffer.bases(shards[begin:end])
             step = -(-(end - begin) // self._threads) if self._decoders else end - begin
             for cut in range(0, end - begin, step):
                 here, there = slice(cut, cut + step), slice(begin + cut, min(begin + cut + step, end))
-                copy = partial(self._arena.copy, shards[there], rows[there], bases[here], images[there])
+                copy = partial(self._buffer.copy, shards[there], rows[there], bases[here], images[there])
                 if self._decoders is None:
                     copy()
                 else:
-                    parts.append(self._decoders.submit(copy))
-            self._arena.read_by(parts)
-        return images, parts
+                    copies.append(self._decoders.submit(copy))
+            self._buffer.read_by(copies)
+        return images, copies
 
     def _segments(self, shards: Indices) -> Iterator[tuple[int, int, list[int]]]:
         """Cut a batch where it needs more shards than there are slots: yield (begin, end, its shards)."""
         begin = 0
         needed: dict[int, None] = {}
         # Nearly always one segment: `dict.fromkeys` keeps the shards in the order of their first use.
-        if len(whole := dict.fromkeys(shards.tolist())) <= self._arena.slots:
+        if len(whole := dict.fromkeys(shards.tolist())) <= self._buffer.slots:
             yield 0, len(shards), list(whole)
             return
         for index, shard in enumerate(shards.tolist()):
-            if shard not in needed and len(needed) == self._arena.slots:
+            if shard not in needed and len(needed) == self._buffer.slots:
                 yield begin, index, list(needed)
                 begin, needed = index, {}
             needed[shard] = None
@@ -235,9 +234,9 @@ class Stream:
 class _Lookahead:
     """Which shards this rank's streams enter next, in the order in which they are needed."""
 
-    def __init__(self, order: Order, streams: range, offset: int) -> None:
+    def __init__(self, shuffle: Shuffle, streams: range, offset: int) -> None:
         self._entered: dict[int, int] = {}
-        self._visits: Iterator[Visit] = merge(*(order.visits(stream, offset) for stream in streams))
+        self._visits: Iterator[Visit] = merge(*(shuffle.visits(stream, offset) for stream in streams))
         self._coming: deque[Visit] = deque()
         self._last: dict[int, None] = {}
 
@@ -265,3 +264,17 @@ class _Lookahead:
         while len(self._coming) <= position:
             self._coming.append(next(self._visits))
         return self._coming[position]
+
+
+def run_loader(config: RunConfig, dataset: Dataset, *, start: int, rank: int, world_size: int) -> Loader:
+    """Return the loader of one rank of a training run that has seen `start` images."""
+    return Loader(
+        dataset,
+        seed=config.recipe.seed,
+        streams=config.recipe.streams,
+        batch=config.recipe.batch,
+        start=start,
+        rank=rank,
+        world_size=world_size,
+        threads=config.runtime.loader_threads,
+    )

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, describe_os_error
 from pipeline.common.imaging import BadImage, decode
-from pipeline.common.storage import Store
 from pipeline.data.dataset import Dataset, Encoding, Shard
 from pipeline.data.loading.shard_cache import ShardCache, default_directory
-from pipeline.data.loading.thread_pool import Workers
+from pipeline.data.loading.thread_pool import ThreadPool
 
 Images = NDArray[np.uint8]
 Identity = tuple[int, int, int]
@@ -26,25 +25,23 @@ Identity = tuple[int, int, int]
 PIECE_BYTES = 1 << 20
 """Read and hashed at once: small enough to be hashed while it is in the processor's cache."""
 
-LOADERS = 4
+LOAD_THREADS = 4
 """Shards read at once: enough to hide a store's latency at the start and where an epoch ends."""
 
 
-class Arena:
+class ShardBuffer:
     """At most `slots` shards in memory, as decoded rows or as the files' bytes, each verified when first read.
 
     Rows (packed data sets, and any other when `decode` is set) are uint8 images one behind the other. A shard
     whose bytes are not those of dataset.json raises DataError from `wait`, before any of its images are used.
     """
 
-    def __init__(
-        self, location: str | os.PathLike[str], dataset: Dataset, *, slots: int, decode: bool, cache_dir: Path | None
-    ) -> None:
+    def __init__(self, dataset: Dataset, *, slots: int, decode: bool, cache_dir: Path | None) -> None:
         for shard in dataset.shards:
-            _check_offsets(shard, Store(location).path(shard.name))
+            _check_offsets(shard, dataset.store.path(shard.name))
         self.dataset = dataset
         self.rows_kept = decode or dataset.encoding == "packed"
-        self._store = Store(location)
+        self._store = dataset.store
         self._cache = ShardCache(cache_dir or default_directory()) if self._store.remote else None
         self._shape = (dataset.image_size, dataset.image_size, dataset.channels)
         self._decode = (_jpeg_decoder if dataset.encoding == "jpg" else _picture_decoder)(self._shape)
@@ -65,7 +62,7 @@ class Arena:
         self._readers: list[Future[None]] = []
         self._complete = False
         self._verified: dict[int, Identity] = {}
-        self._workers = Workers(min(LOADERS, slots), "shard-loader")
+        self._threads = ThreadPool(min(LOAD_THREADS, slots), "shard-loader")
 
     @property
     def slots(self) -> int:
@@ -87,7 +84,7 @@ class Arena:
                 before.append(self._loads.pop(old))
             self._holder[slot] = shard
             self._base_of[shard] = base = self._bases[slot]
-            self._loads[shard] = self._workers.submit(partial(self._load, shard, base, before))
+            self._loads[shard] = self._threads.submit(partial(self._load, shard, base, before))
 
     def wait(self, shards: Iterable[int]) -> None:
         """Return when all of `shards`, which must be held, are loaded; raise what went wrong otherwise."""
@@ -129,11 +126,11 @@ class Arena:
 
     def close(self) -> None:
         """Stop loading."""
-        self._workers.close()
+        self._threads.close()
 
     def join(self, until: float) -> None:
         """Wait for the loaders to end, but not beyond `time.monotonic()` = `until`."""
-        self._workers.join(until)
+        self._threads.join(until)
 
     def _load(self, shard: int, base: int, before: list["Future[None]"]) -> None:
         """Read `shard` to `base`, once nothing reads or writes there any more."""

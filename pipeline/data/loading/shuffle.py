@@ -28,7 +28,7 @@ class Visit(NamedTuple):
     shard: int
 
 
-class Order:
+class Shuffle:
     """The order of a run's images over shards of `shard_images` images each, at least `streams` together."""
 
     def __init__(self, shard_images: Sequence[int], *, seed: int, streams: int) -> None:
@@ -92,8 +92,8 @@ class Order:
 def image_ids(dataset: Dataset, seed: int, streams: int, start: int, count: int) -> Indices:
     """Return the data-set indices of images `start` to `start + count` of a run, int64: contract 3 as a function."""
     check_division(streams, streams, 1, dataset.images)
-    order = Order([shard.images for shard in dataset.shards], seed=seed, streams=streams)
-    return order.ids(np.arange(start, start + count, dtype=np.int64))
+    shuffle = Shuffle([shard.images for shard in dataset.shards], seed=seed, streams=streams)
+    return shuffle.ids(np.arange(start, start + count, dtype=np.int64))
 
 
 def check_division(batch: int, streams: int, world_size: int, images: int) -> None:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Workers:
-    """A pool of `count` daemon threads: unlike ThreadPoolExecutor's, a stuck one does not hold up the exit."""
+class ThreadPool:
+    """`count` daemon threads: unlike ThreadPoolExecutor's, a stuck one does not hold up the exit."""
 
     def __init__(self, count: int, name: str) -> None:
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()

@@ -15,8 +15,9 @@ import numpy as np
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels
 from pipeline.common.storage import Store, is_url
-from pipeline.data.dataset import FILE_NAME, Dataset, load_dataset
-from pipeline.data.shard_reader import RECORD, read_shard, shard_columns
+from pipeline.data.dataset import DATASET_FILE, Dataset, open_dataset
+from pipeline.data.shard_reader import read_shard, shard_columns
+from pipeline.data.shard_writer import RECORD
 from pipeline.data.sources.interface import KEY, Item, Listing, as_type, infer_type
 
 IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "gif", "tif", "tiff"}
@@ -33,7 +34,7 @@ class Tars:
         """Return all images. Members of other kinds are never opened, whatever their names promise."""
         folder, names = _tars(self.location)
         if names is None:
-            return self._own(load_dataset(folder))
+            return list_dataset(open_dataset(folder))
         listing = Listing({}, [])
         samples: list[tuple[str, dict[str, Any], Any]] = []
         for name in names:
@@ -57,28 +58,24 @@ class Tars:
         data = Store(folder_of(self.location)).read_range(name, offset, size)
         return data if shape is None else np.frombuffer(data, np.uint8).reshape(shape)
 
-    def _own(self, dataset: Dataset) -> Listing:
-        """List one of our own data sets: checked, and under the names that the images had in its source."""
-        store = Store(self.location)
-        listing = Listing(dict(dataset.labels), [])
-        side, channels = dataset.image_size, dataset.channels
-        for shard in dataset.shards:
-            columns = shard_columns(read_shard(store, shard), dataset, store.path(shard.name))
-            places: list[tuple[str, int, int, Any]] = []
-            for offset, size in zip(shard.offsets, shard.sizes, strict=True):
-                if dataset.encoding != "packed":
-                    places.append((shard.name, offset, size, None))
-                    continue
-                for start in range(0, size, dataset.image_bytes):
-                    places.append((shard.name, offset + start, dataset.image_bytes, (side, side, channels)))
-            rows = (
-                zip(*(columns[label] for label in dataset.labels), strict=True)
-                if dataset.labels
-                else [()] * len(places)
-            )
-            for key, labels, where in zip(columns["key"], rows, places, strict=True):
-                listing.items.append(Item(key, tuple(labels), where))
-        return listing
+
+def list_dataset(dataset: Dataset) -> Listing:
+    """Return the images of one of our own data sets, checked, by the names that they had in its source."""
+    listing = Listing(dict(dataset.labels), [])
+    side, channels = dataset.image_size, dataset.channels
+    for shard in dataset.shards:
+        columns = shard_columns(dataset, shard, read_shard(dataset.store, shard))
+        places: list[tuple[str, int, int, Any]] = []
+        for offset, size in zip(shard.offsets, shard.sizes, strict=True):
+            if dataset.encoding != "packed":
+                places.append((shard.name, offset, size, None))
+                continue
+            for start in range(0, size, dataset.image_bytes):
+                places.append((shard.name, offset + start, dataset.image_bytes, (side, side, channels)))
+        rows = zip(*(columns[label] for label in dataset.labels), strict=True) if dataset.labels else [()] * len(places)
+        for key, labels, where in zip(columns["key"], rows, places, strict=True):
+            listing.items.append(Item(key, tuple(labels), where))
+    return listing
 
 
 def _tars(location: str) -> tuple[str, list[str] | None]:
@@ -88,7 +85,7 @@ def _tars(location: str) -> tuple[str, list[str] | None]:
     if not is_url(location) and not Path(location).is_dir():
         raise DataError(f"{location}: no such folder; SRC is a folder of tars, or one .tar")
     present = Store(location).names()
-    if FILE_NAME in present:
+    if DATASET_FILE in present:
         return location, None
     names = [name for name in present if name.endswith(".tar")]
     if not names:

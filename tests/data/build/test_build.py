@@ -20,14 +20,14 @@ from PIL import Image
 
 from pipeline.common.imaging import Pixels, decode, encode, load_square
 from pipeline.data.cli import main
-from pipeline.data.dataset import load_dataset
+from pipeline.data.dataset import open_dataset
 from pipeline.data.shard_reader import iterate
 
 
 def contents(out: Path) -> dict[str, tuple[Pixels, dict[str, Any]]]:
     """Return {key: (image, labels)} of a data set."""
     found = {}
-    for images, columns in iterate(out, labels=True):
+    for images, columns in iterate(open_dataset(out), labels=True):
         for index, image in enumerate(images):
             row = {name: values[index] for name, values in columns.items()}
             found[row.pop("key")] = (image, row)
@@ -52,7 +52,7 @@ def test_images_and_classes_arrive_once_each(dcgan_data: Any, tmp_path: Path, en
 def test_gray_data_sets(dcgan_data: Any, tmp_path: Path) -> None:
     src = make_folder(tmp_path / "src", 5)
     assert dcgan_data("build", "folder", src, tmp_path / "out", "--size", 16, "--channels", 1).code == 0
-    assert next(iterate(tmp_path / "out")).shape == (5, 16, 16, 1)
+    assert next(iterate(open_dataset(tmp_path / "out"))).shape == (5, 16, 16, 1)
 
 
 def test_finished_images_pass_through_byte_for_byte(dcgan_data: Any, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_finished_images_pass_through_byte_for_byte(dcgan_data: Any, tmp_path: P
     for name, data in originals.items():
         (src / name).write_bytes(data)
     assert dcgan_data("build", "folder", src, tmp_path / "out", "--size", 32, "--encoding", "webp").code == 0
-    dataset = load_dataset(tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out")
     data = (tmp_path / "out" / dataset.shards[0].name).read_bytes()
     stored = {data[o : o + s] for o, s in zip(dataset.shards[0].offsets, dataset.shards[0].sizes, strict=True)}
     assert stored == set(originals.values())
@@ -77,7 +77,7 @@ def test_labels_from_a_table_are_typed_and_matched_by_name_or_stem(dcgan_data: A
     done = dcgan_data("build", "folder", src, tmp_path / "out", "--size", 8, "--labels", tmp_path / "labels.csv")
     assert done.code == 0, done.err
     types = {"male": "bool", "age": "int", "yaw": "float", "name": "str", "code": "str"}
-    assert load_dataset(tmp_path / "out").labels == types
+    assert open_dataset(tmp_path / "out").labels == types
     labels = {key: row for key, (_, row) in contents(tmp_path / "out").items()}
     assert labels["a/0000.png"] == {"male": True, "age": 30, "yaw": -1.5, "name": "Zoë", "code": "007"}
     assert labels["b/0001.png"]["age"] == 31
@@ -110,7 +110,7 @@ def test_subsets_and_splits_follow_the_labels_and_are_recorded(dcgan_data: Any, 
     assert not set(train) & set(val)
     assert 1 <= len(val) <= 12
     assert {row["class"] for _, row in [*train.values(), *val.values()]} == {"dog"}
-    source = load_dataset(tmp_path / "out" / "val").source
+    source = open_dataset(tmp_path / "out" / "val").source
     assert (source["where"], source["limit"], source["val_fraction"], source["split"]) == (
         ["class=dog"],
         20,
@@ -129,13 +129,14 @@ def test_shards_keep_their_limit_and_the_order_is_a_shuffle(dcgan_data: Any, tmp
         out = tmp_path / encoding
         options = ["--size", 32, "--encoding", encoding, "--shard-bytes", 70_000, "--shard-images", 50]
         assert dcgan_data("build", "folder", src, out, *options).code == 0
-        dataset = load_dataset(out)
+        dataset = open_dataset(out)
         assert dataset.images == 100
         assert len(dataset.shards) > 2
         assert all((out / shard.name).stat().st_size == shard.bytes <= 70_000 for shard in dataset.shards)
-    order = [key for _, columns in iterate(tmp_path / "png", labels=True) for key in columns["key"]]
+    order = [key for _, columns in iterate(open_dataset(tmp_path / "png"), labels=True) for key in columns["key"]]
     assert order != sorted(order)
-    assert order == [key for _, columns in iterate(tmp_path / "packed", labels=True) for key in columns["key"]]
+    packed = open_dataset(tmp_path / "packed")
+    assert order == [key for _, columns in iterate(packed, labels=True) for key in columns["key"]]
 
 
 def test_workers_do_not_change_the_bytes(dcgan_data: Any, tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_a_finished_build_is_kept_and_another_refused(dcgan_data: Any, tmp_path:
     assert more.code == 78
     assert "other pictures" in more.err
     assert dcgan_data("build", "folder", src, out, "--size", 16, "--overwrite").code == 0
-    assert load_dataset(out).images == 21
+    assert open_dataset(out).images == 21
 
 
 def test_a_foreign_folder_is_never_built_into_nor_cleared(dcgan_data: Any, tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_broken_pictures_are_counted_named_and_left_out(dcgan_data: Any, tmp_pat
     done = dcgan_data("build", "folder", src, out, "--size", 16, "--max-bad", 0.05)
     assert done.code == 0
     assert "1 files that are not images" in done.err
-    dataset = load_dataset(out)
+    dataset = open_dataset(out)
     assert (dataset.images, dataset.refused.count) == (29, 1)
     assert dataset.refused.examples == ["0007.png: truncated"]
     assert (out / "refused.txt").read_text() == "0007.png\ttruncated\n"
@@ -231,7 +232,7 @@ def test_the_awkward_zoo(dcgan_data: Any, tmp_path: Path) -> None:
     done = dcgan_data("build", "folder", src, out, *options)
     assert done.code == 0, done.err
     assert "lead back" in done.err
-    dataset = load_dataset(out)
+    dataset = open_dataset(out)
     assert (dataset.images, dataset.refused.count) == (13, 2)
     assert {"sub/写真.PNG", "sub/0001.png", "0001.png", "sub/dots.in.name.png", "tiny.png"} <= set(contents(out))
     assert dcgan_data("verify", out).code == 0
@@ -352,7 +353,7 @@ def test_a_build_killed_at_20_random_moments_gives_the_same_bytes(tmp_path: Path
         child.join()
         killed += child.exitcode == -signal.SIGKILL
         if (out / "dataset.json").exists():
-            assert load_dataset(out) == load_dataset(whole)
+            assert open_dataset(out) == open_dataset(whole)
             shutil.rmtree(out)
     assert killed >= 10
     child = context.Process(target=run_build, args=(["folder", str(src), str(out), *options],))

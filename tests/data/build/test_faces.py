@@ -10,7 +10,7 @@ from picture_files import make_picture
 from PIL import Image
 
 from pipeline.common.imaging import Pixels, encode
-from pipeline.data.dataset import load_dataset
+from pipeline.data.dataset import open_dataset
 from pipeline.data.shard_reader import iterate
 
 PORTRAIT = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
@@ -30,7 +30,7 @@ def overlap(row: dict[str, Any], left: int, top: int, side: int) -> float:
 
 
 def faces_of(out: Path) -> dict[str, tuple[Pixels, dict[str, Any]]]:
-    images, columns = next(iterate(out, labels=True))
+    images, columns = next(iterate(open_dataset(out), labels=True))
     return {key: (images[i], {name: columns[name][i] for name in columns}) for i, key in enumerate(columns["key"])}
 
 
@@ -62,7 +62,7 @@ def test_frontal_faces_are_found_wherever_they_are(dcgan_data: Any, tmp_path: Pa
     assert "small.jpg" in skipped
     assert (tmp_path / "out" / "refused.txt").read_text().startswith("broken.jpg\t")
     assert Image.open(tmp_path / "out" / "faces.png").size == (4 * 64, 64)
-    assert load_dataset(tmp_path / "out").source["detector"] == "haar"
+    assert open_dataset(tmp_path / "out").source["detector"] == "haar"
     options = ["--size", 64, "--max-bad", 0.2, "--workers", 1, "--shard-images", 2]
     parts = [tmp_path / f"part{index}" for index in range(2)]
     for index, part in enumerate(parts):
@@ -82,7 +82,7 @@ def test_margin_and_least_size(dcgan_data: Any, tmp_path: Path, portrait: Image.
         out = tmp_path / f"m{margin}"
         done = dcgan_data("build", "faces", src, out, "--size", 32, "--margin", margin, "--encoding", "png")
         assert done.code == 0, done.err
-        crops[margin] = next(iterate(out))[0]
+        crops[margin] = next(iterate(open_dataset(out)))[0]
     # Twice the side: the face fills the middle half.
     inner = np.asarray(Image.fromarray(crops[0.5]).crop((8, 8, 24, 24)), np.float32)
     whole = np.asarray(Image.fromarray(crops[0]).resize((16, 16), Image.Resampling.LANCZOS), np.float32)
@@ -156,9 +156,9 @@ def test_a_network_of_yunets_form_is_asked_at_every_size(dcgan_data: Any, tmp_pa
     options = ["--model", tmp_path / "yunet.onnx", "--size", 32, "--margin", 0, "--encoding", "png"]
     done = dcgan_data("build", "faces", tmp_path / "src", tmp_path / "out", *options)
     assert done.code == 0, done.err
-    dataset = load_dataset(tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out")
     assert (dataset.images, dataset.source["detector"]) == (2, "yunet")
-    for crop in next(iterate(tmp_path / "out")):
+    for crop in next(iterate(open_dataset(tmp_path / "out"))):
         bright = crop.astype(int).sum(2) > 450  # the face is three cells wide: the bright one fills its middle
         rows, columns = np.nonzero(bright)
         assert 9 <= rows.min() <= 12

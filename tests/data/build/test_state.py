@@ -11,9 +11,10 @@ from picture_files import make_folder, make_picture, tree
 
 from pipeline.common.imaging import encode
 from pipeline.common.storage import Store
-from pipeline.data.build import state as place
-from pipeline.data.dataset import load_dataset
-from pipeline.data.shard_reader import iterate, key_hash
+from pipeline.data.build.plan import key_hash
+from pipeline.data.build.state import STATE_FILE, STATE_FOLDER
+from pipeline.data.dataset import open_dataset
+from pipeline.data.shard_reader import iterate
 
 SMALL = ("--size", 8, "--shard-images", 5, "--workers", 1)
 
@@ -118,7 +119,7 @@ def test_an_overwrite_killed_at_any_moment_goes_on(
                     survived = True
                 except Killed:
                     survived = False
-            complete = (out / "dataset.json").exists() and load_dataset(out).source["seed"] == 2
+            complete = (out / "dataset.json").exists() and open_dataset(out).source["seed"] == 2
             done = dcgan_data(*command, out, *some, "--seed", seed, *overwrite)
             if complete and seed == 1 and not overwrite:
                 assert done.code == 78
@@ -146,10 +147,10 @@ def test_a_merge_killed_while_it_tidies_up_is_finished(
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(shutil, "rmtree", remove_some)
         dcgan_data("merge", out)
-    assert (out / place.PLAN).exists()
+    assert (out / STATE_FILE).exists()
     done = dcgan_data("merge", out)
     assert done.code == 0, done.err
-    assert not (out / place.STATE).exists()
+    assert not (out / STATE_FOLDER).exists()
     assert dcgan_data("build", "folder", src, tmp_path / "whole", *SMALL).code == 0
     assert tree(out) == tree(tmp_path / "whole")
 
@@ -165,11 +166,11 @@ def test_a_fault_that_may_pass_is_not_recorded_as_a_bad_picture(dcgan_data: Any,
         assert f"{name}: Input/output error. Run the same command again" in done.err
         assert not (out / "dataset.json").exists()
         if name == last:  # the probe for the plan did not meet it, so some groups are done
-            assert len(list((out / place.STATE).glob("0*.json"))) > 10
+            assert len(list((out / STATE_FOLDER).glob("0*.json"))) > 10
             (src / name).unlink()
             (src / name).touch()  # as large as the link's target claims to be, so the listing is the same
             assert dcgan_data("build", "folder", src, out, *SMALL, "--max-bad", 1).code == 0
-            assert load_dataset(out).refused.reasons == {"empty file": 1}
+            assert open_dataset(out).refused.reasons == {"empty file": 1}
             shutil.rmtree(out)
 
 
@@ -179,8 +180,8 @@ def test_the_split_of_the_source_is_recorded_beside_ours(dcgan_data: Any, tmp_pa
         (tmp_path / "src" / f"{number:05d}.png").write_bytes(encode(make_picture(number, 16, 16), "png"))
     command = ["build", "ffhq", tmp_path / "src", tmp_path / "out", *SMALL]
     assert dcgan_data(*command, "--split", "train").code == 0
-    source = load_dataset(tmp_path / "out").source
+    source = open_dataset(tmp_path / "out").source
     assert (source["source_split"], source["split"]) == ("train", "all")
     other = dcgan_data(*command, "--split", "val")
     assert (other.code, "source_split='train' there, 'val' now" in other.err) == (78, True), other.err
-    assert len(next(iterate(tmp_path / "out"))) == 2
+    assert len(next(iterate(open_dataset(tmp_path / "out")))) == 2

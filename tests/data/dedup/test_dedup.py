@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels, encode
-from pipeline.data.dataset import load_dataset
+from pipeline.data.dataset import open_dataset
 from pipeline.data.dedup.dedup import SHOWN_GROUPS, Duplicates, _sheet, keep_first
 from pipeline.data.dedup.hamming import close_pairs, distances
 from pipeline.data.dedup.semantic_hash import SemanticHash, shrink
@@ -24,7 +24,7 @@ FACES = Path(__file__).resolve().parents[3] / "data" / "faces"
 
 @pytest.fixture(scope="module")
 def faces() -> Pixels:
-    return next(iterate(FACES, batch=1000))
+    return next(iterate(open_dataset(FACES), batch=1000))
 
 
 @pytest.fixture(scope="module")
@@ -172,21 +172,21 @@ def test_dedup_drops_copies_and_reports_them(
     names = [frozenset((row[0][7:10], row[1][7:10])) for row in rows]
     assert sum(int(next(iter(name))) % 2 == 0 for name in names if len(name) == 1) == 30
     assert (tmp_path / "out" / "duplicates.png").exists()
-    kept = {key for _, columns in iterate(tmp_path / "out", labels=True) for key in columns["key"]}
+    kept = {key for _, columns in iterate(open_dataset(tmp_path / "out"), labels=True) for key in columns["key"]}
     before = {
         key: image.tobytes()
-        for images, columns in iterate(tmp_path / "in", labels=True)
+        for images, columns in iterate(open_dataset(tmp_path / "in"), labels=True)
         for image, key in zip(images, columns["key"], strict=True)
     }
     assert kept == set(before) - {row[0] for row in rows}
-    for images, columns in iterate(tmp_path / "out", labels=True):
+    for images, columns in iterate(open_dataset(tmp_path / "out"), labels=True):
         assert columns["class"] == ["person"] * len(images)
         for image, key in zip(images, columns["key"], strict=True):
             assert image.tobytes() == before[key]
     again = dcgan_data("dedup", tmp_path / "in", tmp_path / "out", "--radius", 4)
     assert (again.code, "already de-duplicated" in again.err) == (0, True)
     assert dcgan_data("verify", tmp_path / "out").code == 0
-    assert load_dataset(tmp_path / "out").source["kind"] == "dedup"
+    assert open_dataset(tmp_path / "out").source["kind"] == "dedup"
 
 
 def test_dedup_never_writes_into_a_foreign_folder(dcgan_data: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small data sets for the stream's tests, written by the real writer."""
+"""Small data sets for the loader's tests, written by the real writer."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from pipeline.common.imaging import encode
 from pipeline.common.storage import Store
-from pipeline.data.dataset import FILE_NAME, Dataset, Encoding, load_dataset
+from pipeline.data.dataset import DATASET_FILE, Dataset, Encoding, open_dataset
 from pipeline.data.loading.shard_cache import ShardCache
-from pipeline.data.shard_reader import ShardWriter, iterate
+from pipeline.data.shard_reader import iterate
+from pipeline.data.shard_writer import ShardWriter
 
 
 def write_dataset(
@@ -37,19 +38,19 @@ def write_dataset(
         bytes=sum(shard.bytes for shard in shards),
         shards=shards,
     )
-    (folder / FILE_NAME).write_text(dataset.model_dump_json())
-    return dataset
+    (folder / DATASET_FILE).write_text(dataset.model_dump_json())
+    return dataset.at(Store(folder))
 
 
-def all_images(folder: Path) -> NDArray[np.uint8]:
-    """Return the images in the data set's own order, read by `iterate`, which shares no code with the stream."""
-    return np.concatenate(list(iterate(folder)))
+def all_images(dataset: Dataset) -> NDArray[np.uint8]:
+    """Return the images in the data set's own order, read by `iterate`, which shares no code with the loader."""
+    return np.concatenate(list(iterate(dataset)))
 
 
 def read_through_cache(url: str, cache: str, seed: int) -> None:
     """Read shards at random through a cache that holds three of them; for processes that share one."""
-    store, dataset = Store(url), load_dataset(url)
+    dataset = open_dataset(url)
     bounded = ShardCache(Path(cache), limit_bytes=3 * max(shard.bytes for shard in dataset.shards))
     for index in np.random.default_rng(seed).integers(0, len(dataset.shards), 60).tolist():
-        with bounded.open(store, dataset.shards[index]) as file:
+        with bounded.open(dataset.store, dataset.shards[index]) as file:
             assert hashlib.sha256(file.read()).hexdigest() == dataset.shards[index].sha256

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from loader_cases import all_images, write_dataset
 
 from pipeline.common.errors import ConfigConflict, DataError
-from pipeline.data.dataset import load_dataset
-from pipeline.data.loading.loader import RESIDENT_BYTES, Stream
+from pipeline.data.dataset import open_dataset
+from pipeline.data.loading.loader import RESIDENT_BYTES, Loader
 from pipeline.data.loading.shuffle import image_ids
 
 
 @st.composite
 def runs(draw: st.DrawFn) -> dict[str, object]:
-    """A data set, a run over it, and the same run gone on with on other processes in other batches."""
+    """A data set, a run over it, and the same run resumed on other processes in other batches."""
     sizes = draw(st.lists(st.integers(1, 24), min_size=1, max_size=7))
     streams = draw(st.integers(1, min(12, sum(sizes))))
     divisors = [count for count in range(1, streams + 1) if streams % count == 0]
@@ -52,14 +52,14 @@ def runs(draw: st.DrawFn) -> dict[str, object]:
 def test_any_processes_batches_and_restarts_see_the_images_of_one_process(run: dict) -> None:  # type: ignore[type-arg]
     with tempfile.TemporaryDirectory() as folder:
         dataset = write_dataset(Path(folder), run["sizes"], run["encoding"], channels=run["channels"])
-        images = all_images(Path(folder))
+        images = all_images(dataset)
         seen = run["start"]
         for leg in run["legs"]:
             world_size, batch, batches = leg["world_size"], leg["batch"], leg["batches"]
             expected = image_ids(dataset, run["seed"], run["streams"], seen, batches * batch).reshape(batches, batch)
             for rank in range(world_size):
-                with Stream(
-                    folder,
+                with Loader(
+                    dataset,
                     seed=run["seed"],
                     streams=run["streams"],
                     batch=batch,
@@ -68,29 +68,29 @@ def test_any_processes_batches_and_restarts_see_the_images_of_one_process(run: d
                     world_size=world_size,
                     threads=leg["threads"],
                     resident_limit=leg["resident_limit"],
-                ) as stream:
+                ) as loader:
                     for ids in expected[:, rank::world_size]:
-                        assert np.array_equal(stream.ids(), ids)
-                        assert np.array_equal(stream.next_batch(), images[ids])
-                    assert stream.position == seen + batches * batch
+                        assert np.array_equal(loader.ids(), ids)
+                        assert np.array_equal(loader.next_batch(), images[ids])
+                    assert loader.position == seen + batches * batch
             seen += batches * batch
 
 
 def test_batches_are_the_callers_to_keep(tmp_path: Path) -> None:
-    write_dataset(tmp_path, [20, 20, 20])
-    with Stream(tmp_path, seed=0, streams=4, batch=8, resident_limit=0) as stream:
-        batches = [stream.next_batch() for _ in range(30)]
+    dataset = write_dataset(tmp_path, [20, 20, 20])
+    with Loader(dataset, seed=0, streams=4, batch=8, resident_limit=0) as loader:
+        batches = [loader.next_batch() for _ in range(30)]
         copies = [batch.copy() for batch in batches]
         for _ in range(30):
-            stream.next_batch()
+            loader.next_batch()
     assert all(np.array_equal(batch, copy) for batch, copy in zip(batches, copies, strict=True))
 
 
-def draw_until_shard(stream: Stream, first_id: int) -> None:
+def draw_until_shard(loader: Loader, first_id: int) -> None:
     """Draw up to 70 batches, none of which may hold the image `first_id` or a later one."""
     for _ in range(70):
-        ids = stream.ids()
-        stream.next_batch()
+        ids = loader.ids()
+        loader.next_batch()
         assert ids.max() < first_id, "an image of a damaged shard was handed out"
 
 
@@ -102,14 +102,14 @@ def test_an_altered_shard_is_refused_with_both_hashes(tmp_path: Path, encoding: 
     content = bytearray(path.read_bytes())
     content[dataset.shards[1].offsets[0]] ^= 1
     path.write_bytes(content)
-    with Stream(tmp_path, seed=0, streams=2, batch=2, resident_limit=limit) as stream:
+    with Loader(dataset, seed=0, streams=2, batch=2, resident_limit=limit) as loader:
         with pytest.raises(DataError) as caught:
-            draw_until_shard(stream, 16)
+            draw_until_shard(loader, 16)
         assert path.name in str(caught.value)
         assert dataset.shards[1].sha256 in str(caught.value)
         assert str(caught.value).count("sha256") == 2
         with pytest.raises(DataError, match=path.name):  # and it stays an error
-            stream.next_batch()
+            loader.next_batch()
 
 
 @pytest.mark.parametrize("keep", [0, 1, 600, -1])
@@ -118,33 +118,33 @@ def test_a_shard_cut_short_is_refused(tmp_path: Path, keep: int) -> None:
     path = tmp_path / dataset.shards[0].name
     path.write_bytes(path.read_bytes()[:keep])
     with (
-        Stream(tmp_path, seed=0, streams=2, batch=2) as stream,
+        Loader(dataset, seed=0, streams=2, batch=2) as loader,
         pytest.raises(DataError, match=f"{path.name}.*{path.stat().st_size} bytes.*{dataset.shards[0].bytes} bytes"),
     ):
-        stream.next_batch()
+        loader.next_batch()
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path, [16])
     (tmp_path / dataset.shards[0].name).unlink()
     with (
-        Stream(tmp_path, seed=0, streams=2, batch=2) as stream,
+        Loader(dataset, seed=0, streams=2, batch=2) as loader,
         pytest.raises(DataError, match=r"000000\.tar.*missing"),
     ):
-        stream.next_batch()
+        loader.next_batch()
 
 
 def test_a_shard_that_changes_during_the_run_is_read_anew_and_refused(tmp_path: Path) -> None:
-    write_dataset(tmp_path, [8] * 8)
-    with Stream(tmp_path, seed=0, streams=1, batch=1, resident_limit=0) as stream:
+    dataset = write_dataset(tmp_path, [8] * 8)
+    with Loader(dataset, seed=0, streams=1, batch=1, resident_limit=0) as loader:
         for _ in range(64):  # every shard was verified once
-            stream.next_batch()
+            loader.next_batch()
         for path in tmp_path.glob("*.tar"):
             content = bytearray(path.read_bytes())
             content[700] ^= 255
             path.write_bytes(content)
         with pytest.raises(DataError, match="sha256"):
-            draw_until_shard(stream, 64)
+            draw_until_shard(loader, 64)
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     dataset = dataset.model_copy(update={"shards": [honest]})
     for limit in (0, RESIDENT_BYTES):
         with (
-            Stream(tmp_path, seed=0, streams=1, batch=6, dataset=dataset, resident_limit=limit) as stream,
+            Loader(dataset, seed=0, streams=1, batch=6, resident_limit=limit) as loader,
             pytest.raises(DataError, match=rf"000000\.tar.*offset {shard.offsets[4]}"),
         ):
-            stream.next_batch()
+            loader.next_batch()
 
 
 def test_offsets_that_lie_are_refused_before_anything_is_read(tmp_path: Path) -> None:
@@ -174,14 +174,14 @@ def test_offsets_that_lie_are_refused_before_anything_is_read(tmp_path: Path) ->
             update={"shards": [dataset.shards[0], shard.model_copy(update={"offsets": offsets})]}
         )
         with pytest.raises(DataError, match=shard.name):
-            Stream(tmp_path, seed=0, streams=1, batch=1, dataset=lying)
+            Loader(lying, seed=0, streams=1, batch=1)
 
 
 def test_what_cannot_be_divided_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    write_dataset(tmp_path, [20])
+    dataset = write_dataset(tmp_path, [20])
     for wrong in ({"batch": 15}, {"world_size": 3}, {"streams": 32, "batch": 32}):
         with pytest.raises(ConfigConflict):
-            Stream(tmp_path, **{"seed": 0, "streams": 8, "batch": 16, **wrong})
+            Loader(dataset, **{"seed": 0, "streams": 8, "batch": 16, **wrong})
 
 
 def test_memory_is_one_shard_a_stream_and_one_ahead(tmp_path: Path) -> None:
@@ -189,36 +189,37 @@ def test_memory_is_one_shard_a_stream_and_one_ahead(tmp_path: Path) -> None:
     write_dataset(tmp_path, [85] * 100, side=64)  # 100 shards of 1 MB
     script = f"""
         import resource, torch
-        from pipeline.data.loading.loader import Stream
-        with Stream({str(tmp_path / "warm")!r}, seed=0, streams=8, batch=16) as stream:
-            stream.next_batch()
+        from pipeline.data.dataset import open_dataset
+        from pipeline.data.loading.loader import Loader
+        with Loader(open_dataset({str(tmp_path / "warm")!r}), seed=0, streams=8, batch=16) as loader:
+            loader.next_batch()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with Stream({str(tmp_path)!r}, seed=0, streams=8, batch=16, resident_limit=0) as stream:
+        with Loader(open_dataset({str(tmp_path)!r}), seed=0, streams=8, batch=16, resident_limit=0) as loader:
             for _ in range(85 * 100 // 16):
-                stream.next_batch()
+                loader.next_batch()
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        print(stream.resident_bytes, grown * 1024)
+        print(loader.resident_bytes, grown * 1024)
     """
     write_dataset(tmp_path / "warm", [100])
     output = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True, text=True
     ).stdout
     promised, grown = map(int, output.split())
-    largest = max(shard.images for shard in load_dataset(tmp_path).shards) * 64 * 64 * 3
+    largest = max(shard.images for shard in open_dataset(tmp_path).shards) * 64 * 64 * 3
     assert promised == 9 * largest + 5 * 16 * 64 * 64 * 3
     assert grown < promised + (6 << 20)
 
 
 def test_close_ends_the_threads_and_a_waiting_caller(tmp_path: Path) -> None:
-    write_dataset(tmp_path, [30])
+    dataset = write_dataset(tmp_path, [30])
     before = threading.active_count()
-    stream = Stream(tmp_path, seed=0, streams=2, batch=4)
-    stream.next_batch()
-    stream.close()
+    loader = Loader(dataset, seed=0, streams=2, batch=4)
+    loader.next_batch()
+    loader.close()
     with pytest.raises(RuntimeError, match="closed"):
-        stream.next_batch()
+        loader.next_batch()
     for thread in threading.enumerate():
-        if thread.name.startswith(("stream", "shard-loader", "decoder")):
+        if thread.name.startswith(("loader", "shard-loader", "decoder")):
             thread.join(10)
     assert threading.active_count() <= before
 
@@ -228,18 +229,18 @@ def test_close_does_not_wait_for_a_disk_that_hangs(tmp_path: Path) -> None:
     path = tmp_path / dataset.shards[0].name
     path.unlink()
     os.mkfifo(path)  # opening it blocks until someone writes
-    stream = Stream(tmp_path, seed=0, streams=2, batch=4)
+    loader = Loader(dataset, seed=0, streams=2, batch=4)
     caught: list[BaseException] = []
 
     def wait() -> None:
         try:
-            stream.next_batch()
+            loader.next_batch()
         except RuntimeError as error:
             caught.append(error)
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    stream.close()
+    loader.close()
     waiting.join(10)
     assert not waiting.is_alive()
     assert caught
@@ -252,7 +253,7 @@ def test_the_time_spent_waiting_is_counted(tmp_path: Path) -> None:
     content = path.read_bytes()
     path.unlink()
     os.mkfifo(path)
-    with Stream(tmp_path, seed=0, streams=2, batch=4) as stream:
+    with Loader(dataset, seed=0, streams=2, batch=4) as loader:
         threading.Timer(0.5, path.write_bytes, [content]).start()
-        stream.next_batch()
-        assert 0.3 < stream.wait_seconds < 60
+        loader.next_batch()
+        assert 0.3 < loader.wait_seconds < 60

@@ -14,7 +14,8 @@ from storage_servers import FaultyProxy, python_server
 from pipeline.common import storage
 from pipeline.common.errors import DataError, TryAgainError
 from pipeline.common.storage import Store
-from pipeline.data.loading.loader import Stream
+from pipeline.data.dataset import open_dataset
+from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.shard_cache import ShardCache
 from pipeline.data.loading.shuffle import image_ids
 
@@ -39,17 +40,17 @@ def web(tmp_path: Path) -> Iterator[FaultyProxy]:
 
 def check(url: str, root: Path, cache: Path, batches: int = 40) -> None:
     """Compare a run over the network with the arithmetic on the local files."""
-    images = all_images(root)
-    with Stream(url, cache_dir=cache, resident_limit=0, **RUN) as stream:  # type: ignore[arg-type]
-        ids = image_ids(stream.dataset, 4, 4, 0, 8 * batches).reshape(batches, 8)
+    images = all_images(open_dataset(root))
+    with Loader(open_dataset(url), cache_dir=cache, resident_limit=0, **RUN) as loader:  # type: ignore[arg-type]
+        ids = image_ids(loader.dataset, 4, 4, 0, 8 * batches).reshape(batches, 8)
         for number in range(batches):
-            assert np.array_equal(stream.ids(), ids[number])
-            assert np.array_equal(stream.next_batch(), images[ids[number]])
+            assert np.array_equal(loader.ids(), ids[number])
+            assert np.array_equal(loader.next_batch(), images[ids[number]])
 
 
-def draw(stream: Stream) -> None:
+def draw(loader: Loader) -> None:
     for _ in range(100):
-        stream.next_batch()
+        loader.next_batch()
 
 
 def test_a_run_over_http_sees_the_same_images(web: FaultyProxy, tmp_path: Path) -> None:
@@ -67,10 +68,10 @@ def test_a_run_outlasts_a_bad_store(web: FaultyProxy, tmp_path: Path) -> None:
 
 
 def test_a_store_that_stays_away_ends_the_run_with_one_line(web: FaultyProxy, tmp_path: Path) -> None:
-    stream = Stream(web.url, cache_dir=tmp_path / "cache", resident_limit=0, **RUN)  # type: ignore[arg-type]
+    loader = Loader(open_dataset(web.url), cache_dir=tmp_path / "cache", resident_limit=0, **RUN)  # type: ignore[arg-type]
     web.always = 503
-    with stream, pytest.raises(TryAgainError, match=r"\.tar: the store failed"):
-        draw(stream)
+    with loader, pytest.raises(TryAgainError, match=r"\.tar: the store failed"):
+        draw(loader)
 
 
 def test_a_shard_altered_in_the_store_is_refused_after_a_second_download(web: FaultyProxy, tmp_path: Path) -> None:
@@ -79,11 +80,11 @@ def test_a_shard_altered_in_the_store_is_refused_after_a_second_download(web: Fa
     content[700] ^= 1
     path.write_bytes(content)
     with (
-        Stream(web.url, cache_dir=tmp_path / "cache", resident_limit=0, **RUN) as stream,  # type: ignore[arg-type]
+        Loader(open_dataset(web.url), cache_dir=tmp_path / "cache", resident_limit=0, **RUN) as loader,  # type: ignore[arg-type]
         pytest.raises(DataError, match=hashlib.sha256(content).hexdigest()) as caught,
     ):
-        draw(stream)
-    assert stream.dataset.shards[3].sha256 in str(caught.value)
+        draw(loader)
+    assert loader.dataset.shards[3].sha256 in str(caught.value)
     assert web.requests.count("GET /000003.tar") == 2
 
 

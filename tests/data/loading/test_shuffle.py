@@ -8,19 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.common.errors import ConfigConflict
-from pipeline.data.loading.shuffle import Order, check_division
+from pipeline.data.loading.shuffle import Shuffle, check_division
 
 shard_sizes = st.lists(st.integers(1, 30), min_size=1, max_size=9)
 # Image i of a run over shards of 5, 3 and 8 images, seed 11, 3 streams: what runs in the wild rest on.
 GOLDEN = [6, 11, 13, 5, 15, 1, 7, 10, 2, 9, 14, 3, 8, 12, 0, 1, 14, 8, 2, 11, 12, 0, 9, 10]
 
 
-def order_of(sizes: list[int], seed: int, streams: int) -> Order:
-    return Order(sizes, seed=seed, streams=min(streams, sum(sizes)))
+def order_of(sizes: list[int], seed: int, streams: int) -> Shuffle:
+    return Shuffle(sizes, seed=seed, streams=min(streams, sum(sizes)))
 
 
 def test_the_order_never_changes_between_versions() -> None:
-    assert Order([5, 3, 8], seed=11, streams=3).ids(np.arange(24)).tolist() == GOLDEN
+    assert Shuffle([5, 3, 8], seed=11, streams=3).ids(np.arange(24)).tolist() == GOLDEN
 
 
 @given(shard_sizes, st.integers(0, 2**64 - 1), st.integers(1, 20), st.integers(0, 5))
@@ -34,7 +34,7 @@ def test_each_epoch_has_equal_ranges_without_repeats(sizes: list[int], seed: int
 
 
 def test_epochs_differ_and_leave_over_other_images() -> None:
-    order = Order([40, 20, 31, 8], seed=5, streams=16)  # 99 images: 96 a pass
+    order = Shuffle([40, 20, 31, 8], seed=5, streams=16)  # 99 images: 96 a pass
     epochs = [order.ids(np.arange(96 * e, 96 * (e + 1))) for e in range(8)]
     left_over = [frozenset(range(99)) - frozenset(ids.tolist()) for ids in epochs]
     assert all(len(left) == 3 for left in left_over)
@@ -44,7 +44,7 @@ def test_epochs_differ_and_leave_over_other_images() -> None:
 
 
 def test_shards_and_images_inside_them_are_shuffled() -> None:
-    order = Order([50] * 20, seed=1, streams=1)
+    order = Shuffle([50] * 20, seed=1, streams=1)
     shards, rows = order.locate(np.arange(1000))
     assert (np.diff(shards) != 0).sum() == 19, "a stream reads each shard once, in one go"
     assert shards[::50].tolist() != sorted(shards[::50])
@@ -54,7 +54,7 @@ def test_shards_and_images_inside_them_are_shuffled() -> None:
 
 
 def test_seeds_give_unrelated_orders() -> None:
-    one, two = (Order([60, 40], seed=seed, streams=4).ids(np.arange(100)) for seed in (0, 1))
+    one, two = (Shuffle([60, 40], seed=seed, streams=4).ids(np.arange(100)) for seed in (0, 1))
     assert (one == two).mean() < 0.1
 
 

@@ -19,8 +19,8 @@ from storage_servers import gcs_server
 
 from pipeline.common.imaging import encode
 from pipeline.common.storage import Store
-from pipeline.data.dataset import load_dataset
-from pipeline.data.loading.loader import Stream
+from pipeline.data.dataset import open_dataset
+from pipeline.data.loading.loader import Loader
 
 SMALL = ("--size", 16, "--workers", 1)
 
@@ -81,8 +81,8 @@ def test_a_remote_folder_gives_the_bytes_of_the_local_one(dcgan_data: Any, tmp_p
     remote = dcgan_data("build", "folder", f"{server.url}/pictures", tmp_path / "remote", "--size", 16, "--workers", 1)
     assert remote.code == 0, remote.err
     assert dcgan_data("build", "folder", src, tmp_path / "local", "--size", 16).code == 0
-    assert load_dataset(tmp_path / "remote").fingerprint() == load_dataset(tmp_path / "local").fingerprint()
-    assert load_dataset(tmp_path / "remote").labels == {"class": "str"}
+    assert open_dataset(tmp_path / "remote").fingerprint() == open_dataset(tmp_path / "local").fingerprint()
+    assert open_dataset(tmp_path / "remote").labels == {"class": "str"}
 
 
 AWKWARD = ("写真", "a b", "100%25", "c#d?e&f=g+h", "naïve;x")
@@ -98,7 +98,7 @@ def test_names_in_any_script_are_the_same_over_http(dcgan_data: Any, tmp_path: P
             out = tmp_path / f"{place}{number}"
             done = dcgan_data("build", "folder", where, out, *SMALL, "--labels", labels, "--max-bad", 0.6)
             assert done.code == 0, (place, done.err)
-        far, near = load_dataset(tmp_path / f"far{number}"), load_dataset(tmp_path / f"near{number}")
+        far, near = open_dataset(tmp_path / f"far{number}"), open_dataset(tmp_path / f"near{number}")
         assert far.fingerprint() == near.fingerprint()
         assert far.labels == near.labels
         assert sorted(far.refused.examples) == sorted(near.refused.examples)
@@ -115,7 +115,7 @@ def test_tars_with_such_names_too(dcgan_data: Any, tmp_path: Path, server: Serve
         for place, where in (("far", f"{server.url}/tars"), ("near", tmp_path / "www" / "tars")):
             done = dcgan_data("build", source, where, tmp_path / f"{source}-{place}", *SMALL)
             assert done.code == 0, (place, done.err)
-        far, near = (load_dataset(tmp_path / f"{source}-{place}") for place in ("far", "near"))
+        far, near = (open_dataset(tmp_path / f"{source}-{place}") for place in ("far", "near"))
         assert far.fingerprint() == near.fingerprint()
     listed = [path for path in server.asked if path.rstrip("/").endswith("tars")]
     assert len(listed) <= 4, "the folder is listed once a build, not once a picture"
@@ -125,7 +125,7 @@ def test_a_file_url_is_a_path(dcgan_data: Any, tmp_path: Path) -> None:
     src = make_folder(tmp_path / "src", 6, classes=("cat", "dog"))
     assert dcgan_data("build", "folder", f"file://{src}", f"file://{tmp_path}/far", *SMALL).code == 0
     assert dcgan_data("build", "folder", src, tmp_path / "near", *SMALL).code == 0
-    assert load_dataset(tmp_path / "far").fingerprint() == load_dataset(tmp_path / "near").fingerprint()
+    assert open_dataset(tmp_path / "far").fingerprint() == open_dataset(tmp_path / "near").fingerprint()
 
 
 @pytest.mark.parametrize("encoding", ["packed", "png"])
@@ -139,7 +139,7 @@ def test_a_remote_data_set_is_verified_shown_and_built_from(
     assert dcgan_data("verify", url).code == 0
     assert dcgan_data("show", url, "--sheet", tmp_path / "sheet.png").code == 0
     assert dcgan_data("build", "webdataset", url, tmp_path / "again", *options).code == 0
-    again, first = load_dataset(tmp_path / "again"), load_dataset(tmp_path / "www" / "set")
+    again, first = open_dataset(tmp_path / "again"), open_dataset(tmp_path / "www" / "set")
     assert again.fingerprint() == first.fingerprint()
 
 
@@ -161,7 +161,7 @@ def test_faults_of_the_server_are_one_line(
     assert not (tmp_path / "out" / "dataset.json").exists()
     server.cut.clear()
     assert dcgan_data(*command).code == 0
-    assert load_dataset(tmp_path / "out").images == 6
+    assert open_dataset(tmp_path / "out").images == 6
     missing = dcgan_data("build", "folder", f"{server.url}/nothing-here", tmp_path / "other")
     assert missing.code == 65
     assert not missing.out
@@ -223,12 +223,12 @@ def test_parts_are_built_from_one_bucket_into_another_and_merged(dcgan_data: Any
     assert dcgan_data("verify", f"{bucket}/out").code == 0
     assert not Store(f"{bucket}/out").names(".build")
     assert dcgan_data("build", "folder", src, tmp_path / "local", *options).code == 0
-    local = load_dataset(tmp_path / "local")
-    assert load_dataset(f"{bucket}/out").fingerprint() == local.fingerprint()
+    local = open_dataset(tmp_path / "local")
+    assert open_dataset(f"{bucket}/out").fingerprint() == local.fingerprint()
     run = {"seed": 1, "streams": 2, "batch": 8, "resident_limit": 0}
     with (
-        Stream(f"{bucket}/out", cache_dir=tmp_path / "cache", **run) as far,  # type: ignore[arg-type]
-        Stream(tmp_path / "local", **run) as near,  # type: ignore[arg-type]
+        Loader(open_dataset(f"{bucket}/out"), cache_dir=tmp_path / "cache", **run) as far,  # type: ignore[arg-type]
+        Loader(open_dataset(tmp_path / "local"), **run) as near,  # type: ignore[arg-type]
     ):
         for _ in range(9):
             assert np.array_equal(far.next_batch(), near.next_batch())
@@ -239,4 +239,4 @@ def test_parts_are_built_from_one_bucket_into_another_and_merged(dcgan_data: Any
     assert (
         dcgan_data("build", "folder", f"{bucket}/in", f"{bucket}/out", *options, "--seed", 1, "--overwrite").code == 0
     )
-    assert load_dataset(f"{bucket}/out").fingerprint() != local.fingerprint()
+    assert open_dataset(f"{bucket}/out").fingerprint() != local.fingerprint()

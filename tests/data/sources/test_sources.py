@@ -16,7 +16,7 @@ from scipy.io import savemat
 from storage_servers import NGINX, nginx, python_server
 
 from pipeline.common.imaging import Pixels, encode
-from pipeline.data.dataset import load_dataset
+from pipeline.data.dataset import open_dataset
 from pipeline.data.shard_reader import iterate
 
 
@@ -24,7 +24,7 @@ def contents(out: Path) -> dict[str, tuple[Pixels, dict[str, Any]]]:
     """Return {key: (image, labels)} of a data set."""
     return {
         columns["key"][i]: (image, {name: columns[name][i] for name in columns if name != "key"})
-        for images, columns in iterate(out, labels=True)
+        for images, columns in iterate(open_dataset(out), labels=True)
         for i, image in enumerate(images)
     }
 
@@ -59,7 +59,7 @@ def test_lsun_categories_and_splits(dcgan_data: Any, tmp_path: Path) -> None:
         assert np.abs(image.astype(int) - expected[key][0]).mean() < 4
     one = dcgan_data("build", "lsun", tmp_path / "lsun" / "bedroom_train_lmdb", tmp_path / "one", "--size", 32)
     assert one.code == 0
-    assert load_dataset(tmp_path / "one").images == 20
+    assert open_dataset(tmp_path / "one").images == 20
     assert dcgan_data("verify", tmp_path / "one").code == 0
     wrong = dcgan_data("build", "lsun", tmp_path / "lsun", tmp_path / "x", "--category", "kitchen")
     assert wrong.code == 2
@@ -80,7 +80,7 @@ def test_a_broken_lsun_database_keeps_what_can_be_read(dcgan_data: Any, tmp_path
     assert not (tmp_path / "out" / "dataset.json").exists()
     done = dcgan_data("build", "lsun", path, tmp_path / "out", "--size", 32, "--max-bad", 0.5)
     assert done.code == 0, done.err
-    dataset = load_dataset(tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out")
     assert 350 < dataset.images < 400
     assert dataset.images + dataset.refused.count == 400
     short = tmp_path / "short_train_lmdb"
@@ -135,7 +135,7 @@ def test_all_forms_of_celeba_give_the_same_bytes(dcgan_data: Any, tmp_path: Path
         celeba_files(tmp_path / form, form)
         done = dcgan_data("build", "celeba", tmp_path / form, tmp_path / f"out-{form}", "--size", 32)
         assert done.code == 0, done.err
-    text, table, tree = (load_dataset(tmp_path / f"out-{form}") for form in ("txt", "csv", "authors"))
+    text, table, tree = (open_dataset(tmp_path / f"out-{form}") for form in ("txt", "csv", "authors"))
     assert text.fingerprint() == table.fingerprint() == tree.fingerprint()
     assert text.labels == dict.fromkeys(["5_o_clock_shadow", "eyeglasses", "male", "smiling"], "bool")
     for key, (_, labels) in contents(tmp_path / "out-txt").items():
@@ -217,7 +217,7 @@ def test_cifar10_folder_and_archive(dcgan_data: Any, tmp_path: Path) -> None:
             assert np.array_equal(image, pixels[number])
             assert labels == {"label": number % 10, "class": CLASSES[number % 10]}
     assert dcgan_data("build", "cifar10", archive, tmp_path / "train", "--size", 32).code == 0
-    assert load_dataset(tmp_path / "train").images == 20
+    assert open_dataset(tmp_path / "train").images == 20
 
 
 class Hostile:
@@ -289,8 +289,8 @@ def test_imagenet_folders_class_tars_and_the_tar_of_tars(dcgan_data: Any, tmp_pa
         out = tmp_path / f"out-{src.name}"
         done = dcgan_data("build", "imagenet", src, out, "--size", 16)
         assert done.code == 0, done.err
-        assert load_dataset(out).images == 12
-        prints.add(load_dataset(out).fingerprint())
+        assert open_dataset(out).images == 12
+        prints.add(open_dataset(out).fingerprint())
         for key, (_, labels) in contents(out).items():
             assert labels == {"class": key.partition("/")[0], "label": classes.index(key.partition("/")[0])}
     assert len(prints) == 1
@@ -330,7 +330,7 @@ def test_archives_are_read_over_http(dcgan_data: Any, tmp_path: Path, ranges: bo
             done = dcgan_data("build", source, f"http://127.0.0.1:{port}/{place}", far, "--size", 16, "--workers", 1)
             assert done.code == 0, (place, done.err)
             assert dcgan_data("build", source, www / place, near, "--size", 16, "--workers", 1).code == 0
-            assert load_dataset(far).fingerprint() == load_dataset(near).fingerprint(), place
+            assert open_dataset(far).fingerprint() == open_dataset(near).fingerprint(), place
 
 
 def test_ffhq_thumbnails_and_their_split(dcgan_data: Any, tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_ffhq_thumbnails_and_their_split(dcgan_data: Any, tmp_path: Path) -> Non
         (place / f"{number:05d}.png").write_bytes(encode(make_picture(number, 128, 128), "png"))
     src = tmp_path / "thumbnails128x128"
     assert dcgan_data("build", "ffhq", src, tmp_path / "all", "--size", 128).code == 0
-    assert load_dataset(tmp_path / "all").labels == {}
+    assert open_dataset(tmp_path / "all").labels == {}
     for key, (image, _) in contents(tmp_path / "all").items():
         assert np.array_equal(image, make_picture(int(Path(key).stem), 128, 128))
     assert dcgan_data("build", "ffhq", src, tmp_path / "val", "--size", 64, "--split", "val").code == 0

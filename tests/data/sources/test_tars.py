@@ -10,7 +10,7 @@ import pytest
 from picture_files import make_picture
 
 from pipeline.common.imaging import encode
-from pipeline.data.dataset import load_dataset
+from pipeline.data.dataset import open_dataset
 from pipeline.data.shard_reader import iterate
 
 WNID = "n01440764"
@@ -92,7 +92,7 @@ def test_a_tar_without_its_end_is_taken_only_when_the_user_says_so(dcgan_data: A
     assert f"{WNID}.tar" in first.err
     assert not (tmp_path / "out" / "dataset.json").exists()
     assert dcgan_data(*command, "--max-bad", 0.2).code == 0
-    dataset = load_dataset(tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out")
     assert (dataset.images, dataset.refused.count) == (7, 1)
 
 
@@ -110,14 +110,14 @@ def test_tars_of_img2dataset(dcgan_data: Any, tmp_path: Path) -> None:
     done = dcgan_data("build", "webdataset", tmp_path / "src", tmp_path / "out", "--size", 16)
     assert done.code == 0, done.err
     assert "note: the label 'key' was passed over" in done.err
-    assert load_dataset(tmp_path / "out").labels == {
+    assert open_dataset(tmp_path / "out").labels == {
         "caption": "str",
         "exif": "str",
         "status": "str",
         "url": "str",
         "width": "int",
     }
-    _, columns = next(iterate(tmp_path / "out", labels=True))
+    _, columns = next(iterate(open_dataset(tmp_path / "out"), labels=True))
     assert sorted(columns["key"]) == [f"00000.tar/{index:09d}.jpg" for index in range(6)]
     assert all(int(key[10:19]) == int(url[-1]) for key, url in zip(columns["key"], columns["url"], strict=True))
 
@@ -130,7 +130,7 @@ def test_json_that_cannot_be_read_gives_no_labels_and_is_counted(dcgan_data: Any
     done = dcgan_data("build", "webdataset", tmp_path / "src", tmp_path / "out", "--size", 16)
     assert done.code == 0, done.err
     assert "note: 2 .json members of 0.tar are not JSON and gave no labels" in done.err
-    _, columns = next(iterate(tmp_path / "out", labels=True))
+    _, columns = next(iterate(open_dataset(tmp_path / "out"), labels=True))
     assert dict(zip(columns["key"], columns["age"], strict=True)) == {
         "0.tar/a.png": None,
         "0.tar/b.png": None,

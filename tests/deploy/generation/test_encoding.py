@@ -11,7 +11,7 @@ from deploy.generation import encoding
 from deploy.generation.encoding import Encoders
 from pipeline.common.errors import TryAgainError
 from pipeline.common.imaging import Format, encode
-from pipeline.data.shard_reader import Members, ShardWriter
+from pipeline.data.shard_writer import Members, ShardWriter
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
 

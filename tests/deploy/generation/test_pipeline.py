@@ -10,7 +10,7 @@ from deploy.generation.pipeline import PIECE_IMAGES, cut, needed_blocks, produce
 from deploy.generation.plan import Plan, ShardRange, default_shard_images
 from pipeline.common.errors import TryAgainError
 from pipeline.data.dataset import Encoding, Shard
-from pipeline.data.shard_reader import ShardWriter
+from pipeline.data.shard_writer import ShardWriter
 
 BLOCK = 64
 

@@ -8,6 +8,7 @@ from planted import write_planted
 from typer.testing import CliRunner
 
 from pipeline.common.errors import UsageError
+from pipeline.data.dataset import open_dataset
 from pipeline.data.labeled import load_labeled
 from pipeline.evaluation.cli import app
 from pipeline.evaluation.images import ArrayImages
@@ -32,7 +33,7 @@ def test_samples_equal_to_the_data_score_as_low_as_data_against_data(labeled: Pa
 
 def test_halves_are_compared_with_as_many_samples(labeled: Path, tmp_path: Path) -> None:
     fresh = write_planted(tmp_path / "fresh", 480, seed=1)  # what a perfect generator would give
-    real, fake = (load_labeled(str(folder)).images for folder in (labeled, fresh))
+    real, fake = (load_labeled(open_dataset(folder)).images for folder in (labeled, fresh))
     sampling = Sampling(patches=16, directions=16)
     for count, samples, number in ((480, fresh, 240), (161, fresh, 80), (480, write_planted(tmp_path / "few", 90), 90)):
         options = ["--data", str(labeled), "--out", str(tmp_path), "--count", str(count), *FEW]

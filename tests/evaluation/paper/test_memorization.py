@@ -9,6 +9,7 @@ import pytest
 from evaluation_cases import Unheld
 from planted import legible_generator, planted
 
+from pipeline.data.dataset import open_dataset
 from pipeline.data.labeled import load_labeled
 from pipeline.evaluation import inputs
 from pipeline.evaluation.images import ArrayImages, GeneratedImages
@@ -73,7 +74,7 @@ def test_neighbors_are_shown_from_wherever_in_the_set_they_are(
         neighbors.charts, "sheet", lambda groups, _: shown.append(dict(groups)) or np.zeros((1, 1, 3), np.uint8)
     )
     run_neighbors(tmp_path, ckpt=str(run), data=str(labeled), count=12, limit=None, seed=0)
-    reals = load_labeled(str(labeled)).images
+    reals = load_labeled(open_dataset(labeled)).images
     samples = flat(shown[0]["samples"])
     table = np.square(samples[:, None] - flat(reals)[None]).mean(2)
     assert table.argmin(1).max() >= 128  # not all of them in the first block

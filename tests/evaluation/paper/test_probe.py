@@ -10,6 +10,7 @@ from sklearn.svm import LinearSVC
 from torch import nn
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.data.dataset import open_dataset
 from pipeline.data.labeled import load_labeled
 from pipeline.evaluation.confidence import interval_of_mean, wilson
 from pipeline.evaluation.device import to_network
@@ -108,14 +109,14 @@ def test_a_draw_that_cannot_be_balanced_is_refused() -> None:
 
 
 def test_images_without_a_label_are_left_out_of_that_label_only(gappy: Path, tmp_path: Path) -> None:
-    data = load_labeled(str(gappy))
+    data = load_labeled(open_dataset(gappy))
     for name, kind in (("bright", bool), ("place", np.float64), ("kind", np.str_)):
         kept = data.having(name)
         assert len(kept.images) == len(kept.label(name)) == 480 - 60
         assert np.issubdtype(kept.label(name).dtype, kind)
     assert data.having("coin") is data
     with pytest.raises(UsageError, match="none of 480 images has it"):
-        load_labeled(str(write_planted(tmp_path / "empty", gaps=1))).having("kind")
+        load_labeled(open_dataset(write_planted(tmp_path / "empty", gaps=1))).having("kind")
 
 
 def test_small_helpers() -> None:
@@ -129,7 +130,7 @@ def test_small_helpers() -> None:
 
 
 def test_bad_input_is_named(run: Path, labeled: Path, tmp_path: Path) -> None:
-    data = load_labeled(str(labeled))
+    data = load_labeled(open_dataset(labeled))
     with pytest.raises(UsageError, match="it has: bright, disc"):
         data.label("hat")
     options = {"ckpt": str(run), "test_data": None, "protocol": Protocol(None)}

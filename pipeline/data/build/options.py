@@ -1,0 +1,50 @@
+"""The options of `dcgan-data build` and their defaults, which stand here and nowhere else. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.data.dataset import Encoding
+
+DEFAULT_QUALITY = {"packed": 100, "png": 100, "jpg": 95, "webp": 92}
+"""`--quality` by encoding; packed and png are lossless."""
+DEFAULT_MARGIN = 0.25
+"""`--margin` of the source faces."""
+DEFAULT_MAX_BAD = 0.01
+"""`--max-bad`. Without the option, a damaged source is an error whatever its share of pictures."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """The command line of `dcgan-data build`; its help says what each option does.
+
+    None stands for a default that depends on other options, or for an option that was not given.
+    """
+
+    kind: str
+    src: str
+    out: str
+    size: int = 64
+    channels: int = 3
+    encoding: "Encoding" = "packed"
+    quality: int | None = None
+    min_side: int = 1
+    labels: str | None = None
+    categories: tuple[str, ...] = ()
+    source_split: str | None = None
+    where: tuple[str, ...] = ()
+    limit: int | None = None
+    val_fraction: float = 0.0
+    seed: int = 0
+    shard_bytes: int = 32_000_000
+    shard_images: int | None = None
+    max_bad: float | None = None
+    part: str | None = None
+    workers: int | None = None
+    overwrite: bool = False
+    min_face: int | None = None
+    margin: float | None = None
+    model: str | None = None
+    metrics_port: int | None = None
+    metrics_address: str = "127.0.0.1"
+    push_gateway: str | None = None

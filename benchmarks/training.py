@@ -152,7 +152,7 @@ def trainer_rounds(config: RunConfig, data: str, rounds: int, updates: int) -> d
     of a checkpoint is spread over the images between two of them.
     """
     from pipeline.training.loop import train
-    from pipeline.training.manager import Saver
+    from pipeline.training.manager import CheckpointManager
 
     logging.disable(logging.INFO)
     plain = bare(config)
@@ -160,14 +160,14 @@ def trainer_rounds(config: RunConfig, data: str, rounds: int, updates: int) -> d
     every = config.schedule.checkpoint_every_images
     rates: dict[str, list[float]] = {"bare": [], "bare again": [], "trainer": []}
     save_seconds: list[float] = []
-    original = Saver.save
+    original = CheckpointManager.save
 
-    def timed_save(self: Saver, *arguments: object) -> None:
+    def timed_save(self: CheckpointManager, *arguments: object) -> None:
         start = time.perf_counter()
         original(self, *arguments)  # type: ignore[arg-type]
         save_seconds.append(time.perf_counter() - start)
 
-    Saver.save = timed_save  # type: ignore[method-assign, assignment]
+    CheckpointManager.save = timed_save  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory() as folder:
         for index in range(rounds):
             for name in ("bare", "trainer", "bare again") if index % 2 == 0 else ("bare again", "trainer", "bare"):
@@ -211,10 +211,10 @@ def trainer_rounds(config: RunConfig, data: str, rounds: int, updates: int) -> d
 def telemetry_share(config: RunConfig, rounds: int) -> dict[str, float]:
     """Return what telemetry costs one step, and one log interval, in microseconds."""
     from pipeline.common.telemetry import Telemetry
-    from pipeline.training.run_log import Observer
+    from pipeline.training.run_log import RunLog
     from pipeline.training.window import Report
 
-    observer = Observer(config, None, Telemetry("train", run="benchmark"))
+    run_log = RunLog(config, None, Telemetry("train", run="benchmark"))
     names = ("loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "diversity")
     report = Report(
         values=dict.fromkeys(names, 0.5),
@@ -229,8 +229,8 @@ def telemetry_share(config: RunConfig, rounds: int) -> dict[str, float]:
         step_seconds=9.9,
     )
     work = {
-        "microseconds_a_step": lambda: observer.step(0.1),
-        "microseconds_an_interval": lambda: observer.interval(report, 6400),
+        "microseconds_a_step": lambda: run_log.step(0.1),
+        "microseconds_an_interval": lambda: run_log.window(report, 6400),
     }
     costs: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):

@@ -1,6 +1,7 @@
 """RunConfig: everything that decides a training run, typed, validated, and stored beside its results."""
 
 import difflib
+import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,7 +12,10 @@ from pipeline.common.errors import ConfigConflict, UsageError
 
 PRESETS = Path(__file__).parent / "presets"
 
-NETWORKS = {"dcgan": "pipeline.model.dcgan"}
+NETWORKS = {
+    "dcgan": "pipeline.model.dcgan",
+    "residual": "pipeline.model.residual",
+}
 """`network.architecture`: the module that holds its `Generator` and `Discriminator`, imported when one is built."""
 
 LOSSES = {
@@ -33,9 +37,9 @@ def one_of(table: dict[str, str]) -> Any:
 
 
 class Section(BaseModel):
-    """A group of settings. Unknown keys are refused, values are never changed after validation."""
+    """A group of settings. Unknown keys are refused. Values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class NetworkConfig(Section):
@@ -46,13 +50,13 @@ class NetworkConfig(Section):
     image_size: Literal[32, 64, 128] = 64
     """Height and width in pixels."""
     channels: Literal[1, 3] = 3
-    """1 gray, 3 RGB."""
+    """1 for gray, 3 for RGB."""
     width: int = Field(128, ge=4, le=1024)
     """Channels of the largest feature maps; each halving of the size doubles them. 128 is the paper's at 64 px."""
     kernel_size: Literal[4, 5] = 4
-    """4 divides the stride and avoids checkerboards; 5 is the paper's code."""
+    """4 is divisible by the stride and avoids checkerboards; 5 is what the paper's code uses. Only for dcgan."""
     upsampling: Literal["transposed", "bilinear"] = "transposed"
-    """Transposed convolution (the paper's), or bilinear resizing followed by a convolution."""
+    """Transposed convolution (the paper's), or bilinear resizing followed by a convolution. Only for dcgan."""
     head: Literal["convolution", "average"] = "convolution"
     """D's last layer: one 4x4 convolution (the paper's), or global average pooling."""
     latent_dim: int = Field(100, ge=1, le=4096)
@@ -62,14 +66,14 @@ class NetworkConfig(Section):
 
 
 class RecipeConfig(Section):
-    """What decides the numbers. Fixed for the life of a run, but for `--allow-change`."""
+    """What decides the result of training. Fixed for the life of a run, unless `--allow-change` names it."""
 
     seed: int = Field(0, ge=0, lt=2**64)
     """Decides the weights, the order of images and every z."""
     streams: int = Field(16, ge=1, le=65536)
-    """Independent streams of images; process counts must divide it, and it must divide the batch."""
+    """Independent streams of images. The number of processes must divide it, and it must divide the batch."""
     batch: int = Field(128, ge=1)
-    """Images in one update over all processes together."""
+    """Images in one update, over all processes together."""
     loss: one_of(LOSSES) = "non_saturating"  # type: ignore[valid-type]
     """What the networks minimize: `non_saturating` is the paper's."""
     learning_rate_g: float = Field(2e-4, gt=0)
@@ -83,43 +87,43 @@ class RecipeConfig(Section):
     ema_half_life_images: int = Field(10_000, ge=1)
     """Half-life of G's exponential moving average, in images."""
     ema_ramp_up: float = Field(0.05, gt=0)
-    """The half-life is at most this share of the images seen, so that early noise is forgotten."""
+    """The half-life is at most this share of the images seen, so that the first noise is forgotten."""
     sync_batchnorm: bool = False
-    """BatchNorm statistics over all processes (CUDA only). Wanted when a rank has fewer than 16 images."""
+    """Compute BatchNorm statistics over all processes (CUDA only). Wanted when a rank has fewer than 16 images."""
 
 
 class ScheduleConfig(Section):
-    """How long, and how often what. Every cadence is counted in images; free to change on resume."""
+    """Length of the run and the interval of each periodic task, in images. Free to change on resume."""
 
     total_images: int = Field(2_000_000, ge=1)
-    """Images of real data to see, rounded up to whole log intervals."""
+    """Length of the run in real images, rounded up to whole batches."""
     log_every_images: int = Field(6_400, ge=1)
-    """Metrics, the progress line and the agreement to stop. Rounded up to whole batches."""
+    """Images between two log boundaries: metrics, the progress line, the agreement to stop. Whole batches."""
     grid_every_images: int = Field(64_000, ge=1)
-    """A picture of the same 64 samples. Rounded up to whole log intervals."""
+    """Images between two grids of the same 64 samples. Rounded up to a log boundary."""
     checkpoint_every_images: int = Field(128_000, ge=1)
-    """A checkpoint. Rounded up to whole log intervals."""
+    """Images between two checkpoints. Rounded up to a log boundary."""
     checkpoint_minutes: float = Field(0, ge=0)
-    """Also save when so many minutes have passed since the last checkpoint; 0 turns this off."""
+    """Also save when this many minutes have passed since the last checkpoint; 0 turns this off."""
     evaluate_every_images: int = Field(256_000, ge=1)
-    """SWD and MS-SSIM, on which `best` rests. Rounded up to whole checkpoints."""
+    """Images between two evaluations (SWD, MS-SSIM), which choose the best checkpoint. Rounded up to a log boundary."""
     evaluate_samples: int = Field(2_048, ge=64)
-    """Generated images, and as many real ones, in such an evaluation."""
+    """Images generated for an evaluation, compared with as many real ones."""
     extractor: str = ""
-    """Also FID and KID, by this extractor: a path, or a URL with its SHA-256, as dcgan-eval fid takes them."""
+    """Also measure FID and KID with this extractor: a path, or a URL with its SHA-256, as for `dcgan-eval fid`."""
     extractor_sha256: str = ""
-    """Of the extractor's file."""
+    """SHA-256 of the extractor's file."""
     best_metric: Literal["swd", "fid", "kid_x1000"] = "swd"
-    """The checkpoint with the smallest is kept as the best."""
+    """The checkpoint with the smallest value of this metric is kept as the best."""
     keep_checkpoints: int = Field(3, ge=1)
-    """Checkpoints kept besides the best."""
+    """Number of newest checkpoints to keep, besides the best."""
 
 
 class RuntimeConfig(Section):
-    """How the work is done. None of it changes what is learned, beyond rounding; free to change on resume."""
+    """How the work is done. Nothing here changes what is learned, beyond rounding. Free to change on resume."""
 
     accumulate: int = Field(1, ge=1)
-    """Cut a rank's share of the batch into so many parts, each with its own BatchNorm statistics."""
+    """Number of micro-batches that a rank's share of the batch is cut into, each with its own BatchNorm statistics."""
     channels_last: bool = True
     """Memory order of the feature maps: 1.1-1.3 times as fast on CPU, needed by tensor cores."""
     fused_optimizer: bool = True
@@ -127,10 +131,9 @@ class RuntimeConfig(Section):
     compile: bool = False
     """torch.compile both networks: a minute of waiting, then 1.0-1.1 times as fast on CPU."""
     loader_threads: int = Field(2, ge=1, le=256)
-    """Threads that decode jpg, webp or png in each process; packed shards need none."""
-
+    """Threads in each process that decode jpg, webp or png. Packed shards need none."""
     step_timeout_seconds: float = Field(60, ge=0)
-    """With several processes: exit when a step takes longer, since another process must be gone; 0 waits for ever."""
+    """With several processes, exit when a step takes longer: another process must be gone. 0 waits forever."""
 
 
 class RunConfig(Section):
@@ -168,18 +171,31 @@ class RunConfig(Section):
 
     def check_processes(self, num_processes: int) -> None:
         """Raise ConfigConflict unless batch, streams and accumulation divide over `num_processes` ranks."""
-        batch, streams, parts = self.recipe.batch, self.recipe.streams, self.runtime.accumulate
+        batch, streams, micro_batches = self.recipe.batch, self.recipe.streams, self.runtime.accumulate
         if streams % num_processes:
             counts = [n for n in range(1, streams + 1) if streams % n == 0]
             near = min(counts, key=lambda n: abs(n - num_processes))
             raise ConfigConflict(
                 f"{num_processes} processes do not divide recipe.streams={streams}; the nearest count that does: {near}"
             )
-        if (batch // num_processes) % parts:
+        if (batch // num_processes) % micro_batches:
             raise ConfigConflict(
-                f"runtime.accumulate={parts} does not divide the {batch // num_processes} images of a process "
+                f"runtime.accumulate={micro_batches} does not divide the {batch // num_processes} images of a process "
                 f"(recipe.batch={batch} over {num_processes})"
             )
+
+
+def explain(config: RunConfig) -> str:
+    """Return the settings as YAML that `--config` reads, each with its meaning and its choices as a comment."""
+    lines: list[str] = []
+    for name, section in config:
+        lines += [f"# {type(section).__doc__}", f"{name}:"]
+        properties = type(section).model_json_schema()["properties"]
+        for key, value in section:
+            schema = properties[key]
+            choices = f" One of: {', '.join(map(str, schema['enum']))}." if "enum" in schema else ""
+            lines += [f"  # {schema['description']}{choices}", f"  {key}: {json.dumps(value)}"]
+    return "\n".join(lines)
 
 
 def nearest_multiple(value: int, of: int) -> int:

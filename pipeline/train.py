@@ -1,4 +1,4 @@
-"""Train a DCGAN on shards. Run the same command again to go on where it stopped.
+"""Train a DCGAN on shards. Run the same command again to resume where it stopped.
 
 One machine, CPU or one GPU:
     accelerate launch pipeline/train.py --data shards/ --out runs/faces --preset faces
@@ -36,11 +36,12 @@ from pipeline.common.errors import (
     TryAgainError,
     UnavailableError,
     UsageError,
-    leave,
+    UserError,
+    exit_process,
     run_command,
 )
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
-from pipeline.config import RunConfig, load_config, preset_names, validate
+from pipeline.config import RunConfig, explain, load_config, preset_names, validate
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -70,7 +71,12 @@ def main(
     metrics_port: MetricsPort = None,
     metrics_address: MetricsAddress = "127.0.0.1",
     push_gateway: PushGateway = None,
-    show_config: Annotated[bool, typer.Option("--show-config", help="Print the settings as JSON and exit.")] = False,
+    show_config: Annotated[
+        bool,
+        typer.Option(
+            "--show-config", help="Print all settings with their meaning and choices, as YAML for --config, and exit."
+        ),
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Single settings, such as recipe.batch=64.")
     ] = None,
@@ -78,7 +84,7 @@ def main(
     """Read the options into a RunConfig and train."""
     settings, data = resolve(out, data, preset, config, overrides or [])
     if show_config:
-        print(settings.model_dump_json(indent=1))
+        print(explain(settings))
         return
     if data is None:
         raise UsageError("--data: missing; expected a folder or URL of shards (make them with dcgan-data build)")
@@ -137,7 +143,7 @@ def lost_peer(error: RuntimeError) -> str:
     rank = os.environ.get("RANK", "0")
     return (
         f"rank {rank} lost contact with the other processes ({text.strip().splitlines()[0][:160]}); "
-        "run it again on all of them: it goes on from the last checkpoint"
+        "run it again on all of them: it resumes from the last checkpoint"
     )
 
 
@@ -170,10 +176,11 @@ def run() -> None:
     def command() -> None:
         try:
             app()
-        except (UsageError, ConfigConflict) as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+        except UserError as error:
+            said_by_all = error.on_all_ranks or isinstance(error, UsageError | ConfigConflict)
+            if not said_by_all or os.environ.get("LOCAL_RANK", "0") == "0":
                 raise
-            leave(error.exit_code)
+            exit_process(error.exit_code)
 
     run_command(command)
 

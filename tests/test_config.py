@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.common.errors import ConfigConflict, UsageError
-from pipeline.config import RunConfig, load_config, preset_names
+from pipeline.config import LOSSES, NETWORKS, RunConfig, explain, load_config, preset_names
 from pipeline.model.dcgan import stage_widths
 
 
@@ -73,3 +73,20 @@ def test_identity_is_architecture_and_recipe_only() -> None:
 def test_what_does_not_divide_is_refused_with_numbers(processes: int, accumulate: int, words: str) -> None:
     with pytest.raises(ConfigConflict, match=words):
         load_config(overrides=[f"accumulate={accumulate}"]).check_processes(processes)
+
+
+def test_the_explained_settings_are_the_settings_and_name_every_choice(tmp_path: Path) -> None:
+    config = load_config("demo", None, ["recipe.loss=hinge"])
+    text = explain(config)
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    assert load_config(None, file) == config
+    for choices in (NETWORKS, LOSSES):
+        assert f"One of: {', '.join(choices)}." in text
+    assert not [line for line in text.splitlines() if line.strip() == "#"], "a setting without a description"
+
+
+@pytest.mark.parametrize("setting", ["network.architecture", "recipe.loss"])
+def test_an_unknown_choice_is_refused_with_the_known_ones(setting: str) -> None:
+    with pytest.raises(UsageError, match=f"{setting}='nope': expected one of "):
+        load_config(None, None, [f"{setting}=nope"])

@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 120.0
 HURRIED_SECONDS = 30.0
-"""For a run that was asked to stop: what is left of a pod's grace time is not known."""
+"""For a run that was asked to stop: how much of a pod's grace period is left is not known."""
 
 
 class Mirror:
-    """One thread that uploads; a store that is away costs warnings, never a training step."""
+    """One thread that uploads. A store that does not answer costs warnings, never a training step."""
 
     def __init__(self, location: str, local: CheckpointStore, keep: int) -> None:
         self.store = Store(location)
@@ -31,11 +31,11 @@ class Mirror:
         self._running: threading.Thread | None = None
 
     def restore(self, check: Callable[[Checkpoint], object] = lambda checkpoint: None) -> bool:
-        """Bring the mirror's newest undamaged checkpoint if it is newer than every local one. Whether it did.
+        """Copy the mirror's newest undamaged checkpoint here if it is newer than every local one; return whether so.
 
-        So a run that moves back to a machine where it once was does not go on from what it left there. `check`
+        So a run that moves back to a machine where it once was does not resume from what it left there. `check`
         raises what speaks against the checkpoint. A mirror that does not answer is an error only where there is
-        nothing else to go on from.
+        nothing else to resume from.
         """
         here: Checkpoint | None = None
         try:
@@ -51,7 +51,7 @@ class Mirror:
         except (DataError, TryAgainError) as error:
             if here is None:
                 raise
-            log.warning("%s; going on from %s without the mirror", error, here.path)
+            log.warning("%s; resuming from %s without the mirror", error, here.path)
             return False
         if there is None or (here is not None and there.images_seen <= here.images_seen):
             return False
@@ -90,7 +90,7 @@ class Mirror:
             if beyond and not self._seen:
                 raise DataError(
                     f"{self.store.location}: holds checkpoint {int(beyond[-1])}, but did not answer when this run "
-                    "began further back: stop it and start it again to go on from there, or name another --mirror"
+                    "began further back: stop it and start it again to resume from there, or name another --mirror"
                 )
             if newest:  # what is damaged there, and so passed over, or of a course that the run has left
                 self.checkpoints.discard_after(int(newest[0]))
@@ -98,9 +98,9 @@ class Mirror:
             self._copy(self.local.best())
             self.checkpoints.retain(self.keep)
             self._failed = False
-        except Exception as error:  # whatever it was, training goes on
+        except Exception as error:  # whatever it was, training continues
             self.failures += 1
-            log.warning("the mirror lacks the last checkpoint: %s", error)
+            log.warning("the last checkpoint is not mirrored: %s", error)
 
     def _copy(self, name: str | None) -> None:
         """Copy one checkpoint unless it is there; one that is damaged here must not keep later ones from the mirror."""

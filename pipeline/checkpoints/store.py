@@ -91,7 +91,7 @@ class CheckpointStore:
     def load_latest(self) -> Checkpoint | None:
         """Return the newest undamaged checkpoint, naming those passed over; None if there was never one.
 
-        Raises DataError when there are checkpoints but all are damaged: a run never starts again in silence.
+        Raises DataError when there are checkpoints but all are damaged: a run never silently starts over.
         """
         names = self.names()
         for name in reversed(names):
@@ -102,7 +102,7 @@ class CheckpointStore:
         if names:
             raise DataError(
                 f"{self.store.path(self.folder)}: all {len(names)} checkpoints are damaged; "
-                "restore one, or start anew in another --out"
+                "restore one, or start a new run in another --out"
             )
         return None
 

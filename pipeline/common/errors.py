@@ -1,6 +1,7 @@
 """Errors a user can cause: one line, an exit code, never a traceback."""
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -9,9 +10,11 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was found, what was expected, where, and what to do."""
+    """An error that the user can fix. The message says what was found, what was expected, where, and what to do."""
 
     exit_code = 2
+    on_all_ranks = False
+    """Whether every rank of a run raises it, so that one of them may say it for all."""
 
 
 class UsageError(UserError):
@@ -33,7 +36,7 @@ class UnavailableError(UserError):
 
 
 class TryAgainError(UserError):
-    """A passing fault: a full disk, a store that does not answer, a run that another process trains."""
+    """A temporary fault: a full disk, a store that does not answer, a run that another process is training."""
 
     exit_code = 75
 
@@ -64,9 +67,9 @@ def describe_os_error(error: OSError) -> UserError:
     where = f"{error.filename}: " if error.filename else ""
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TryAgainError(f"{where}{reason}. Free some space and run the same command again: it goes on")
+        return TryAgainError(f"{where}{reason}. Free some space and run the same command again: it resumes")
     if error.errno in _PASSING:
-        return TryAgainError(f"{where}{reason}. Run the same command again: it goes on")
+        return TryAgainError(f"{where}{reason}. Run the same command again: it resumes")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return UsageError(f"{where}{reason}. Choose a path that this user may use")
     return UsageError(f"{where}{reason}")
@@ -80,26 +83,29 @@ def run_command(command: Callable[[], object]) -> None:
     """
     try:
         command()
+    except SystemExit as end:  # typer's, after success as well
+        exit_process(end.code if isinstance(end.code, int) else int(end.code is not None))
     except (UserError, OSError) as error:
         if os.environ.get("DCGAN_TRACEBACK"):
             raise
         known = describe_os_error(error) if isinstance(error, OSError) else error
         line = " ".join(str(known).split())
         print(f"{'stopped' if isinstance(known, Stopped) else 'error'}: {line}", file=sys.stderr)
-        leave(known.exit_code)
+        exit_process(known.exit_code)
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        leave(128 + signal.SIGINT)
+        print("interrupted: run the same command again to resume", file=sys.stderr)
+        exit_process(128 + signal.SIGINT)
 
 
-def leave(code: int) -> NoReturn:
-    """Exit with a code that nothing can change.
+def exit_process(code: int) -> NoReturn:
+    """Exit with a code that nothing can change any more.
 
-    A process group that an error left open has threads, and Python's teardown then now and then ends in
-    std::terminate (code 134). Closing the group first is no way out: NCCL waits for peers that are gone.
+    Where several processes worked together, the threads of their group may still be there, and Python's teardown then
+    now and then ends in std::terminate (code 134): such a process ends without it. After an error, closing the group
+    first is no way out: NCCL waits for peers that are gone.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch.distributed" in sys.modules:
+        logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -22,7 +22,7 @@ from pipeline.common.errors import DataError, TryAgainError, UnavailableError, U
 
 SCHEMES = ("http", "https", "s3", "gs", "file", "memory")
 PAUSES_SECONDS = (0.5, 2.0, 5.0, 15.0)
-"""Waits before a store is asked again; one try more than there are waits."""
+"""Pauses between two attempts at a store; there is one attempt more than there are pauses."""
 TIMEOUT_SECONDS = 60.0
 """Longest silence of a store within an answer."""
 TEMPORARY = ".tmp"
@@ -272,11 +272,11 @@ class Store:
                     raise DataError(f"{self.path(name)}: {refusal}") from None
                 fault = f"{type(error).__name__}: {error}".rstrip(": ")
             if pause is not None:
-                log.warning("%s: %s; asking again in %g s", self.path(name), fault, pause)
+                log.warning("%s: %s; retrying in %g s", self.path(name), fault, pause)
                 time.sleep(pause)
         raise TryAgainError(
             f"{self.path(name)}: the store failed {len(PAUSES_SECONDS) + 1} times, last with {fault}. "
-            "Run the same command again when it answers: it goes on"
+            "Run the same command again when it answers: it resumes"
         )
 
 

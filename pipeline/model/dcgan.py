@@ -18,6 +18,13 @@ def stage_widths(image_size: int, width: int) -> list[int]:
     return [width << stage for stage in reversed(range(stages))]
 
 
+def make_head(kind: str, inputs: int) -> nn.Module:
+    """Return D's last layer, maps (N, inputs, 4, 4) -> (N, 1, 1, 1): one 4x4 convolution, or global average pooling."""
+    if kind == "convolution":
+        return nn.Conv2d(inputs, 1, 4, bias=False)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(inputs, 1, 1))
+
+
 class Generator(networks.Generator):
     """z (N, latent_dim) float -> images (N, channels, size, size) float in [-1, 1]."""
 
@@ -69,11 +76,7 @@ class Discriminator(networks.Discriminator):
         for inputs, outputs in zip(widths, widths[1:], strict=False):
             layers += [halve(inputs, outputs), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers)  # (N, widths[-1], 4, 4)
-        self.head: nn.Module = (
-            nn.Conv2d(widths[-1], 1, 4, bias=False)
-            if config.head == "convolution"
-            else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(widths[-1], 1, 1))
-        )
+        self.head = make_head(config.head, widths[-1])
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.layers(images))  # (N, 1, 1, 1)

@@ -1,18 +1,17 @@
-"""What a run shows of itself: pictures of the same 64 samples, and quality numbers for `best`."""
+"""What a run measures of itself: grids of the same 64 samples, and the quality by which `best` is chosen."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from pipeline.common.imaging import grid, save_png
+from pipeline.common.imaging import Pixels, grid, save_png
 from pipeline.common.randomness import Purpose
 from pipeline.common.ranks import ranks_of
-from pipeline.config import ScheduleConfig
+from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset
-from pipeline.model.networks import Generator
+from pipeline.model.ema import EMA
 from pipeline.model.sampling import sample
 
 if TYPE_CHECKING:
@@ -21,41 +20,44 @@ if TYPE_CHECKING:
 GRID_SIDE = 8
 
 
-def save_grid(generator: Generator, seed: int, path: Path) -> None:
-    """Write a PNG of the run's 64 fixed samples."""
-    save_png(path, grid(sample(generator, seed, Purpose.GRID, 0, GRID_SIDE**2), GRID_SIDE))
+class Evaluator:
+    """Draws the run's 64 fixed samples, and measures samples against the first images of the data set.
 
-
-class QualityMeter:
-    """SWD and MS-SSIM of a generator against the first images of the data set, the work shared by all ranks.
-
-    With `schedule.extractor`, FID and KID as well. The data set's own order is already shuffled, so its first images
-    are a fair draw. The reals' share is computed once.
+    SWD and MS-SSIM; with `schedule.extractor`, FID and KID as well. The data set's own order is already shuffled, so
+    its first images are a fair draw. All ranks share the work; the reals' share is computed once.
     """
 
-    def __init__(
-        self, data: str, dataset: Dataset, schedule: ScheduleConfig, seed: int, accelerator: "Accelerator"
-    ) -> None:
-        """Raises what `pipeline.evaluation.metrics.extractors.load_extractor` raises, before the first step."""
-        self.data = data
+    def __init__(self, config: RunConfig, dataset: Dataset, folder: Path, accelerator: "Accelerator") -> None:
+        """Grids go into `folder`. Raises what `load_extractor` raises, before the first step."""
+        schedule = config.schedule
+        self.dataset = dataset
+        self.folder = folder
         self.samples = min(schedule.evaluate_samples, dataset.images)
-        self.seed = seed
+        self.seed = config.recipe.seed
         self.accelerator = accelerator
         self._reference: Any = None
         self._features: Any = None
         if schedule.extractor:
             from pipeline.training.feature_meter import FeatureMeter
 
-            self._features = FeatureMeter(schedule.extractor, schedule.extractor_sha256 or None, seed, accelerator)
+            sha256 = schedule.extractor_sha256 or None
+            self._features = FeatureMeter(schedule.extractor, sha256, self.seed, ranks_of(accelerator))
 
-    def measure(self, generator: Generator) -> dict[str, float]:
+    def draw_grid(self, ema: EMA, images_seen: int) -> None:
+        """Write FOLDER/IMAGES_SEEN.png, a grid of the fixed samples; the main process writes."""
+        generator = ema.estimate_batchnorm(self.seed)
+        if self.accelerator.is_main_process:
+            samples = sample(generator, self.seed, Purpose.GRID, 0, GRID_SIDE**2)
+            save_png(self.folder / f"{images_seen:09d}.png", grid(samples, GRID_SIDE))
+
+    def measure(self, ema: EMA) -> dict[str, float]:
         """Return the numbers that `pipeline.training.quality.quality` describes, equal on all ranks.
 
         With an extractor also {"fid", "kid_x1000"}.
         """
         from pipeline.training.quality import quality, reference
 
-        ranks = ranks_of(self.accelerator)
+        generator, ranks = ema.estimate_batchnorm(self.seed), ranks_of(self.accelerator)
         if self._reference is None:
             reals = self._reals()
             if self._features is not None:
@@ -64,23 +66,20 @@ class QualityMeter:
         share = -(-self.samples // ranks.world_size)
         start = min(ranks.rank * share, self.samples)
         count = min(share, self.samples - start)
-        mine = np.zeros((share, *self._image_shape(generator)), np.uint8)
+        size, channels = self.dataset.image_size, self.dataset.channels
+        mine = np.zeros((share, size, size, channels), np.uint8)
         mine[:count] = sample(generator, self.seed, Purpose.EVALUATE, start, count)
         gathered = self.accelerator.gather(torch.from_numpy(mine).to(self.accelerator.device))
         fakes = gathered.cpu().numpy()[: self.samples]
         more = self._features.measure(fakes) if self._features is not None else {}
         return {**quality(self._reference, fakes, seed=self.seed, ranks=ranks), **more}
 
-    def _reals(self) -> NDArray[np.uint8]:
+    def _reals(self) -> Pixels:
         from pipeline.data.shard_reader import iterate
 
-        parts: list[NDArray[np.uint8]] = []
-        for images in iterate(self.data):
+        parts: list[Pixels] = []
+        for images in iterate(self.dataset):
             parts.append(images)
             if sum(map(len, parts)) >= self.samples:
                 break
         return np.concatenate(parts)[: self.samples]
-
-    @staticmethod
-    def _image_shape(generator: Generator) -> tuple[int, int, int]:
-        return generator.config.image_size, generator.config.image_size, generator.config.channels

@@ -1,13 +1,12 @@
-"""What the trainer asks now and then of an extractor: Fréchet and kernel distance, over all its processes."""
+"""FID and KID during training, by an extractor, over all ranks."""
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, UnavailableError
-from pipeline.common.ranks import ranks_of
+from pipeline.common.ranks import Ranks
 from pipeline.evaluation.images import ArrayImages, Pixels
 from pipeline.evaluation.metrics.extractors import load_extractor
 from pipeline.evaluation.metrics.feature_distances import (
@@ -17,19 +16,16 @@ from pipeline.evaluation.metrics.feature_distances import (
     read_features,
 )
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 
 class FeatureMeter:
     """Compares samples with real images whose features are read once. Every process calls it with the same images."""
 
-    def __init__(self, extractor: str, sha256: str | None, seed: int, accelerator: "Accelerator") -> None:
+    def __init__(self, extractor: str, sha256: str | None, seed: int, ranks: Ranks) -> None:
         """`extractor` and `sha256` as `load_extractor` takes them; raises what that raises."""
         if find_spec("torchmetrics") is None:
             raise UnavailableError("schedule.extractor: needs the package torchmetrics; install the extra `eval`")
         self._extractor = load_extractor(extractor, sha256)
-        self._ranks = ranks_of(accelerator)
+        self._ranks = ranks
         self._seed = seed
         self._reals: NDArray[np.float32] | None = None
 

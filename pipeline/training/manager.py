@@ -1,25 +1,23 @@
-"""What goes into a checkpoint and comes out of it, and whether a run may continue from it."""
+"""The checkpoints of a run: what goes into one, what comes out of it, which one a run resumes from."""
 
 import io
 import logging
-import os
-import platform
-import time
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from pipeline.checkpoints.mirror import HURRIED_SECONDS, PATIENCE_SECONDS, Mirror
 from pipeline.checkpoints.store import Checkpoint, CheckpointStore
 from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize, serialize
-from pipeline.common.errors import ConfigConflict, DataError, UsageError
-from pipeline.common.storage import Store, is_url
+from pipeline.common.errors import ConfigConflict, DataError
+from pipeline.common.storage import Store
 from pipeline.config import RunConfig
-from pipeline.data.dataset import Dataset
+from pipeline.training.accelerator import average_batchnorm, together
+from pipeline.training.identity import check_identity, describe_process
 from pipeline.training.run_directory import RunDirectory
 from pipeline.training.step import AdversarialStep
 
@@ -32,7 +30,7 @@ OPTIMIZERS = "optimizers.pt"
 METRICS = "metrics.jsonl"
 
 
-class Saver:
+class CheckpointManager:
     """The checkpoints of one run, as its loop uses them. Only the main process touches the disk."""
 
     def __init__(
@@ -46,53 +44,61 @@ class Saver:
         self.process = describe_process(accelerator)
         self.last_path = ""
         """The newest checkpoint known to be good."""
-        self._saved_at = time.monotonic()
         keep = config.schedule.keep_checkpoints
         self._mirror = Mirror(mirror, self.store, keep) if mirror and accelerator.is_main_process else None
 
-    def due(self) -> bool:
-        """Whether `schedule.checkpoint_minutes` have passed since the last checkpoint."""
-        return time.monotonic() - self._saved_at >= 60 * self.config.schedule.checkpoint_minutes > 0
-
-    def find(self, allow_change: Iterable[str]) -> Checkpoint | None:
+    def find(self, resume: Literal["auto", "never"], allow_change: Iterable[str]) -> Checkpoint | None:
         """Return the newest undamaged checkpoint on every rank, read by the main process alone; None for a new run.
 
-        Raises ConfigConflict when the run it belongs to differs in more than `allow_change` names.
+        Raises ConfigConflict when the run it belongs to differs in more than `allow_change` names, or when there is
+        one and `resume` is "never".
         """
-        found: list[Checkpoint | None] = [None]
-        if self.accelerator.is_main_process:
-            if self._mirror is not None:
-                where = self._mirror.store.location
-                self._mirror.restore(lambda there: check_identity(there.state, self.description, allow_change, where))
-            found = [self.store.load_latest()]
+        main = self.accelerator.is_main_process
+        found = [together(self.accelerator, lambda: self._newest(resume, allow_change) if main else None)]
         if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
             broadcast_object_list(found)
-        checkpoint = found[0]
+        (checkpoint,) = found
         if checkpoint is not None:
             changes = check_identity(checkpoint.state, self.description, allow_change, str(self.out))
-            before, now = checkpoint.state["threads"], self.process["threads"]
-            if self.accelerator.is_main_process:
+            before, now = checkpoint.state.get("threads"), self.process["threads"]
+            if main:
                 for change in changes:
-                    log.warning("continuing with a change: %s", change)
-                if before != now:
+                    log.warning("resuming with a change: %s", change)
+                if before is not None and before != now:
                     log.info("%d threads, %d before: results may differ in the last bits", now, before)
         return checkpoint
 
-    def restore(self, step: AdversarialStep, checkpoint: Checkpoint, run: RunDirectory | None) -> int:
-        """Put everything back to where it was at `checkpoint`; return the images seen by then."""
-        restore(step, checkpoint)
-        self.last_path = checkpoint.path
+    def _newest(self, resume: str, allow_change: Iterable[str]) -> Checkpoint | None:
+        """Return the newest undamaged checkpoint of the run, brought back from the mirror if that one is newer."""
+        if resume == "never":
+            stores = {"--out": self.store} | ({"--mirror": self._mirror.checkpoints} if self._mirror else {})
+            for option, store in stores.items():
+                if names := store.names():
+                    raise ConfigConflict(
+                        f"--resume never: {store.path(names[-1])} is already there; choose another {option}"
+                    )
+            return None
+        if self._mirror is not None:
+            where = self._mirror.store.location
+            self._mirror.restore(lambda there: check_identity(there.state, self.description, allow_change, where))
+        return self.store.load_latest()
+
+    def restore(self, step: AdversarialStep, checkpoint: Checkpoint | None, run: RunDirectory | None) -> int:
+        """Put everything back to where it was at `checkpoint`, or at the start; return the images seen by then."""
+        images_seen, metrics = 0, b""
+        if checkpoint is not None:
+            restore(step, checkpoint)
+            self.last_path = checkpoint.path
+            images_seen, metrics = checkpoint.images_seen, checkpoint.files[METRICS]
         if run is not None:
-            self.store.discard_after(checkpoint.images_seen)
-            run.restore_metrics(checkpoint.files[METRICS])
-        return checkpoint.images_seen
+            self.store.discard_after(images_seen)
+            run.restore_metrics(metrics)
+        return images_seen
 
     def save(
         self, step: AdversarialStep, images_seen: int, run: RunDirectory | None, quality: dict[str, float]
     ) -> None:
-        """Write a checkpoint at this position, then let go of those no longer kept."""
+        """Write a checkpoint at this position, then delete those that are no longer kept."""
         for network in (step.generator, step.discriminator):
             average_batchnorm(network, self.accelerator)
         averaged = step.ema.estimate_batchnorm(self.config.recipe.seed)
@@ -104,7 +110,6 @@ class Saver:
             if self._mirror is not None:
                 self._mirror.push()
         self.last_path = self.store.path(f"{images_seen:012d}")
-        self._saved_at = time.monotonic()
 
     @property
     def mirror_failures(self) -> int:
@@ -115,73 +120,6 @@ class Saver:
         """Wait for the mirror."""
         if self._mirror is not None:
             self._mirror.close(HURRIED_SECONDS if hurry else PATIENCE_SECONDS)
-
-
-def describe_run(config: RunConfig, data: str, dataset: Dataset) -> dict[str, Any]:
-    """Return what config.json and state.json say about a run."""
-    return {
-        "config": config.model_dump(),
-        "dataset": {
-            "location": data if is_url(data) else str(Path(data).resolve()),
-            "fingerprint": dataset.fingerprint(),
-            "images": dataset.images,
-            "encoding": dataset.encoding,
-            "source": dataset.source,
-        },
-    }
-
-
-def describe_process(accelerator: "Accelerator") -> dict[str, Any]:
-    """Return what bit-equality depends on beyond the configuration: versions, threads, processes, precision."""
-    packages = ("torch", "accelerate", "numpy", "safetensors")
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "threads": torch.get_num_threads(),
-        "world_size": accelerator.num_processes,
-        "precision": accelerator.mixed_precision,
-        "device": accelerator.device.type,
-        "interop": os.environ.get("OMP_NUM_THREADS", ""),
-    }
-
-
-def check_identity(saved: dict[str, Any], current: dict[str, Any], allowed: Iterable[str], where: str) -> list[str]:
-    """Refuse to continue a run whose identity changed (DESIGN contract 4).
-
-    `saved` and `current` are `describe_run` results. Returns the changes that were allowed, in words. Raises
-    ConfigConflict with the difference, UsageError for an allowed name that is no part of the identity.
-    """
-
-    def identity(run: dict[str, Any]) -> dict[str, Any]:
-        settings = RunConfig.model_validate(run["config"]).identity()
-        return {**settings, "data": f"fingerprint {run['dataset']['fingerprint'][:12]}"}
-
-    try:
-        before, now = identity(saved), identity(current)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: its configuration is of another version: {str(error).splitlines()[0]}") from None
-    allowed = set(allowed)
-    if unknown := sorted(allowed - before.keys()):
-        raise UsageError(f"--allow-change {','.join(unknown)}: not part of a run's identity: {', '.join(before)}")
-    changes = {key: f"{key} {before[key]} -> {now[key]}" for key in before if before[key] != now[key]}
-    if refused := sorted(changes.keys() - allowed):
-        raise ConfigConflict(
-            f"{where} was trained with other settings: {'; '.join(changes[key] for key in refused)}. "
-            f"Restore them, choose another --out, or accept with --allow-change {','.join(refused)}"
-        )
-    return [changes[key] for key in sorted(changes)]
-
-
-def average_batchnorm(network: nn.Module, accelerator: "Accelerator") -> None:
-    """Make the running BatchNorm statistics equal on all ranks: their mean."""
-    if accelerator.num_processes == 1:
-        return
-    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    torch.distributed.all_reduce(flat)
-    flat /= accelerator.num_processes
-    means = torch.split(flat, [buffer.numel() for buffer in buffers])
-    for buffer, mean in zip(buffers, means, strict=True):
-        buffer.copy_(mean.view_as(buffer))
 
 
 def checkpoint_files(step: AdversarialStep, images_seen: int, metrics: bytes) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""What the trainer asks now and then: how far are the samples from the data, and how alike are they?"""
+"""The quality that a run measures: the distance of samples from the data, and how alike samples are."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""RUN/: the files that a run leaves behind, and the lock that keeps a second trainer out."""
+"""RUN/: the files that a run writes, and the lock that keeps a second trainer out."""
 
 import fcntl
 import json
@@ -69,7 +69,7 @@ class RunDirectory:
                 self._board.add_scalar(name, value, images_seen)
 
     def close(self) -> None:
-        """Flush everything and let the next trainer in."""
+        """Flush everything and release the lock."""
         if self._board is not None:
             self._board.close()
         logging.getLogger("pipeline").removeHandler(self._log)
@@ -78,27 +78,9 @@ class RunDirectory:
 
 
 def _excepthook(arguments: threading.ExceptHookArgs) -> None:
-    """Leave out the traceback of TensorBoard's thread: on a full disk our own next write says in one line what is."""
+    """Drop the traceback of TensorBoard's thread: on a full disk our own next write reports it in one line."""
     if type(arguments.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(arguments)
-
-
-class ProgressLine:
-    """One line that rewrites itself on a terminal; in a log a plain line every `log_seconds`."""
-
-    def __init__(self, log_seconds: float = 10.0) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._every = log_seconds
-        self._last = float("-inf")
-
-    def show(self, text: str, *, last: bool = False) -> None:
-        """Show `text` as the state of things."""
-        if self._terminal:
-            sys.stderr.write(f"\r\x1b[K{text}" + ("\n" if last else ""))
-        elif last or time.monotonic() - self._last >= self._every:
-            sys.stderr.write(text + "\n")
-            self._last = time.monotonic()
-        sys.stderr.flush()
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
@@ -107,7 +89,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 
 
 def _lock(path: Path) -> IO[str]:
-    """Take the run's lock, waiting a little for a trainer that is about to leave."""
+    """Take the run's lock, waiting a little for a trainer that is about to exit."""
     file = path.open("a+")
     give_up = time.monotonic() + LOCK_PATIENCE_SECONDS
     waiting = False

@@ -1,18 +1,41 @@
-"""Tells people and machines how a run goes: metrics.jsonl, TensorBoard, /metrics, and the progress line."""
+"""Records the progress of a run: metrics.jsonl, TensorBoard, /metrics, and the progress line."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import RunConfig
-from pipeline.training.run_directory import ProgressLine, RunDirectory
+from pipeline.training.run_directory import RunDirectory
 from pipeline.training.window import Report
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-class Observer:
-    """Each rank has one; those without a run directory or a telemetry endpoint simply say less."""
+
+class ProgressLine:
+    """One line that rewrites itself on a terminal; in a log a plain line every `log_seconds`."""
+
+    def __init__(self, log_seconds: float = 10.0) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._every = log_seconds
+        self._last = float("-inf")
+
+    def show(self, text: str, *, last: bool = False) -> None:
+        """Show `text` as the state of things."""
+        if self._terminal:
+            sys.stderr.write(f"\r\x1b[K{text}" + ("\n" if last else ""))
+        elif last or time.monotonic() - self._last >= self._every:
+            sys.stderr.write(text + "\n")
+            self._last = time.monotonic()
+        sys.stderr.flush()
+
+
+class RunLog:
+    """Each rank has one; a rank without a run directory or a telemetry endpoint records less."""
 
     def __init__(self, config: RunConfig, run: RunDirectory | None, telemetry: Telemetry | None) -> None:
         self.target = config.schedule.total_images
@@ -23,32 +46,32 @@ class Observer:
         self._busy_seconds = 0.0
         self._mirror_failures = 0
 
-    def begin(self, *, seen: int, world_size: int, precision: str, device: str) -> None:
-        """Say what runs."""
+    def begin(self, description: dict[str, Any], images_seen: int, accelerator: "Accelerator") -> None:
+        """Write config.json, begin TensorBoard's files, and set the metrics of a run that starts at `images_seen`."""
+        starts = 1
+        if self.run is not None:
+            starts = self.run.write_config(description)
+            self.run.open_board(images_seen)
         if (metrics := self.telemetry) is None:
             return
-        metrics.set("dcgan_train_info", 1, precision=precision, device=device)
-        metrics.set("dcgan_train_processes", world_size)
+        metrics.set("dcgan_train_info", 1, precision=accelerator.mixed_precision, device=accelerator.device.type)
+        metrics.set("dcgan_train_processes", accelerator.num_processes)
         metrics.set("dcgan_train_target_images", self.target)
-        metrics.set("dcgan_train_seen_images", seen)
+        metrics.set("dcgan_train_seen_images", images_seen)
+        metrics.set("dcgan_train_restarts", starts - 1)
         # A start that never reaches its first step or checkpoint is to be seen as well.
         metrics.set("dcgan_train_last_step_timestamp_seconds", time.time())
         metrics.set("dcgan_train_checkpoint_timestamp_seconds", time.time())
 
-    def started(self, starts: int) -> None:
-        """Say how often this run has been started by now."""
-        if self.telemetry is not None:
-            self.telemetry.set("dcgan_train_restarts", starts - 1)
-
     def step(self, seconds: float) -> None:
-        """Note one update and its host time."""
+        """Record one update and its host time."""
         if (metrics := self.telemetry) is not None:
             metrics.observe("dcgan_train_step_duration_seconds", seconds)
             metrics.add("dcgan_train_images_total", self.batch)
             metrics.set("dcgan_train_last_step_timestamp_seconds", time.time())
 
-    def interval(self, report: Report, seen: int, *, mirror_failures: int = 0) -> None:
-        """Record a log interval. `mirror_failures` counts since this process began."""
+    def window(self, report: Report, seen: int, *, mirror_failures: int = 0) -> None:
+        """Record a window between two log boundaries. `mirror_failures` counts since this process began."""
         seconds = max(report.seconds - self._busy_seconds, 1e-9)  # without grids, evaluations and checkpoints
         self._busy_seconds = 0.0
         rate, wait = report.images / seconds, report.data_wait_seconds / seconds

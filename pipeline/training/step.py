@@ -41,7 +41,7 @@ class AdversarialStep:
         self.device = accelerator.device
         self.batch = recipe.batch
         self.loss = load_loss(recipe.loss)
-        self.parts = runtime.accumulate
+        self.micro_batches = runtime.accumulate
         self.memory_format = torch.channels_last if runtime.channels_last else torch.contiguous_format
 
         self.generator = build_generator(config.network)
@@ -74,17 +74,17 @@ class AdversarialStep:
         reals (n, size, size, channels) uint8; z (n, latent_dim) float32; `images_seen` counts this batch too.
         Returns the means over this rank's share, float32 of shape (len(STATISTICS),), left on the device.
         """
-        real_parts = self.to_device(reals).chunk(self.parts)
-        z_parts = self._upload(z).to(self.dtype).chunk(self.parts)
+        real_micro_batches = self.to_device(reals).chunk(self.micro_batches)
+        z_micro_batches = self._upload(z).to(self.dtype).chunk(self.micro_batches)
         fakes: list[Tensor] = []
         outputs: list[Tensor] = []
 
-        for index, (real, z_part) in enumerate(zip(real_parts, z_parts, strict=True)):
-            fake = self._fake(z_part)  # (n / parts, channels, size, size) in [-1, 1]
+        for index, (real, z_micro_batch) in enumerate(zip(real_micro_batches, z_micro_batches, strict=True)):
+            fake = self._fake(z_micro_batch)  # (n / micro_batches, channels, size, size) in [-1, 1]
             with self._reduce_only_last(self._ddp_d, index):
                 real_logits, fake_logits = self._ddp_d(real), self._ddp_d(fake.detach())
                 loss_d = self.loss.discriminator_loss(real_logits, fake_logits)
-                self.accelerator.backward(loss_d / self.parts)
+                self.accelerator.backward(loss_d / self.micro_batches)
             fakes.append(fake)
             with torch.no_grad():
                 outputs.append(
@@ -102,11 +102,11 @@ class AdversarialStep:
 
         losses_g: list[Tensor] = []
         self.discriminator.requires_grad_(False)  # its weights' gradients would be 8 % of the step's work
-        for index, z_part in enumerate(z_parts):
+        for index, z_micro_batch in enumerate(z_micro_batches):
             with self._reduce_only_last(self._ddp_g, index):
-                fake = fakes[0] if self.parts == 1 else self._ddp_g(z_part)
+                fake = fakes[0] if self.micro_batches == 1 else self._ddp_g(z_micro_batch)
                 loss_g = self.loss.generator_loss(self.discriminator(fake))  # without D's reducer
-                self.accelerator.backward(loss_g / self.parts)
+                self.accelerator.backward(loss_g / self.micro_batches)
             losses_g.append(loss_g.detach())
         self.discriminator.requires_grad_(True)
         norm_g, bad_g = self._apply(self.optimizer_g, self.generator)
@@ -132,11 +132,11 @@ class AdversarialStep:
         return tensor.to(self.device, non_blocking=True)
 
     def _fake(self, z: Tensor) -> Tensor:
-        """Return the fake batch that both updates share, as in the paper's code.
+        """Return the fake batch that both updates share, as in dcgan.torch and the tutorials.
 
-        An accumulated batch keeps no graphs: its parts are made again for G's update, from the same z and weights.
+        Accumulation keeps no graphs: micro-batches are made again for G's update, from the same z and weights.
         """
-        if self.parts == 1:
+        if self.micro_batches == 1:
             shared: Tensor = self._ddp_g(z)
             return shared
         with torch.no_grad():
@@ -144,9 +144,9 @@ class AdversarialStep:
             return images
 
     def _reduce_only_last(self, network: nn.Module, index: int) -> ExitStack:
-        """Leave the all-reduce of gradients to the last part of an accumulated batch."""
+        """Reduce gradients over ranks only with the last micro-batch of an accumulated batch."""
         stack = ExitStack()
-        if index + 1 < self.parts:
+        if index + 1 < self.micro_batches:
             stack.enter_context(self.accelerator.no_sync(network))
         return stack
 
@@ -154,7 +154,7 @@ class AdversarialStep:
         """Step and clear an optimizer; return the gradients' L2 norm and whether it is not finite.
 
         Such an update changes nothing, if the optimizer is fused. Gradients are equal on all ranks by now, so all
-        ranks leave out the same updates, and none has to ask.
+        ranks skip the same updates, and none has to ask.
         """
         self.accelerator.unscale_gradients(optimizer)
         norm = nn.utils.get_total_norm([weight.grad for weight in network.parameters() if weight.grad is not None])

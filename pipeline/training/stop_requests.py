@@ -1,11 +1,11 @@
-"""Requests from outside: SIGTERM, SIGINT and SIGHUP stop a run after saving, SIGUSR1 saves and goes on."""
+"""Signals from outside: SIGTERM, SIGINT and SIGHUP stop a run after saving, SIGUSR1 saves and continues."""
 
 import os
 import signal
 from types import FrameType
 
 
-class Requests:
+class StopRequests:
     """Only notes what was asked for; the loop acts on it where all ranks agree. A second SIGINT interrupts."""
 
     def __init__(self) -> None:

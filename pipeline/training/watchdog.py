@@ -1,9 +1,11 @@
-"""Ends a process whose step hangs: a rank that is gone must take the others down in a minute, not in thirty."""
+"""Ends a process whose step hangs: when one rank is gone, the others must exit in a minute, not in thirty."""
 
 import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pipeline.common.errors import TryAgainError
 
@@ -14,7 +16,7 @@ BOUNDARY_SECONDS = 900.0
 
 
 class Watchdog:
-    """A thread that exits the process when the next `beat` or `end` is overdue.
+    """A thread that exits the process when the next `beat`, or the end of a `task`, is overdue.
 
     Only for runs of several processes: one process cannot wait for another. Exiting is all that is left when a
     collective hangs, since no Python code runs until it returns.
@@ -26,12 +28,10 @@ class Watchdog:
         self._beaten = time.monotonic()
         self._usual, self._steady = step_seconds, False
         self._longest: dict[str, float] = {}
-        self.waits_for_data = False
-        """Set while this process waits for its images: then it is the store that hangs, and no other process."""
+        self._waits_for_data = False
+        self._enabled = enabled and step_seconds > 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        if enabled and step_seconds > 0:
-            self._thread.start()
 
     def beat(self) -> None:
         """Note that a step is done."""
@@ -41,17 +41,34 @@ class Watchdog:
         self._steady = True
         self._beaten, self._deadline = now, now + self._usual
 
-    def begin(self, kind: str) -> None:
-        """Note that a boundary's work begins: a picture, an evaluation, a checkpoint."""
+    @contextmanager
+    def task(self, kind: str) -> Iterator[None]:
+        """Allow for a boundary's work: a grid, an evaluation, a checkpoint.
+
+        The first of its kind may take BOUNDARY_SECONDS, a later one ten times as long as the longest before it.
+        """
         self._beaten = time.monotonic()
         longest = self._longest.get(kind)
         self._deadline = self._beaten + (BOUNDARY_SECONDS if longest is None else max(self._usual, 10 * longest))
-
-    def end(self, kind: str) -> None:
-        """Note that it is done: the next of its kind may take ten times as long, not the time of the very first."""
+        yield
         now = time.monotonic()
         self._longest[kind] = max(self._longest.get(kind, 0.0), now - self._beaten)
         self._beaten, self._deadline = now, now + self._usual
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Say that this process waits for its images: then it is the store that hangs, and no other process."""
+        self._waits_for_data = True
+        yield
+        self._waits_for_data = False
+
+    def __enter__(self) -> "Watchdog":
+        if self._enabled:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop watching."""
@@ -61,10 +78,10 @@ class Watchdog:
         while not self._stop.wait(min(1.0, self.step_seconds / 4)):
             if time.monotonic() > self._deadline:
                 rank = os.environ.get("RANK", "0")
-                why = "its images have not come" if self.waits_for_data else "another process is gone or hangs"
+                why = "its images have not come" if self._waits_for_data else "another process is gone or hangs"
                 print(
                     f"error: rank {rank}: no step has finished for {time.monotonic() - self._beaten:.0f} s; {why}. "
-                    "Run it again on all of them: it goes on from the last checkpoint "
+                    "Run it again on all of them: it resumes from the last checkpoint "
                     "(limit: runtime.step_timeout_seconds)",
                     file=sys.stderr,
                     flush=True,

@@ -1,4 +1,4 @@
-"""What happened between two log boundaries, summed on the device and agreed on by all ranks in one reduction."""
+"""Statistics of the steps between two log boundaries, summed on the device and reduced over ranks once."""
 
 import signal
 import time
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pipeline.common.errors import DataError
 from pipeline.training.step import STATISTICS
-from pipeline.training.stop_requests import Requests
+from pipeline.training.stop_requests import StopRequests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,7 +22,7 @@ SCALER_PATIENCE_STEPS = 32
 
 @dataclass(frozen=True)
 class Report:
-    """An interval, equal on all ranks but for `seconds` and `step_seconds`."""
+    """A window, equal on all ranks but for `seconds` and `step_seconds`."""
 
     values: dict[str, float]
     """Means that follow from position: losses, D's outputs, gradient norms, diversity."""
@@ -29,23 +30,32 @@ class Report:
     steps: int
     nonfinite_steps: int
     hopeless_steps: int
-    """Updates that fp16's loss scaler skipped, if it skipped all of an interval longer than any search for a scale."""
+    """Updates that fp16's loss scaler skipped, if it skipped all of a window longer than any search for a scale."""
     stop: int
     """The signal that asked any rank to stop, or 0."""
     save: bool
     """Whether any rank was asked to save."""
     seconds: float
-    """Wall time of the interval."""
+    """Wall time of the window."""
     data_wait_seconds: float
     """Time in which the rank that waited longest waited for images."""
     step_seconds: float
     """Host time in updates."""
 
+    def require_finite(self, last_checkpoint: str) -> None:
+        """Raise DataError when updates of the window were lost: training has diverged."""
+        if lost := self.nonfinite_steps or self.hopeless_steps:
+            raise DataError(
+                f"{lost} of the last {self.steps} updates had NaN or infinite gradients; "
+                f"the last good checkpoint is {last_checkpoint or 'none'}: "
+                "resume from it with a smaller learning rate (recipe.learning_rate_g, recipe.learning_rate_d)"
+            )
 
-class Interval:
-    """Sums the statistics of steps without a sync; `agree` ends the interval with the only one."""
 
-    def __init__(self, accelerator: "Accelerator", requests: Requests) -> None:
+class Window:
+    """Sums the statistics of steps without a sync; `reduce` ends the window with the only one."""
+
+    def __init__(self, accelerator: "Accelerator", requests: StopRequests) -> None:
         self.accelerator = accelerator
         self.requests = requests
         self._totals = torch.zeros(len(STATISTICS), device=accelerator.device)
@@ -61,19 +71,19 @@ class Interval:
         self._steps += 1
         self._step_seconds += seconds
 
-    def agree(self, *, data_wait_seconds: float, save_due: bool) -> Report:
+    def reduce(self, data_wait_seconds: float, checkpoint_overdue: bool) -> Report:
         """Reduce over all ranks, so that all of them see the same values and do the same next.
 
         `data_wait_seconds` is the stream's total so far.
         """
         requests, ranks = self.requests, self.accelerator.num_processes
         asked_to_save, requests.save = requests.save, False  # now: one that comes while we wait is for the next time
-        waits = [0.0] * ranks  # a place for each rank: all wait for the one that waits longest for its data
+        waits = [0.0] * ranks  # one slot a rank: all wait for the rank that waits longest for its data
         waits[self.accelerator.process_index] = data_wait_seconds - self._waited
         host = [
             float(requests.stop == signal.SIGTERM),
             float(requests.stop == signal.SIGINT),
-            float(asked_to_save or save_due),
+            float(asked_to_save or checkpoint_overdue),
             *waits,
         ]
         both = torch.cat([self._totals, torch.tensor(host, device=self._totals.device)])

@@ -97,7 +97,7 @@ def count_lines(out: Path) -> int:
 
 def times_begun(out: Path) -> int:
     text = (out / "log.txt").read_text() if (out / "log.txt").exists() else ""
-    return text.count("beginning at image") + text.count("continuing at image")
+    return text.count("beginning at image") + text.count("resuming at image")
 
 
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(

@@ -54,7 +54,7 @@ def plain_updates(config: RunConfig, count: int) -> dict[str, torch.Tensor]:
 
 
 WORKER = """
-import sys, json, torch
+import os, sys, json, torch
 torch.set_default_dtype(torch.float64)
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
@@ -78,7 +78,9 @@ for position in range(options["updates"]):
 if accelerator.is_main_process:
     torch.save({{**step.generator.state_dict(prefix="g."), **step.discriminator.state_dict(prefix="d."),
                 **step.ema.generator.state_dict(prefix="e."), "statistics": statistics}}, options["out"])
-accelerator.end_training()  # gloo's threads may abort a process that ends without it
+accelerator.end_training()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads may abort Python's teardown
 """
 
 

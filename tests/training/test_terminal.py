@@ -59,7 +59,7 @@ def test_ctrl_c_in_make_demo_saves_and_make_demo_goes_on(demo: Path) -> None:
     os.write(terminal.end, b"\x03")
     terminal.read_until("make: ***")
     terminal.wait()
-    assert "run it again to go on" in terminal.shown
+    assert "run it again to resume" in terminal.shown
     assert "Traceback" not in terminal.shown
     (checkpoint,) = demo.glob("run/checkpoints/*/state.json")
     seen = int(checkpoint.parent.name)
@@ -72,7 +72,7 @@ def test_ctrl_c_in_make_demo_saves_and_make_demo_goes_on(demo: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert f"continuing at image {seen} of" in done.stderr
+    assert f"resuming at image {seen} of" in done.stderr
 
 
 @pytest.mark.timeout(300)

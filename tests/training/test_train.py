@@ -63,7 +63,7 @@ def test_a_run_leaves_what_people_look_for(whole_run: Path) -> None:
     assert [line["images"] for line in lines if "loss_d" in line] == list(range(32, 257, 32))
     assert [line["images"] for line in lines if "swd" in line] == [128, 256]
     assert list((whole_run / "tensorboard").iterdir())
-    assert "continuing" not in (whole_run / "log.txt").read_text()
+    assert "resuming" not in (whole_run / "log.txt").read_text()
     timing = (whole_run / "timing.jsonl").read_text().splitlines()
     assert json.loads(timing[0])["images_per_second"] > 0
 
@@ -126,12 +126,12 @@ def test_a_stop_signal_saves_and_the_run_goes_on(
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code
-    assert "run it again to go on" in errors.splitlines()[-1]
+    assert "run it again to resume" in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert list((out / "checkpoints").glob("*/state.json"))
     done = trainer(faces32, out)  # the run knows its own settings
     assert done.returncode == 0, done.stderr
-    assert "continuing at image" in done.stderr
+    assert "resuming at image" in done.stderr
     assert hashes(out, 256) == hashes(whole_run, 256)
 
 

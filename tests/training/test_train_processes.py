@@ -69,7 +69,7 @@ def test_sigterm_saves_once_for_all_and_one_process_goes_on(
     saved = int(sorted(path.parent.name for path in out.glob("checkpoints/*/state.json"))[-1])
     done = trainer(faces32, out, f"schedule.total_images={saved + 64}")
     assert done.returncode == 0, done.stderr
-    assert f"continuing at image {saved}" in done.stderr
+    assert f"resuming at image {saved}" in done.stderr
 
 
 @pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])

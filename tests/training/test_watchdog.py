@@ -10,7 +10,7 @@ PRELUDE = """
 import time
 from pipeline.training import watchdog
 watchdog.BOUNDARY_SECONDS = 30.0
-dog = watchdog.Watchdog(2.0, enabled=True)
+dog = watchdog.Watchdog(2.0, enabled=True).__enter__()
 def steps():
     for _ in range(3):
         time.sleep(0.01)
@@ -27,10 +27,10 @@ def run(work: str) -> subprocess.CompletedProcess[str]:
     ("work", "words"),
     [
         ("steps()", "another process is gone or hangs"),
-        ("steps(); dog.waits_for_data = True", "its images have not come"),
-        # A picture that is known to take a moment: the next may not take the time of the first.
+        ("steps(); dog.waiting_for_data().__enter__()", "its images have not come"),
+        # A grid that is known to take a moment: the next may not take the time of the first.
         (
-            "steps(); dog.begin('picture'); time.sleep(0.02); dog.end('picture'); dog.begin('picture')",
+            "steps()\nwith dog.task('grid'): time.sleep(0.02)\ndog.task('grid').__enter__()",
             "another process",
         ),
         # The first step also compiles; no more than the second may follow from that.
@@ -47,7 +47,7 @@ def test_what_hangs_ends(work: str, words: str) -> None:
 def test_slow_steps_and_a_slow_first_evaluation_are_let_be() -> None:
     work = """
     steps()
-    dog.begin("evaluation"); time.sleep(3); dog.end("evaluation")
+    with dog.task("evaluation"): time.sleep(3)
     time.sleep(0.3); dog.beat()
     time.sleep(3); dog.beat()  # it may take 20 times the one before it, and so 6
     dog.close()

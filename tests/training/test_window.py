@@ -1,20 +1,20 @@
-"""An interval's report: what all ranks act on."""
+"""A window's report: what all ranks act on."""
 
 import torch
 from accelerate import Accelerator
 
 from pipeline.training.step import STATISTICS
-from pipeline.training.stop_requests import Requests
-from pipeline.training.window import SCALER_PATIENCE_STEPS, Interval
+from pipeline.training.stop_requests import StopRequests
+from pipeline.training.window import SCALER_PATIENCE_STEPS, Window
 
 
 def report(**shares: float) -> tuple[int, int]:
     """Return (non-finite, hopeless) of an interval in which a statistic had so large a share of the steps."""
-    interval = Interval(Accelerator(cpu=True), Requests())
+    window = Window(Accelerator(cpu=True), StopRequests())
     for step in range(SCALER_PATIENCE_STEPS):
         values = [float(step < shares.get(name, 0) * SCALER_PATIENCE_STEPS) for name in STATISTICS]
-        interval.add(torch.tensor(values), 8, 0.0)
-    found = interval.agree(data_wait_seconds=0.0, save_due=False)
+        window.add(torch.tensor(values), 8, 0.0)
+    found = window.reduce(0.0, False)
     assert not {"nonfinite", "skipped"} & set(found.values)
     return found.nonfinite_steps, found.hopeless_steps
 

@@ -1,0 +1,116 @@
+"""Residual networks (after Gulrajani et al. 2017, appendix C): `network.architecture=residual`. Not the paper's.
+
+BatchNorm stays in both networks, so that the recipe of the paper holds: no gradient penalty, no spectral norm.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from pipeline.common.errors import ConfigConflict
+from pipeline.model import networks
+from pipeline.model.dcgan import make_head, stage_widths
+
+if TYPE_CHECKING:
+    from pipeline.config import NetworkConfig
+
+
+class UpBlock(nn.Module):
+    """Maps (N, inputs, h, w) -> (N, outputs, 2h, 2w): two 3x3 convolutions beside a 1x1 convolution."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.BatchNorm2d(inputs),
+            nn.ReLU(inplace=True),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+        )
+        # The order commutes: convolving before enlarging gives the same values for a quarter of the work.
+        self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.Upsample(scale_factor=2))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        summed: Tensor = self.main(maps) + self.skip(maps)
+        return summed
+
+
+class DownBlock(nn.Module):
+    """Maps (N, inputs, 2h, 2w) -> (N, outputs, h, w): two 3x3 convolutions beside a 1x1 convolution, then LeakyReLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.AvgPool2d(2),
+        )
+        self.skip = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(inputs, outputs, 1, bias=False))
+        self.activation = nn.LeakyReLU(0.2, inplace=True)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        activated: Tensor = self.activation(self.main(maps) + self.skip(maps))
+        return activated
+
+
+class Generator(networks.Generator):
+    """z (N, latent_dim) float -> images (N, channels, size, size) float in [-1, 1]."""
+
+    def __init__(self, config: "NetworkConfig") -> None:
+        super().__init__(config)
+        _refuse_options_of_dcgan(config)
+        widths = stage_widths(config.image_size, config.width)
+        self.project = nn.ConvTranspose2d(config.latent_dim, widths[0], 4, bias=False)  # (N, widths[0], 4, 4)
+        self.blocks = nn.Sequential(*map(UpBlock, widths, [*widths[1:], widths[-1]]))  # (N, width, size, size)
+        self.normalize = nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True))
+        self.to_image = nn.Sequential(nn.Conv2d(widths[-1], config.channels, 3, padding=1, bias=False), nn.Tanh())
+
+    def forward(self, z: Tensor) -> Tensor:
+        maps = self.blocks(self.project(z[:, :, None, None]))
+        images: Tensor = self.to_image(self.normalize(maps))
+        return images
+
+    @property
+    def last_activation(self) -> nn.Module:
+        return self.normalize
+
+
+class Discriminator(networks.Discriminator):
+    """Images (N, channels, size, size) float in [-1, 1] -> logits (N,), positive for real."""
+
+    def __init__(self, config: "NetworkConfig") -> None:
+        super().__init__(config)
+        _refuse_options_of_dcgan(config)
+        widths = self.activation_widths
+        self.blocks = nn.Sequential(*map(DownBlock, [config.channels, *widths], widths))  # (N, widths[-1], 4, 4)
+        self.head = make_head(config.head, widths[-1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(images))  # (N, 1, 1, 1)
+        return logits.flatten()
+
+    @property
+    def activation_widths(self) -> list[int]:
+        return stage_widths(self.config.image_size, self.config.width)[::-1]
+
+    def activations(self, images: Tensor) -> Iterator[Tensor]:
+        maps = images
+        for block in self.blocks:
+            maps = block(maps)
+            yield maps
+
+
+def _refuse_options_of_dcgan(config: "NetworkConfig") -> None:
+    """Raise ConfigConflict for a setting that these networks would ignore."""
+    for name in ("kernel_size", "upsampling"):
+        if getattr(config, name) != type(config).model_fields[name].default:
+            raise ConfigConflict(
+                f"network.{name}={getattr(config, name)}: the residual networks have 3x3 kernels and repeat pixels; "
+                f"leave network.{name} out, or set network.architecture=dcgan"
+            )

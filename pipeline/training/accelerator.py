@@ -1,0 +1,94 @@
+"""The processes of a run: how accelerate sets them up, and the few things that all of them do together."""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
+from torch import nn
+
+from pipeline.common.errors import ConfigConflict, TryAgainError, UnavailableError, UserError, describe_os_error
+
+T = TypeVar("T")
+
+
+def make_accelerator() -> Accelerator:
+    """Return the accelerator that launch options and environment ask for.
+
+    Raises UnavailableError when this machine cannot do the precision, ConfigConflict when two processes would share
+    a GPU over NCCL, which refuses that only later.
+    """
+    # Buffers are not broadcast: D runs twice before one backward. They are averaged before saving instead.
+    # torch 2.13 renames the option to one that torch 2.11 and accelerate 1.15 do not know.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    try:
+        accelerator = Accelerator(kwargs_handlers=handlers)
+    except ValueError as error:
+        raise UnavailableError(f"--mixed_precision: {error}; use bf16, or no") from None
+    if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
+        raise UnavailableError("--mixed_precision fp16: accelerate would train in float32 on the CPU; use bf16, or no")
+    if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if torch.distributed.get_backend() == "nccl" and processes > gpus:
+            raise ConfigConflict(
+                f"{processes} processes on a machine with {gpus} GPUs: each needs one of its own; start {gpus}"
+            )
+    return accelerator
+
+
+def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Return `work()` of this rank if it succeeds on every rank; else raise on all of them what any rank raised.
+
+    So a rank that alone cannot start takes the others with it at once, with its own exit code and its own words.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except OSError as error:
+        failure = describe_os_error(error)
+    except Exception as error:
+        failure = error
+    if accelerator.num_processes > 1:
+        mine = (accelerator.process_index, _public_kind(failure), str(failure)) if failure is not None else None
+        failures = [found for found in gather_object([mine]) if found is not None]
+        if failures and (failure is None or isinstance(failure, UserError)):
+            rank, kind, words = failures[0]
+            failure = kind(words if len(failures) == accelerator.num_processes else f"rank {rank}: {words}")
+            failure.on_all_ranks = True
+    if failure is not None:
+        raise failure
+    return cast(T, result)
+
+
+def _public_kind(failure: Exception) -> type[UserError]:
+    """Return the class of `pipeline.common.errors` that says what a failure means to the other ranks."""
+    if not isinstance(failure, UserError):
+        return TryAgainError
+    return next(kind for kind in type(failure).__mro__ if kind.__module__ == UserError.__module__)
+
+
+def wait_for_all(accelerator: Accelerator) -> None:
+    """Return when all processes have come here.
+
+    Not accelerate's `wait_for_everyone`: it names a GPU by local rank to `barrier`, even for processes on the CPU, or
+    that share one.
+    """
+    accelerator.reduce(torch.zeros(1, device=accelerator.device), "sum").item()
+
+
+def average_batchnorm(network: nn.Module, accelerator: Accelerator) -> None:
+    """Make the running BatchNorm statistics equal on all ranks: their mean."""
+    if accelerator.num_processes == 1:
+        return
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    torch.distributed.all_reduce(flat)
+    flat /= accelerator.num_processes
+    means = torch.split(flat, [buffer.numel() for buffer in buffers])
+    for buffer, mean in zip(buffers, means, strict=True):
+        buffer.copy_(mean.view_as(buffer))

@@ -1,0 +1,87 @@
+"""What is refused before the first step because it cannot work, and what is worth a warning."""
+
+import logging
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from pipeline.common.errors import ConfigConflict
+from pipeline.common.machine import available_cores
+from pipeline.config import RunConfig
+from pipeline.data.dataset import Dataset
+
+log = logging.getLogger(__name__)
+
+SMALL_BATCHNORM = 16
+LARGE_BATCH = 1_024
+
+
+def check_settings(config: RunConfig, dataset: Dataset, accelerator: Accelerator) -> None:
+    """Raise ConfigConflict for settings that these processes, this device or this data set cannot honor."""
+    config.check_processes(accelerator.num_processes)
+    if config.recipe.sync_batchnorm and accelerator.num_processes > 1 and accelerator.device.type != "cuda":
+        raise ConfigConflict("recipe.sync_batchnorm=true works on CUDA only; this run is on the CPU: leave it false")
+    for name in ("image_size", "channels"):
+        has, wanted = getattr(dataset, name), getattr(config.network, name)
+        if has != wanted:
+            raise ConfigConflict(
+                f"--data {dataset.location} holds images of {name} {has}, network.{name} is {wanted}; "
+                f"set network.{name}={has} or build the shards again"
+            )
+
+
+def check_ranks_agree(config: RunConfig, dataset: Dataset, accelerator: Accelerator) -> None:
+    """Raise ConfigConflict on every rank unless all have the same settings and data; else they hang or diverge."""
+    if accelerator.num_processes == 1:
+        return
+    mine = {f"{section}.{key}": value for section, keys in config.model_dump().items() for key, value in keys.items()}
+    mine["data"] = dataset.fingerprint()[:12]
+    first, *others = gather_object([mine])
+    for rank, other in enumerate(others, 1):
+        if different := [f"{key} {first[key]} and {other[key]}" for key in first if first[key] != other[key]]:
+            raise ConfigConflict(
+                f"ranks 0 and {rank} have different settings: {'; '.join(different)}. "
+                "Start all of them with the same options and data (without --preset, each reads its own --out)"
+            )
+
+
+def warn(config: RunConfig, accelerator: Accelerator) -> None:
+    """Say what works but wastes the machine or the batch."""
+    _warn_about_batch(config, accelerator.num_processes)
+    _warn_about_threads(accelerator, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _warn_about_threads(accelerator: Accelerator, processes: int) -> None:
+    """Say when cores are idle: accelerate's launcher gives a process one thread unless told otherwise.
+
+    `processes` share this machine.
+    """
+    cores = available_cores()
+    if accelerator.device.type == "cpu" and (threads := torch.get_num_threads()) * processes < cores:
+        log.info(
+            "%d of %d cores in use; accelerate launch --num_cpu_threads_per_process %d uses all",
+            threads * processes,
+            cores,
+            cores // processes,
+        )
+
+
+def _warn_about_batch(config: RunConfig, world_size: int) -> None:
+    """Say what BatchNorm and Adam make of the batch at this number of processes."""
+    recipe = config.recipe
+    share = recipe.batch // world_size // config.runtime.accumulate
+    if share < SMALL_BATCHNORM and not (recipe.sync_batchnorm and world_size > 1):
+        log.warning(
+            "BatchNorm sees only %d images at a time; below %d its statistics are noise: "
+            "use recipe.sync_batchnorm=true (CUDA), a larger recipe.batch, or fewer processes",
+            share,
+            SMALL_BATCHNORM,
+        )
+    if recipe.batch > LARGE_BATCH and recipe.learning_rate_d == recipe.learning_rate_g == 2e-4:
+        log.warning(
+            "recipe.batch=%d with the paper's learning rate of 2e-4 for batch 128: "
+            "for Adam try up to sqrt(batch / 128) times as much, and watch D(real) - D(fake)",
+            recipe.batch,
+        )

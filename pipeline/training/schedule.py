@@ -1,0 +1,65 @@
+"""What is due when: log boundaries, grids, evaluations and checkpoints, from images seen and seconds passed."""
+
+import time
+from dataclasses import dataclass
+
+from pipeline.config import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is to be done at a log boundary."""
+
+    grid: bool
+    evaluation: bool
+    checkpoint: bool
+
+    @property
+    def task(self) -> str:
+        """The longest of them, '' for none: how long it takes says what is unusual."""
+        return "evaluation" if self.evaluation else "checkpoint" if self.checkpoint else "grid" if self.grid else ""
+
+
+class Schedule:
+    """The cadences of `ScheduleConfig`, rounded up: a log boundary to whole batches, the rest to log boundaries."""
+
+    def __init__(self, config: ScheduleConfig, images_seen: int) -> None:
+        self.config = config
+        self._boundary = images_seen
+        self._saved_at = time.monotonic()
+
+    def finished(self, images_seen: int) -> bool:
+        """Whether the run has seen all its images."""
+        return images_seen >= self.config.total_images
+
+    def at_boundary(self, images_seen: int) -> bool:
+        """Whether a log boundary has come: the only place where ranks agree on anything."""
+        return self.finished(images_seen) or self._crossed(self.config.log_every_images, images_seen)
+
+    @property
+    def checkpoint_overdue(self) -> bool:
+        """Whether `checkpoint_minutes` have passed on this rank since its last checkpoint; 0 minutes never pass."""
+        return time.monotonic() - self._saved_at >= 60 * self.config.checkpoint_minutes > 0
+
+    def due(self, images_seen: int, *, checkpoint_wanted: bool) -> Due:
+        """Return what is due at this boundary and move on to the next.
+
+        `checkpoint_wanted` holds on all ranks alike: a request to save or to stop, or an overdue checkpoint of any.
+        """
+        config, finished = self.config, self.finished(images_seen)
+        evaluation = finished or self._crossed(config.evaluate_every_images, images_seen)
+        due = Due(
+            grid=finished or self._crossed(config.grid_every_images, images_seen),
+            evaluation=evaluation,
+            checkpoint=evaluation or checkpoint_wanted or self._crossed(config.checkpoint_every_images, images_seen),
+        )
+        self._boundary = images_seen
+        return due
+
+    def saved(self) -> None:
+        """Note that a checkpoint was just written."""
+        self._saved_at = time.monotonic()
+
+    def _crossed(self, every: int, images_seen: int) -> bool:
+        """Whether a multiple of `every` images lies after the last boundary, up to `images_seen`."""
+        return images_seen // every > self._boundary // every

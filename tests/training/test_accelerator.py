@@ -1,0 +1,96 @@
+"""What all ranks do together: fail at once with the words of the one that failed, and average statistics."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = """
+import os, sys
+from accelerate import Accelerator
+from pipeline.common.errors import DataError
+from pipeline.training.accelerator import together
+
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+
+class Damaged(DataError):
+    def __init__(self, what, where):
+        super().__init__(f"{what} at {where}")
+
+def work():
+    if rank in RANKS:
+        raise ERROR
+    return rank
+
+try:
+    result = together(accelerator, work)
+except Exception as error:
+    code = getattr(error, "exit_code", 1)
+    print(f"{rank} {type(error).__name__} {code} {getattr(error, 'on_all_ranks', False)} {error}", flush=True)
+else:
+    print(f"{rank} returned {result}", flush=True)
+os._exit(0)
+"""
+
+
+def start(tmp_path: Path, code: str) -> list[str]:
+    """Run `code` in two ranks; return what each of them printed, in order."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return sorted(line for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error", "expected"),
+    [
+        ("()", "None", ["0 returned 0", "1 returned 1"]),
+        ("(1,)", "Damaged('shard', 3)", [f"{rank} DataError 65 True rank 1: shard at 3" for rank in (0, 1)]),
+        ("(0, 1)", "DataError('x: gone')", [f"{rank} DataError 65 True x: gone" for rank in (0, 1)]),
+        (
+            "(0,)",
+            "OSError(28, 'No space left on device', 'f')",
+            [f"{rank} TryAgainError 75 True rank 0: f: No space left on device" for rank in (0, 1)],
+        ),
+        (
+            "(1,)",
+            "ZeroDivisionError('bug')",
+            ["0 TryAgainError 75 True rank 1: bug", "1 ZeroDivisionError 1 False bug"],
+        ),
+    ],
+    ids=["all well", "one", "both", "disk", "bug"],
+)
+def test_all_raise_what_one_raises(tmp_path: Path, ranks: str, error: str, expected: list[str]) -> None:
+    for found, wanted in zip(
+        start(tmp_path, WORKER.replace("RANKS", ranks).replace("ERROR", error)), expected, strict=True
+    ):
+        assert found.startswith(wanted)
+
+
+AVERAGE = """
+import os
+import torch
+from accelerate import Accelerator
+from torch import nn
+from pipeline.training.accelerator import average_batchnorm
+
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(3))
+network[1].running_mean += torch.tensor([1.0, 3.0]) * (rank + 1)
+network[2].running_var *= 1 + 2 * rank
+network[1].num_batches_tracked += 5 + rank
+average_batchnorm(network, accelerator)
+print(rank, network[1].running_mean.tolist(), network[2].running_var.tolist(), int(network[1].num_batches_tracked))
+os.sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_running_statistics_become_the_mean_over_ranks(tmp_path: Path) -> None:
+    expected = [f"{rank} [1.5, 4.5] [2.0, 2.0, 2.0] {5 + rank}" for rank in (0, 1)]
+    assert start(tmp_path, AVERAGE) == expected

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from support import ROOT
+from test_imports import ROOMS
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FOLDERS = "pipeline|export|deploy|k8s|benchmarks|tests|docs"
@@ -38,6 +39,12 @@ def test_paths_exist(page: Path) -> None:
     text = re.sub(r"^## \[0\.1\.0\].*", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     paths = re.findall(rf"`((?:{FOLDERS})/[\w./-]*\w)(?:::[^`]*)?`", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_rooms_stand_in_the_order_that_is_kept() -> None:
+    section = (ROOT / "docs" / "architecture.md").read_text().partition("## Rooms")[2].partition("## ")[0]
+    rows = re.findall(r"^\| `([\w/.]+)` \|", section, re.MULTILINE)
+    assert [row.removesuffix("/").removesuffix(".py").replace("/", ".") for row in rows] == list(ROOMS)
 
 
 def quotes() -> list[tuple[str, str]]:

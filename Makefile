@@ -1,4 +1,4 @@
-# make demo: everything from pictures to generated samples. make test: what CI runs. make help: the rest.
+# make demo runs everything from pictures to samples; make test is what CI runs; make help lists all targets.
 PYTHON ?= python3
 DEMO ?= demo
 TRAIN_OPTIONS ?=
@@ -8,29 +8,36 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 	--num_cpu_threads_per_process $(shell nproc)
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint types unit test-faults test-multinode clean-demo
+.PHONY: help install system system-slow system-check demo clean-demo test lint types unit test-slow test-faults \
+	test-multinode test-metrics test-k8s test-containers test-long metrics-demo gpu-check
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-install: .venv/.installed ## the virtual environment, with everything that CPU work and the tests need
+install: .venv/.installed ## create .venv with everything that CPU work and the tests need
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip uninstall -qqq --yes onnxruntime-gpu # of a gpu-check: the CPU's owns the same module
+	@$(BIN)/python -m pip uninstall -qqq --yes onnxruntime-gpu # from a gpu-check; onnxruntime owns the same module
 	$(BIN)/python -m pip install --progress-bar off --quiet -c constraints.txt -e '.[cpu,data,eval,dev,tensorrt-rtx]'
 	@touch $@
 
-system: ## the Debian packages that the tests use: a browser, nginx, Prometheus
-	@sh tests/system.sh
+system: ## install the Debian packages that the tests use: a browser, nginx, Prometheus (root)
+	@sh tests/system.sh install
 
-# Every step below goes on where it was interrupted, and is skipped when its result is there.
+system-slow: ## install those that only `make test-slow` uses, too: podman (root)
+	@sh tests/system.sh install slow
+
+system-check:
+	@sh tests/system.sh check
+
+# Every step below resumes where it was interrupted, and is skipped when its result exists.
 demo: $(DEMO)/report.html ## faces -> shards -> GAN -> ONNX -> throughput -> 1,000 samples -> report
 	@echo
 	@echo "Done. Look at:"
-	@echo "  $(DEMO)/report.html              the whole story on one page"
-	@echo "  $(DEMO)/run/samples/             the same 64 samples as training went on"
+	@echo "  $(DEMO)/report.html              everything on one page"
+	@echo "  $(DEMO)/run/samples/             the same 64 samples at intervals during training"
 	@echo "  $(DEMO)/bench/                   sampling throughput on this machine"
 	@echo "  $(DEMO)/samples/                 1,000 generated images in shards, with their manifest"
 
@@ -38,8 +45,7 @@ $(DEMO)/data/dataset.json: | .venv/.installed
 	@echo "== 1/6 shards from the bundled faces"
 	$(BIN)/dcgan-data build webdataset data/faces $(DEMO)/data --size 64 --encoding packed
 
-# Ctrl-C is for the trainer alone, which saves (once it has started up): the launcher would not wait for that, and end
-# with a traceback of its own.
+# Only the trainer must receive Ctrl-C, because it saves. The launcher would not wait for it, and would print a traceback.
 $(DEMO)/.trained: $(DEMO)/data/dataset.json
 	@echo "== 2/6 training"
 	trap '' INT; $(LAUNCH) pipeline/train.py --data $(DEMO)/data --out $(DEMO)/run --preset demo $(TRAIN_OPTIONS)
@@ -61,48 +67,49 @@ $(DEMO)/report.html: $(DEMO)/bench/bench.json $(DEMO)/samples/manifest.json
 	@echo "== 6/6 report"
 	$(BIN)/dcgan-eval report $(DEMO)/run --bench $(DEMO)/bench/bench.json --out $@
 
-clean-demo: ## forget the demo
+clean-demo: ## delete the demo's results
 	rm -rf $(DEMO)
 
-test: system lint types unit ## what CI runs
+test: system-check lint types unit ## what CI runs; names the Debian packages that are missing, and installs none
 
-lint: .venv/.installed ## ruff
+lint: .venv/.installed ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: .venv/.installed ## mypy --strict
 	$(BIN)/mypy
-	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/*.py
+	for file in tests/*/conftest.py; do $(BIN)/mypy $$file || exit; done # apart, because they all have one name
 
-unit: .venv/.installed ## pytest, with coverage
+unit: .venv/.installed ## pytest with coverage, without the slow tests
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --durations=15 --cov=pipeline --cov=export --cov=deploy --cov-report=term
 
-test-slow: test-faults test-multinode test-metrics test-k8s test-containers ## everything that `make test` leaves out
+test-slow: test-faults test-multinode test-metrics test-k8s test-containers test-long ## every test that `make test` omits
+
+test-long: .venv/.installed ## the slow tests of export and deploy: every network exported, generation killed again and again
 	$(BIN)/pytest -m slow tests/export tests/deploy
 
-test-faults: .venv/.installed ## power cut at every write, kills at random moments, full disk, damaged checkpoints
+test-faults: .venv/.installed ## a power cut at every write, kills at random moments, a full disk, damaged checkpoints
 	$(BIN)/pytest tests/faults
 
-test-multinode: .venv/.installed ## two machines as network namespaces: cut cable, lost node, gang restart (root)
+test-multinode: .venv/.installed ## two nodes as network namespaces: cut cable, lost node, gang restart (root)
 	$(BIN)/pytest -m slow tests/multinode
 
-test-metrics: system .venv/.installed ## a real Prometheus, every alert provoked, every panel drawn
+test-metrics: system-check .venv/.installed ## a real Prometheus: provoke every alert, draw every panel
 	$(BIN)/pytest tests/metrics
 
-test-k8s: ## render every overlay; schemas, checkov, our own rules, each broken once
+test-k8s: ## render every overlay; check schemas, checkov and our rules, and that each rule fails when broken
 	sh tests/k8s/run.sh
 
-test-containers: .venv/.installed ## build the image, run the cpu-demo overlay's Jobs under podman (root)
+test-containers: .venv/.installed ## build the image; run the Jobs of the cpu-demo overlay with podman (root)
 	sh tests/containers/run.sh
 
-metrics-demo: system .venv/.installed ## Prometheus and the dashboards beside a running demo; Ctrl-C ends it
+metrics-demo: .venv/.installed ## Prometheus and the dashboards beside a running demo; Ctrl-C ends it
 	$(BIN)/python -m deploy.prometheus.demo
 
-.PHONY: gpu-check
-gpu-check: .venv/.installed-gpu ## on a machine with an NVIDIA GPU: tests/gpu, engines, benchmarks, a result file
+gpu-check: .venv/.installed-gpu ## with an NVIDIA GPU: tests/gpu, engines, benchmarks, a result file
 	$(BIN)/python benchmarks/gpu_check.py gpu-check
 
-# onnxruntime and onnxruntime-gpu own the same module, and must never both be there; the GPU's runs on the CPU, too.
+# onnxruntime and onnxruntime-gpu own the same module: never install both. The GPU build also runs on the CPU.
 .venv/.installed-gpu: .venv/.installed
 	@$(BIN)/python -c 'import sys, export.format.driver as d; sys.exit(d.driver_version() is None and "error: no NVIDIA GPU with a driver here")'
 	$(BIN)/python -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu

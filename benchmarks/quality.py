@@ -1,14 +1,17 @@
-"""Does the pipeline train a better generator than the loop of the tutorials, given as many images?
+"""Does the pipeline train a better generator than the loop of the tutorials, given the same number of images?
 
-    python benchmarks/quality.py --work demo/quality        # CPU: hours; goes on where it was interrupted
+    python benchmarks/quality.py --work demo/quality        # CPU: hours; run it again to resume after an interruption
 
-Both arms: the same networks (64x64, width 32), the same batch of 32, Adam and learning rates, the same training images
-of the bundled faces, three seeds. Judged by SWD and MS-SSIM against faces that neither arm has seen, at the same counts
-of images, on as many samples. "ours" is what a user gets: `pipeline/train.py --preset demo` at that width and batch,
-the EMA generator of its checkpoints; "ours, not averaged" is the generator that the average is taken over. "tutorial"
-is the PyTorch DCGAN tutorial's: normal z, a DataLoader that reshuffles, the last generator, its samples drawn in
-training mode as the tutorial draws them (BatchNorm over the samples).
-Writes benchmarks/results/quality.{json,png} and a grid of the same z over time for both.
+Both arms have the same networks (64x64, width 32), batch of 32, Adam, learning rates, and training images (the bundled
+faces), and run with three seeds. Both are evaluated by SWD and MS-SSIM against faces that neither arm was trained on,
+after the same numbers of images and with the same number of samples.
+
+"ours" is what a user gets: `pipeline/train.py --preset demo` at that width and batch, and the EMA generator of its
+checkpoints. "ours, not averaged" is the generator that the average is taken over. "tutorial" is the PyTorch DCGAN
+tutorial: normal z, a DataLoader that reshuffles, and the last generator, sampled in training mode as the tutorial does
+(BatchNorm over the samples).
+
+Writes benchmarks/results/quality.{json,png}, and a grid of the same z over time for each.
 """
 
 import argparse
@@ -29,10 +32,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pipeline.checkpoints.reference import load_generator
 from pipeline.common.imaging import encode, labeled_sheet
+from pipeline.common.machine import available_cores
 from pipeline.common.randomness import Purpose
 from pipeline.common.storage import write_atomic
 from pipeline.config import RunConfig, load_config
 from pipeline.data.shard_reader import iterate
+from pipeline.evaluation import charts
 from pipeline.evaluation.images import ArrayImages, GeneratedImages, Images
 from pipeline.evaluation.metrics.ms_ssim import ms_ssim
 from pipeline.evaluation.metrics.swd import Sampling, distances, project
@@ -47,7 +52,7 @@ SAMPLES = 4_096
 
 
 def config(seed: int) -> RunConfig:
-    """Return the demo preset, wider and longer, with every checkpoint kept and no evaluation of its own."""
+    """Return the demo preset, wider and longer, that keeps every checkpoint and evaluates only at its end."""
     size = "network.width=32 recipe.batch=32"
     schedule = f"total_images={TOTAL} checkpoint_every_images={EVERY} keep_checkpoints=99 grid_every_images={TOTAL}"
     evaluation = f"evaluate_every_images={TOTAL} evaluate_samples=1024 seed={seed}"
@@ -55,14 +60,14 @@ def config(seed: int) -> RunConfig:
 
 
 def train_ours(seed: int, data: Path, out: Path) -> None:
-    """Run the trainer; it continues what it finds."""
+    """Run the trainer; it resumes a run that it finds."""
     from pipeline.training.loop import train
 
     train(config(seed), data=str(data), out=out)
 
 
 def train_tutorial(seed: int, data: Path, out: Path) -> None:
-    """Run the tutorial's loop and keep a generator at every EVERY images; continue from the last of them."""
+    """Run the tutorial's loop and save its state every EVERY images; resume from the last state."""
     network, batch = tutorial_network(seed), config(seed).recipe.batch
     torch.manual_seed(seed)
     generator, discriminator = build_generator(network), build_discriminator(network)
@@ -111,12 +116,12 @@ def tutorial_network(seed: int) -> Any:
 TRAIN = {"ours": train_ours, "tutorial": train_tutorial}
 
 
-JUDGED = {"ours": "ours", "ours, not averaged": "ours", "tutorial": "tutorial"}
-"""What is compared, and whose runs it is taken from."""
+GENERATORS = {"ours": "ours", "ours, not averaged": "ours", "tutorial": "tutorial"}
+"""What is compared, and the arm whose runs it comes from."""
 
 
 def generator_at(name: str, seed: int, seen: int, out: Path) -> Generator:
-    """Return the generator that would be sampled with after `seen` images."""
+    """Return the generator that a user would sample with after `seen` images."""
     if name != "tutorial":
         weights = "generator_ema" if name == "ours" else "generator"
         return load_generator(str(out / "checkpoints" / f"{seen:012d}" / f"{weights}.safetensors")).generator
@@ -131,33 +136,31 @@ def swd(held_out: Images, images: Images) -> float:
     return distances(project(held_out, sampling, real=True), project(images, sampling, real=False))["swd"]
 
 
-def judge(generator: Generator, held_out: Images, seed: int) -> dict[str, float]:
+def evaluate(generator: Generator, held_out: Images, seed: int) -> dict[str, float]:
     """Return the distance of fresh samples from the held-out images, and their diversity."""
     with torch.no_grad():
         samples = ArrayImages(np.concatenate([b for _, b in GeneratedImages(generator, SAMPLES, seed).blocks()]))
     return {"swd": swd(held_out, samples), "ms_ssim": ms_ssim(samples)}
 
 
-def judged(name: str, seed: int, out: Path, held_out: Images) -> list[dict[str, float]]:
-    """Judge the generators of a run at each of STEPS; what is found is kept beside the run."""
-    path = out / f"judged, {name}.json"
+def evaluate_run(name: str, seed: int, out: Path, held_out: Images) -> list[dict[str, float]]:
+    """Evaluate the generators of a run at each of STEPS; the results are kept beside the run."""
+    path = out / f"evaluated, {name}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     for seen in STEPS:
         if str(seen) not in known:
-            known[str(seen)] = judge(generator_at(name, seed, seen, out), held_out, seed)
+            known[str(seen)] = evaluate(generator_at(name, seed, seen, out), held_out, seed)
             write_atomic(path, json.dumps(known, indent=1) + "\n")
     return [known[str(seen)] for seen in STEPS]
 
 
 def main() -> None:
-    """Train what is missing, judge all of it, write the results."""
+    """Train the runs that are missing, evaluate all of them, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("demo/quality"))
     parser.add_argument("--faces", default="data/faces")
-    parser.add_argument(
-        "--parallel", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, a core each"
-    )
-    parser.add_argument("--train", nargs=2, metavar=("ARM", "SEED"), help="only this run, in this process")
+    parser.add_argument("--parallel", type=int, default=available_cores(), help="runs at a time, one core each")
+    parser.add_argument("--train", nargs=2, metavar=("ARM", "SEED"), help="train only this run, in this process")
     options = parser.parse_args()
     data = options.work / "data"
     runs = {(arm, seed): options.work / f"{arm}-{seed}" for seed in SEEDS for arm in TRAIN}
@@ -180,18 +183,18 @@ def main() -> None:
             running.append(subprocess.Popen(command, env=environment))
         time.sleep(1)
         if any(process.poll() for process in running):
-            raise SystemExit("a run failed; run it again to go on")
+            raise SystemExit("a run failed; start the benchmark again to resume it")
         running = [process for process in running if process.poll() is None]
     report(runs, data / "val")
 
 
 def report(runs: dict[tuple[str, int], Path], val: Path) -> None:
-    """Judge every kept generator, write the numbers, the curves and the grids."""
+    """Evaluate every saved generator; write the numbers, the curves and the grids."""
     held_out = ArrayImages(np.concatenate(list(iterate(val))))
     curves: dict[str, Any] = {}
-    for name, arm in JUDGED.items():
+    for name, arm in GENERATORS.items():
         for seed in SEEDS:
-            found = judged(name, seed, runs[arm, seed], held_out)
+            found = evaluate_run(name, seed, runs[arm, seed], held_out)
             for measure in ("swd", "ms_ssim"):
                 curves.setdefault(name, {}).setdefault(measure, {})[seed] = [round(row[measure], 4) for row in found]
             print(f"{name}, seed {seed}: swd {curves[name]['swd'][seed]}", flush=True)
@@ -211,7 +214,7 @@ def report(runs: dict[tuple[str, int], Path], val: Path) -> None:
     (results / "quality.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, results / "quality.png")
     rows = []
-    for name, arm in JUDGED.items():
+    for name, arm in GENERATORS.items():
         for seen in (STEPS[0], STEPS[1], STEPS[3], STEPS[-1]):
             pixels = sample(generator_at(name, 0, seen, runs[arm, 0]), 0, Purpose.GRID, 0, 64)[:12]
             rows.append((f"{name}, {seen // 1000:,}k images", pixels))
@@ -219,11 +222,9 @@ def report(runs: dict[tuple[str, int], Path], val: Path) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Plot SWD against images, a line a seed."""
-    from pipeline.evaluation import charts
-
+    """Plot SWD against images, one line for each seed."""
     figure, area = charts.axes(6)
-    for color, name in zip(("tab:blue", "lightblue", "tab:orange"), JUDGED, strict=True):
+    for color, name in zip(("tab:blue", "lightblue", "tab:orange"), GENERATORS, strict=True):
         for index, values in enumerate(result["curves"][name]["swd"].values()):
             area.plot(result["images"], values, color=color, label=name if index == 0 else None)
     area.axhline(result["swd_of_training_images"], color="gray", linestyle=":", label="training images")

@@ -27,7 +27,7 @@ from torch import nn
 from pipeline.common.randomness import Purpose
 from pipeline.config import RunConfig, load_config
 from pipeline.model.latents import latents
-from pipeline.model.losses import discriminator_loss, generator_loss
+from pipeline.model.losses.non_saturating import discriminator_loss, generator_loss
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.step import AdversarialStep
 

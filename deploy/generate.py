@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.common.errors import DataError, Stopped, UnavailableError, UsageError, run_command
+from pipeline.common.command_line import Version, plain_app, run_command
+from pipeline.common.errors import DataError, Stopped, UnavailableError, UsageError
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 
 if TYPE_CHECKING:
@@ -27,12 +28,7 @@ if TYPE_CHECKING:
     from pipeline.common.storage import Store
     from pipeline.common.telemetry import Telemetry
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = plain_app()
 
 
 class Format(StrEnum):
@@ -70,6 +66,7 @@ def generate(
     metrics_port: MetricsPort = None,
     metrics_address: MetricsAddress = "127.0.0.1",
     push_gateway: PushGateway = None,
+    version: Version = False,
 ) -> None:
     """Make images START to START + COUNT of a model; or `merge` parts that were made apart."""
     if context.invoked_subcommand is not None:

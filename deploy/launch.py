@@ -23,16 +23,17 @@ from typing import Annotated
 import typer
 
 import pipeline
-from pipeline.common.errors import UsageError, run_command
+from pipeline.common.command_line import HELP_OPTIONS, Version, plain_app, run_command
+from pipeline.common.errors import UsageError
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SAVED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # the codes of a trainer that was stopped and has saved
 OURS = (2, 65, 69, 75, 78)  # codes that say more than "killed" or "failed"
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = plain_app()
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"], "allow_interspersed_args": False})
+@app.command(context_settings={**HELP_OPTIONS, "allow_interspersed_args": False})
 def launch(
     command: Annotated[
         list[str], typer.Argument(help="train, a .py file (run by Python, N times), or a command (run once).")
@@ -52,6 +53,7 @@ def launch(
     grace_seconds: Annotated[
         int, typer.Option(min=1, help="When a process fails, the others are asked to end, and killed after so long.")
     ] = 30,
+    version: Version = False,
 ) -> None:
     """Run COMMAND as one or many processes; exit with its code."""
     from deploy.topology import Topology, count_gpus, discover

@@ -6,15 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.common.errors import run_command
+from pipeline.common.command_line import command_group, run_command
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    help="Turn a checkpoint into an ONNX file or a TensorRT engine, proven equal and measured.",
-)
+app = command_group(help="Turn a checkpoint into an ONNX file or a TensorRT engine, proven equal and measured.")
 
 
 class PrecisionOption(StrEnum):

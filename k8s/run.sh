@@ -1,15 +1,15 @@
 #!/bin/sh
-# Applies an overlay step by step, each when the one before it is done:
+# Applies an overlay step by step, each step when the one before it is done:
 #
-#     k8s/run.sh OVERLAY [STEP...]      such as: k8s/run.sh cpu-demo, or: k8s/run.sh cpu-demo generate generate-merge
+#     k8s/run.sh OVERLAY [STEP...]      for example: k8s/run.sh cpu-demo generate generate-merge
 #
-# Ends with 1 where a step has failed, and prints what its pods said last. Run again, it goes on: what is done stays.
-# To do a step again, delete its Job first: kubectl -n dcgan delete job STEP.
+# When a step fails, it prints the last lines of its pods and exits with 1. Run again, it resumes: finished steps stay.
+# To run a step again, delete its Job first: kubectl -n dcgan delete job STEP.
 set -eu
 [ $# -ge 1 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 overlays="$(cd "$(dirname "$0")" && pwd)/overlays"
 overlay="$overlays/$1"
-[ -f "$overlay/kustomization.yaml" ] || { echo "error: no overlay $1; there are: $(cd "$overlays" && echo *)" >&2; exit 2; }
+[ -f "$overlay/kustomization.yaml" ] || { echo "error: no overlay $1; expected one of: $(cd "$overlays" && echo *)" >&2; exit 2; }
 shift
 rendered=$(kubectl kustomize "$overlay")
 namespace=$(echo "$rendered" | sed -n 's/^  namespace: //p' | sort -u)
@@ -28,7 +28,7 @@ finished() {
         case " $conditions " in
             *" Complete "* | *" Completed "*) echo "$1: done"; return 0 ;;
             *" Failed "*)
-                echo "error: $1 has failed. What its pods said last:" >&2
+                echo "error: $1 has failed. The last lines of its pods:" >&2
                 kubectl -n "$namespace" logs --prefix --tail=3 --all-containers \
                     -l "app.kubernetes.io/component=$1" --max-log-requests=100 >&2 || true
                 return 1 ;;
@@ -42,7 +42,7 @@ finished() {
 }
 
 for step in "$@"; do
-    case " $every " in *" $step "*) ;; *) echo "error: no step $step; there are: $every" >&2; exit 2 ;; esac
+    case " $every " in *" $step "*) ;; *) echo "error: no step $step; expected one of: $every" >&2; exit 2 ;; esac
 done
 # shellcheck disable=SC2086
 [ $# -gt 0 ] || set -- $every

@@ -30,6 +30,7 @@ if __name__ == "__main__":
 
 import typer
 
+from pipeline.common.command_line import HELP_OPTIONS, Version, exit_with, plain_app, run_command
 from pipeline.common.errors import (
     ConfigConflict,
     DataError,
@@ -37,13 +38,11 @@ from pipeline.common.errors import (
     UnavailableError,
     UsageError,
     UserError,
-    exit_process,
-    run_command,
 )
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 from pipeline.config import RunConfig, explain, load_config, preset_names, validate
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = plain_app(completion=False)  # a launcher starts this file: there is no command of that name to complete
 
 
 class Resume(StrEnum):
@@ -53,7 +52,7 @@ class Resume(StrEnum):
     never = "never"
 
 
-@app.command(help=(__doc__ or "").replace("\n\n", "\n\n\b\n", 1))
+@app.command(context_settings=HELP_OPTIONS, help=(__doc__ or "").replace("\n\n", "\n\n\b\n", 1))
 def main(
     out: Annotated[Path, typer.Option(help="Run directory: checkpoints, samples, metrics.")],
     data: Annotated[
@@ -77,6 +76,7 @@ def main(
             "--show-config", help="Print all settings with their meaning and choices, as YAML for --config, and exit."
         ),
     ] = False,
+    version: Version = False,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Single settings, such as recipe.batch=64.")
     ] = None,
@@ -180,7 +180,7 @@ def run() -> None:
             said_by_all = error.on_all_ranks or isinstance(error, UsageError | ConfigConflict)
             if not said_by_all or os.environ.get("LOCAL_RANK", "0") == "0":
                 raise
-            exit_process(error.exit_code)
+            exit_with(error.exit_code)
 
     run_command(command)
 

@@ -1,4 +1,4 @@
-"""What several tests need: small real data sets, and the trainer as a command."""
+"""Helpers for several rooms: small real data sets, and the trainer as a command."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""--help of every command answers at once: nothing heavy is imported on the way, whatever the subcommand."""
+"""--help of every command and subcommand is quick: it imports nothing heavy."""
 
 import subprocess
 import sys

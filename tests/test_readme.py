@@ -1,4 +1,4 @@
-"""Every command of the README, run as a newcomer would: make demo first, then the tasks in their order."""
+"""Every command of the README runs as a newcomer would run it: make demo first, then the tasks in their order."""
 
 import os
 import re

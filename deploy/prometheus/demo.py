@@ -18,9 +18,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.common.errors import UnavailableError, UsageError, run_command
+from pipeline.common.command_line import plain_app, run_command
+from pipeline.common.errors import UnavailableError, UsageError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = plain_app(completion=False)
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]

@@ -1,12 +1,7 @@
-"""Errors a user can cause: one line, an exit code, never a traceback."""
+"""Errors a user can cause, each with its exit code."""
 
 import errno
-import logging
-import os
 import signal
-import sys
-from collections.abc import Callable
-from typing import NoReturn
 
 
 class UserError(Exception):
@@ -73,40 +68,3 @@ def describe_os_error(error: OSError) -> UserError:
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return UsageError(f"{where}{reason}. Choose a path that this user may use")
     return UsageError(f"{where}{reason}")
-
-
-def run_command(command: Callable[[], object]) -> None:
-    """Run a command line to its end and exit with our codes (DESIGN contract 6).
-
-    `UserError` and `OSError` become one line on standard error; anything else is a bug of ours and keeps
-    its traceback. Set `DCGAN_TRACEBACK=1` to see the traceback of user errors as well.
-    """
-    try:
-        command()
-    except SystemExit as end:  # typer's, after success as well
-        exit_process(end.code if isinstance(end.code, int) else int(end.code is not None))
-    except (UserError, OSError) as error:
-        if os.environ.get("DCGAN_TRACEBACK"):
-            raise
-        known = describe_os_error(error) if isinstance(error, OSError) else error
-        line = " ".join(str(known).split())
-        print(f"{'stopped' if isinstance(known, Stopped) else 'error'}: {line}", file=sys.stderr)
-        exit_process(known.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to resume", file=sys.stderr)
-        exit_process(128 + signal.SIGINT)
-
-
-def exit_process(code: int) -> NoReturn:
-    """Exit with a code that nothing can change any more.
-
-    Where several processes worked together, the threads of their group may still be there, and Python's teardown then
-    now and then ends in std::terminate (code 134): such a process ends without it. After an error, closing the group
-    first is no way out: NCCL waits for peers that are gone.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch.distributed" in sys.modules:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)

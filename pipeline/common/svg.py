@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: sharp at any size, in the page's own colors, light or dark."""
+"""Line charts as inline SVG: sharp at any size, in the colors of the page, light or dark."""
 
 import math
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from html import escape
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 30
 POINTS = 400
-"""More points than this are averaged: a screen shows no more, and the page stays small."""
+"""More points than these are averaged: a screen cannot show more, and the page stays small."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its name in the legend and its points (x, y); NaN and infinities are left out."""
+    """One curve: its name in the legend, and its points (x, y); NaN and infinities are left out."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -21,10 +21,10 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], *, label: str, zero: bool = False, until: float | None = None) -> str:
-    """Return a chart of `lines` over a shared axis of images, or "" when there is nothing to draw.
+    """Return a chart of `lines` over a shared horizontal axis, or "" when there is no point to draw.
 
-    `label` describes it to a screen reader; `zero` makes the vertical axis begin at 0; `until` is where the other
-    one ends, which is the last point unless given.
+    `label` describes the chart to screen readers. With `zero` the vertical axis begins at 0. The horizontal axis begins
+    at 0 and ends at `until`, by default at the last point.
     """
     kept = [Line(line.name, _thin(_finite(line.points)), line.dashed) for line in lines]
     kept = [line for line in kept if line.points]
@@ -66,7 +66,7 @@ def line_chart(lines: Sequence[Line], *, label: str, zero: bool = False, until: 
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Return round numbers that enclose low and high, some `wanted` of them."""
+    """Return round numbers that enclose low and high, about `wanted` of them."""
     if high - low < 1e-12 * max(abs(high), 1e-9):
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     rough = (high - low) / wanted
@@ -77,7 +77,7 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
 
 
 def short(value: float) -> str:
-    """Write a number in as little room as possible: 1.5M, 20k, 0.25."""
+    """Return a number in a short form: 1.5M, 20k, 0.25."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.3g}{unit}"
@@ -89,7 +89,7 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Average neighbors until at most POINTS are left."""
+    """Average neighboring points until at most POINTS are left."""
     size = -(-len(points) // POINTS)
     if size <= 1:
         return points

@@ -6,16 +6,11 @@ from typing import Annotated
 
 import typer
 
-from pipeline.common.errors import UsageError, run_command
+from pipeline.common.command_line import command_group, run_command
+from pipeline.common.errors import UsageError
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    help="Make data sets of images, check them and look at them.",
-)
+app = command_group(help="Make data sets of images, check them and look at them.")
 
 
 class SourceKind(StrEnum):

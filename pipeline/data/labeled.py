@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.imaging import Pixels
 from pipeline.data.dataset import LabelType
-from pipeline.evaluation.images import Pixels
 
 
 @dataclass(frozen=True)

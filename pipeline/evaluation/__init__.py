@@ -1,1 +1,1 @@
-"""What the paper measured, and the metrics of the field."""
+"""Metrics of the field, the analyses of the paper, and a report of a run."""

@@ -1,4 +1,4 @@
-"""dcgan-eval's commands that look inside a generator and its discriminator."""
+"""The commands of dcgan-eval that analyze a generator and its discriminator, mostly as the paper does."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from pipeline.common.errors import UsageError
 from pipeline.evaluation.options import (
     NUMBERED_SAMPLES,
     Ckpt,
-    Classifier,
+    ClassifierFile,
     Count,
     Data,
     Limit,
@@ -26,12 +26,12 @@ commands = typer.Typer()
 @commands.command()
 def classifier(
     data: Annotated[str, typer.Option(help="Labeled shards; a folder or URL.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder of the results.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the results.", show_default=False)],
     seed: Seed = 0,
-    epochs: Annotated[int, typer.Option(help="Times through the data.", min=1)] = 12,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.", min=1)] = 12,
 ) -> None:
-    """Train the judge: a small network that reads attributes off images; its accuracy on held-out ones is stated."""
-    from pipeline.evaluation.classifier import make_classifier
+    """Train the attribute classifier on labeled images, and report its accuracy on held-out ones."""
+    from pipeline.evaluation.classifier_training import make_classifier
 
     scores = {name: head.score for name, head in make_classifier(data, out, seed=seed, epochs=epochs).heads.items()}
     show(scores, out, "classifier")
@@ -41,17 +41,20 @@ def classifier(
 def probe(
     ckpt: Ckpt,
     data: Data,
-    label: Annotated[str, typer.Option(help="The label to tell.", show_default=False)],
-    test_data: Annotated[str | None, typer.Option(help="Shards to test on; else the last fifth of --data.")] = None,
-    labels: Annotated[
-        int | None, typer.Option(help="Class-balanced labels a draw (SVHN: 1000); else all, once.", min=2)
+    label: Annotated[str, typer.Option(help="The label to predict.", show_default=False)],
+    test_data: Annotated[
+        str | None, typer.Option(help="Shards to test on; by default the last fifth of --data.")
     ] = None,
-    draws: Annotated[int, typer.Option(help="Draws of --labels.", min=1)] = 100,
+    labels: Annotated[
+        int | None,
+        typer.Option(help="Class-balanced labels of a draw (SVHN: 1000); by default all labels, once.", min=2),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Number of draws.", min=1)] = 100,
     limit: Limit = None,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
-    """Linear SVM on the discriminator's features, against raw pixels and an untrained D (section 5)."""
+    """Linear SVM on the discriminator's features, on raw pixels and on an untrained D (section 5)."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.paper.probe import Protocol, run_probe
 
@@ -64,11 +67,11 @@ def probe(
 def interpolate(
     ckpt: Ckpt,
     out: Out = None,
-    rows: Annotated[int, typer.Option(help="Walks.", min=1)] = 10,
-    steps: Annotated[int, typer.Option(help="Images of a walk.", min=2)] = 9,
+    rows: Annotated[int, typer.Option(help="Number of walks.", min=1)] = 10,
+    steps: Annotated[int, typer.Option(help="Images in a walk.", min=2)] = 9,
     seed: Seed = 0,
 ) -> None:
-    """Walks between random z, straight and along the sphere (Figure 4)."""
+    """Walk between random z, on straight lines and along the sphere (Figure 4)."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.paper.interpolate import run_interpolate
 
@@ -80,19 +83,19 @@ def interpolate(
 def arithmetic(
     ckpt: Ckpt,
     expression: Annotated[
-        str, typer.Option(help="Terms of attributes (a & !b) or of indices (#3,7,9) joined by + and -.")
+        str, typer.Option(help="Terms joined by + and -, each of attributes (a & !b) or of indices (#3,7,9).")
     ] = "male & eyeglasses - male & !eyeglasses + !male & !eyeglasses",
-    classifier: Classifier = None,
+    classifier: ClassifierFile = None,
     data: OptionalData = None,
-    trials: Annotated[int, typer.Option(help="Draws of exemplars.", min=1)] = 200,
+    trials: Annotated[int, typer.Option(help="Number of draws of exemplars.", min=1)] = 200,
     sheet: Annotated[
         int | None,
-        typer.Option(help="Only write a contact sheet of so many numbered samples.", min=1, max=NUMBERED_SAMPLES),
+        typer.Option(help="Only write a contact sheet with this many numbered samples.", min=1, max=NUMBERED_SAMPLES),
     ] = None,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
-    """Man with glasses - man + woman: averaged exemplars added up, and how often it works (Figure 7)."""
+    """Man with glasses - man + woman: add averaged exemplars, and measure how often it works (Figure 7)."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.paper.arithmetic import run_arithmetic, write_contact_sheet
 
@@ -101,7 +104,7 @@ def arithmetic(
         typer.echo(f"written: {written.with_suffix('.png')}; give indices as --expression '#3,7,9 - #1,2,4 + #5,6,8'")
         return
     numbers = run_arithmetic(
-        folder, ckpt=ckpt, expression=expression, classifier=classifier, data=data, trials=trials, seed=seed
+        folder, ckpt=ckpt, expression=expression, classifier_file=classifier, data=data, trials=trials, seed=seed
     )
     show(dict(numbers), folder, "arithmetic")
 
@@ -109,16 +112,16 @@ def arithmetic(
 @commands.command()
 def turn(
     ckpt: Ckpt,
-    attribute: Annotated[str, typer.Option(help="An attribute that the classifier reads.")] = "yaw",
-    classifier: Classifier = None,
+    attribute: Annotated[str, typer.Option(help="An attribute that the classifier predicts.")] = "yaw",
+    classifier: ClassifierFile = None,
     data: OptionalData = None,
-    rows: Annotated[int, typer.Option(help="Samples that are shown.", min=1)] = 8,
-    steps: Annotated[int, typer.Option(help="Steps from one side to the other.", min=2)] = 9,
-    extreme: Annotated[int, typer.Option(help="Samples averaged at either extreme.", min=1)] = 64,
+    rows: Annotated[int, typer.Option(help="Samples to show.", min=1)] = 8,
+    steps: Annotated[int, typer.Option(help="Steps from one extreme to the other.", min=2)] = 9,
+    extreme: Annotated[int, typer.Option(help="Samples to average at each extreme.", min=1)] = 64,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
-    """A vector from averages at the extremes of an attribute, applied in steps to other samples (Figure 8)."""
+    """Turn samples along the vector between the extremes of an attribute (Figure 8)."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.paper.turn import run_turn
 
@@ -126,7 +129,7 @@ def turn(
         folder,
         ckpt=ckpt,
         attribute=attribute,
-        classifier=classifier,
+        classifier_file=classifier,
         data=data,
         rows=rows,
         steps=steps,
@@ -145,7 +148,7 @@ def neighbors(
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
-    """Samples, and under each its nearest real images by pixels and by the discriminator's features."""
+    """Show the nearest real images of samples, by pixels and by the discriminator's features."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.paper.neighbors import run_neighbors
 
@@ -156,15 +159,15 @@ def neighbors(
 def memorization(
     ckpt: Ckpt,
     data: Data,
-    held_out: Annotated[str | None, typer.Option(help="Shards that the run has never seen.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Shards that the run was not trained on.")] = None,
     most: Annotated[
-        int, typer.Option(help="Most samples; measured at 1,000, 10,000 and 100,000 on the way.", min=100)
+        int, typer.Option(help="Number of samples; 1,000, 10,000 and 100,000 are measured on the way.", min=100)
     ] = 10_000,
     limit: Limit = None,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
-    """Learned or memorized: held-out distances, hash collisions, smoothness of walks (sections 3 and 6.1)."""
+    """Learned or memorized: distances to held-out images, hash collisions, smooth walks (sections 3, 6.1)."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.paper.memorization import run_memorization
 
@@ -177,14 +180,14 @@ def features(
     ckpt: Ckpt,
     data: Data,
     layer: Annotated[
-        int | None, typer.Option(help="Convolution of the discriminator, 1 being the first; else its last.", min=1)
+        int | None, typer.Option(help="Layer of the discriminator, counted from 1; by default its last.", min=1)
     ] = None,
-    units: Annotated[int, typer.Option(help="Units that are shown.", min=1)] = 6,
+    units: Annotated[int, typer.Option(help="Units to show.", min=1)] = 6,
     images_each: Annotated[int, typer.Option(help="Images for each unit.", min=1)] = 8,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
-    """What excites the discriminator's units: guided backpropagation and gradient ascent (Figure 5)."""
+    """Show what excites the discriminator's units, by guided backpropagation and gradient ascent (Figure 5)."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.paper.features import run_features
 
@@ -196,18 +199,22 @@ def features(
 def forget(
     ckpt: Ckpt,
     boxes: Annotated[
-        Path | None, typer.Option(help="CSV index,left,top,right,bottom of the object in samples.")
+        Path | None, typer.Option(help="CSV of the object in samples: index,left,top,right,bottom.")
     ] = None,
-    attribute: Annotated[str | None, typer.Option(help="The object as the classifier calls it.")] = None,
-    region: Annotated[str | None, typer.Option(help="Where it is in all samples: left,top,right,bottom.")] = None,
-    classifier: Classifier = None,
+    attribute: Annotated[
+        str | None, typer.Option(help="The object: an attribute that the classifier predicts.")
+    ] = None,
+    region: Annotated[
+        str | None, typer.Option(help="Where the object is in every sample: left,top,right,bottom.")
+    ] = None,
+    classifier: ClassifierFile = None,
     data: OptionalData = None,
-    samples: Annotated[int, typer.Option(help="Samples among which --attribute is looked for.", min=8)] = 512,
+    samples: Annotated[int, typer.Option(help="Samples to search for --attribute.", min=8)] = 512,
     strength: Annotated[float, typer.Option(help="1 drops the maps, 0.5 halves them.", min=0, max=2)] = 1.0,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
-    """Drop the feature maps of G that draw an object, and see what is left (Figure 6)."""
+    """Drop the feature maps of G that draw an object, and measure what is left (Figure 6)."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.paper.forget import run_forget
 
@@ -217,7 +224,7 @@ def forget(
         boxes=boxes,
         attribute=attribute,
         region=_region(region),
-        classifier=classifier,
+        classifier_file=classifier,
         data=data,
         samples=samples,
         strength=strength,

@@ -1,21 +1,17 @@
-"""Charts and captioned sheets as pictures, in one quiet style."""
+"""Charts and captioned sheets of images, in one style."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from pipeline.evaluation.images import Pixels
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Chart
+from pipeline.common.imaging import Pixels, labeled_sheet
 
 COLORS = ("#2563eb", "#94a3b8", "#d97706", "#0d9488", "#be185d", "#7c3aed")
 
 
-def axes(width: float = 7.0, height: float = 3.6) -> tuple["Chart", "Axes"]:
+def axes(width: float = 7.0, height: float = 3.6) -> tuple[Figure, Axes]:
     """Return an empty chart of `width` by `height` inches and its axes."""
-    from matplotlib.figure import Figure
-
     chart = Figure(figsize=(width, height), layout="constrained")
     area = chart.add_subplot()
     area.spines[["top", "right"]].set_visible(False)
@@ -24,8 +20,8 @@ def axes(width: float = 7.0, height: float = 3.6) -> tuple["Chart", "Axes"]:
     return chart, area
 
 
-def bars(labels: Sequence[str], values: Mapping[str, Sequence[float]], unit: str) -> "Chart":
-    """Return grouped bars: one group a label, one color a row of `values`, each bar with its number."""
+def bars(labels: Sequence[str], values: Mapping[str, Sequence[float]], unit: str) -> Figure:
+    """Return grouped bars: a group for each label, a color for each row of `values`, a number on each bar."""
     chart, area = axes(max(6.0, 0.42 * len(labels) * (len(values) + 1)))
     width = 0.82 / len(values)
     for index, (name, row) in enumerate(values.items()):
@@ -40,8 +36,6 @@ def bars(labels: Sequence[str], values: Mapping[str, Sequence[float]], unit: str
 
 
 def sheet(rows: Sequence[tuple[str, Pixels]], columns: int, scale: int = 2) -> Pixels:
-    """Return captioned rows of images, each pixel `scale` times as large so that 64 pixels can be looked at."""
-    from pipeline.common.imaging import labeled_sheet
-
+    """Return rows of (caption, uint8 (N, H, W, C)) as one RGB picture, enlarged `scale` times to be seen easily."""
     enlarged = [(caption, images.repeat(scale, 1).repeat(scale, 2)) for caption, images in rows]
     return labeled_sheet(enlarged, columns)

@@ -1,20 +1,14 @@
-"""dcgan-eval: measure a generator, look inside it, and put everything on one page."""
+"""dcgan-eval: measure a generator, analyze it, and report on a run."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.common.errors import run_command
+from pipeline.common.command_line import command_group, run_command
 from pipeline.evaluation import analysis_commands, metric_commands
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    help="Measure a generator, look inside it, and put everything on one page.",
-)
+app = command_group(help="Measure a generator, analyze it, and report on a run.")
 app.add_typer(metric_commands.commands)
 app.add_typer(analysis_commands.commands)
 
@@ -24,10 +18,10 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="The page to write; RUN/report.html by default.")] = None,
     results: Annotated[Path | None, typer.Option(help="Folder of results; RUN/evaluation by default.")] = None,
-    bench: Annotated[list[Path] | None, typer.Option(help="JSON of dcgan-export bench, for the table.")] = None,
+    bench: Annotated[list[Path] | None, typer.Option(help="JSON of dcgan-export bench, shown as a table.")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page; the run's name by default.")] = None,
 ) -> None:
-    """One self-contained page about a run: what was trained on what, curves, samples, numbers, analyses."""
+    """Write one self-contained page about a run: its settings, curves, samples, metrics and analyses."""
     from pipeline.evaluation.report.report import write_report
 
     page = write_report(run, out or run / "report.html", results=results, bench=bench or [], title=title)

@@ -1,4 +1,4 @@
-"""Intervals, so that no number stands alone."""
+"""95 % confidence intervals of shares and means."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ NORMAL_95 = 1.96
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share seen in `count` trials."""
+    """Return the 95 % interval of a share that was seen in `count` trials (Wilson 1927)."""
     z = NORMAL_95**2 / count
     center = (share + z / 2) / (1 + z)
     half = NORMAL_95 / (1 + z) * math.sqrt(share * (1 - share) / count + z / (4 * count))

@@ -1,23 +1,23 @@
-"""Images to be judged: uint8 NHWC blocks that can be read again and again, the same each time."""
+"""Sets of images to evaluate: uint8 NHWC blocks that can be read repeatedly and are the same at every pass."""
 
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from pipeline.model.networks import Generator
+from pipeline.common.imaging import Pixels
+from pipeline.common.progress import Progress
+from pipeline.common.randomness import Purpose
+from pipeline.model.networks import Generator
+from pipeline.model.sampling import sample
 
 BLOCK = 128
-"""Images handled at once. Fixed, because sums are made block by block: results do not depend on who made them."""
-
-Pixels = NDArray[np.uint8]
+"""Images of a block. Fixed, because sums are made block by block: so a result does not depend on the ranks."""
 
 
 class Images(Protocol):
-    """A set of equally large images, read in blocks of BLOCK (the last may be shorter)."""
+    """A set of images of one size, read in blocks of BLOCK (the last may be shorter)."""
 
     @property
     def count(self) -> int:
@@ -27,12 +27,12 @@ class Images(Protocol):
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels."""
 
-    def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, Pixels]]:
-        """Yield (b, uint8 (n, height, width, channels)) for the blocks b = rank mod size, the same at every call."""
+    def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Pixels]]:
+        """Yield (b, uint8 (n, height, width, channels)) of every block b with b % world_size == rank, at every call."""
 
 
 class ArrayImages:
-    """Images that are held in memory."""
+    """A set in memory: uint8 (N, H, W, C)."""
 
     def __init__(self, images: Pixels) -> None:
         assert images.dtype == np.uint8
@@ -48,8 +48,8 @@ class ArrayImages:
         height, width, channels = self.images.shape[1:]
         return height, width, channels
 
-    def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, Pixels]]:
-        for block in range(rank, num_blocks(self.count), size):
+    def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Pixels]]:
+        for block in range(rank, num_blocks(self.count), world_size):
             yield block, self.images[block * BLOCK : (block + 1) * BLOCK]
 
 
@@ -76,7 +76,7 @@ def rebatch(batches: Iterable[Pixels], size: int = BLOCK) -> Iterator[Pixels]:
 
 
 class ShardImages:
-    """The first `limit` images of a data set (its order is random), read from its shards at every pass."""
+    """The first `limit` images of a data set, read from its shards at every pass. Their order is random already."""
 
     def __init__(self, location: str, limit: int | None = None) -> None:
         from pipeline.data.dataset import load_dataset
@@ -89,17 +89,17 @@ class ShardImages:
     def shape(self) -> tuple[int, int, int]:
         return self.dataset.image_size, self.dataset.image_size, self.dataset.channels
 
-    def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, Pixels]]:
+    def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Pixels]]:
         from pipeline.data.shard_reader import iterate
 
         whole = first(rebatch(iterate(self.location, dataset=self.dataset)), self.count)
-        return ((block, pixels) for block, pixels in enumerate(whole) if block % size == rank)
+        return ((block, pixels) for block, pixels in enumerate(whole) if block % world_size == rank)
 
 
 class GeneratedImages:
-    """Samples `0` to `count` of a generator, made once and kept in a temporary file: memory stays flat."""
+    """Samples 0 to `count` - 1 of a generator, made once and kept in a temporary file, so that memory stays flat."""
 
-    def __init__(self, generator: "Generator", count: int, seed: int) -> None:
+    def __init__(self, generator: Generator, count: int, seed: int) -> None:
         config = generator.config
         self.count = count
         self.seed = seed
@@ -107,14 +107,11 @@ class GeneratedImages:
         self._generator = generator
         self._kept: dict[tuple[int, int], IO[bytes]] = {}
 
-    def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, Pixels]]:
-        from pipeline.common.randomness import Purpose
-        from pipeline.model.sampling import sample
-
-        kept = self._kept.get((rank, size))
+    def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Pixels]]:
+        kept = self._kept.get((rank, world_size))
         file = kept or tempfile.TemporaryFile(prefix="dcgan-eval-")  # noqa: SIM115  lives as long as this object
         file.seek(0)
-        for block in range(rank, num_blocks(self.count), size):
+        for block in range(rank, num_blocks(self.count), world_size):
             number = min(BLOCK, self.count - block * BLOCK)
             if kept is None:
                 pixels = sample(self._generator, self.seed, Purpose.EVALUATE, block * BLOCK, number)
@@ -123,11 +120,28 @@ class GeneratedImages:
                 data = file.read(number * int(np.prod(self.shape)))
                 pixels = np.frombuffer(data, np.uint8).reshape(number, *self.shape)
             yield block, pixels
-        self._kept[rank, size] = file
+        self._kept[rank, world_size] = file
 
 
-class Watched:
-    """Images that show how far each pass over them is."""
+class Subset:
+    """Every `step`-th image of a set from `offset` on, `count` of them."""
+
+    def __init__(self, images: Images, offset: int, step: int, count: int) -> None:
+        assert BLOCK % step == 0  # so that every block begins at the same place
+        assert offset + (count - 1) * step < images.count
+        self.images = images
+        self.offset = offset
+        self.step = step
+        self.count = count
+        self.shape = images.shape
+
+    def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Pixels]]:
+        chosen = rebatch(pixels[self.offset :: self.step] for _, pixels in self.images.blocks())
+        return ((block, pixels) for block, pixels in enumerate(first(chosen, self.count)) if block % world_size == rank)
+
+
+class WithProgress:
+    """A set that shows the progress of each pass over it, under the name `what`."""
 
     def __init__(self, images: Images, what: str) -> None:
         self.images = images
@@ -135,11 +149,9 @@ class Watched:
         self.count = images.count
         self.shape = images.shape
 
-    def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, Pixels]]:
-        from pipeline.common.progress import Progress
-
-        with Progress(self.what, -(-self.count // size)) as progress:
-            for block, pixels in self.images.blocks(rank, size):
+    def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Pixels]]:
+        with Progress(self.what, -(-self.count // world_size)) as progress:
+            for block, pixels in self.images.blocks(rank, world_size):
                 yield block, pixels
                 progress.advance(len(pixels))
 

@@ -1,41 +1,29 @@
-"""What the options name: the model or samples to judge, and the images to judge them by."""
+"""What --ckpt, --samples and --data name, opened, each with its description for the results."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.checkpoints.reference import LoadedDiscriminator, LoadedGenerator, load_discriminator, load_generator
 from pipeline.common.errors import DataError, UsageError
+from pipeline.config import NetworkConfig
+from pipeline.evaluation.device import device
 from pipeline.evaluation.images import GeneratedImages, Images, ShardImages
 
-if TYPE_CHECKING:
-    from pipeline.checkpoints.reference import LoadedDiscriminator, LoadedGenerator
-    from pipeline.config import NetworkConfig
 
-
-def device() -> str:
-    """Return where networks run: the first GPU if there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def generator(ckpt: str) -> tuple["LoadedGenerator", dict[str, Any]]:
+def generator(ckpt: str) -> tuple[LoadedGenerator, dict[str, Any]]:
     """Return the generator that `--ckpt` names, on the device, with its description for the results."""
-    from pipeline.checkpoints.reference import load_generator
-
     loaded = load_generator(ckpt)
     loaded.generator.to(device()).requires_grad_(False)
     return loaded, {"kind": f"generator ({loaded.kind})", **_describe(loaded)}
 
 
-def discriminator(ckpt: str) -> tuple["LoadedDiscriminator", dict[str, Any]]:
+def discriminator(ckpt: str) -> tuple[LoadedDiscriminator, dict[str, Any]]:
     """Return the discriminator that `--ckpt` names, on the device, with its description for the results."""
-    from pipeline.checkpoints.reference import load_discriminator
-
     loaded = load_discriminator(ckpt)
     loaded.discriminator.to(device()).requires_grad_(False)
     return loaded, {"kind": "discriminator", **_describe(loaded)}
 
 
-def _describe(loaded: "LoadedGenerator | LoadedDiscriminator") -> dict[str, Any]:
+def _describe(loaded: LoadedGenerator | LoadedDiscriminator) -> dict[str, Any]:
     return {
         "source": loaded.source,
         "sha256": loaded.sha256,
@@ -45,9 +33,12 @@ def _describe(loaded: "LoadedGenerator | LoadedDiscriminator") -> dict[str, Any]
 
 
 def fakes(ckpt: str | None, samples: str | None, count: int, seed: int) -> tuple[Images, dict[str, Any]]:
-    """Return the images to judge: `count` fresh ones of a checkpoint, or those an engine wrote as shards."""
+    """Return the images to evaluate: `count` fresh samples of a checkpoint, or the first `count` of sample shards.
+
+    Raises UsageError unless exactly one of the two is named.
+    """
     if (ckpt is None) == (samples is None):
-        raise UsageError("name what to judge: either --ckpt (a checkpoint) or --samples (a folder of sample shards)")
+        raise UsageError("give either --ckpt (a checkpoint) or --samples (a folder of sample shards), and not both")
     if ckpt is not None:
         loaded, description = generator(ckpt)
         return GeneratedImages(loaded.generator, count, seed), description
@@ -71,28 +62,28 @@ def reals(data: str, count: int | None) -> tuple[ShardImages, dict[str, Any]]:
 
 def _check_set(images: ShardImages) -> None:
     if images.count < 2:
-        raise DataError(f"{images.location}: {images.count} image is no set to measure; expected at least 2")
+        raise DataError(f"{images.location}: {images.count} image, too few to measure; expected at least 2")
 
 
-def check_same_shape(ours: Images, theirs: Images, ours_name: str) -> None:
-    """Raise UsageError unless both sets hold images of one shape."""
-    if ours.shape != theirs.shape:
+def check_same_shape(fakes: Images, reals: Images) -> None:
+    """Raise UsageError unless the samples and the real images have one shape."""
+    if fakes.shape != reals.shape:
         raise UsageError(
-            f"{ours_name} are {_words(ours.shape)}, the images of --data {_words(theirs.shape)}: "
+            f"the samples are {_in_words(fakes.shape)}, the images of --data are {_in_words(reals.shape)}: "
             "build the data at that size"
         )
 
 
-def check_fits(config: "NetworkConfig", shape: tuple[int, ...]) -> None:
+def check_fits(config: NetworkConfig, shape: tuple[int, ...]) -> None:
     """Raise UsageError unless a network of `config` can read images (height, width, channels)."""
     expected = (config.image_size, config.image_size, config.channels)
     if tuple(shape) != expected:
         raise UsageError(
-            f"the images of --data are {_words(shape)}, the discriminator reads {_words(expected)}: "
+            f"the images of --data are {_in_words(shape)}, the discriminator expects {_in_words(expected)}: "
             "build the data at that size"
         )
 
 
-def _words(shape: tuple[int, ...]) -> str:
+def _in_words(shape: tuple[int, ...]) -> str:
     height, width, channels = shape
     return f"{width}x{height}, {channels} channel{'s' if channels > 1 else ''}"

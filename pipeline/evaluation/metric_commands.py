@@ -1,4 +1,4 @@
-"""dcgan-eval's commands that measure how near samples are to real images."""
+"""The commands of dcgan-eval that measure the distance between samples and real images."""
 
 from collections.abc import Callable
 from enum import StrEnum
@@ -21,12 +21,10 @@ def swd(
     out: Out = None,
     count: Count = 16_384,
     seed: Seed = 0,
-    patches: Annotated[
-        int, typer.Option(help="Patches of an image on every level (128 is the published).", min=1)
-    ] = 128,
-    directions: Annotated[int, typer.Option(help="Random projections (512 is the published).", min=1)] = 512,
+    patches: Annotated[int, typer.Option(help="Patches of an image on every level (published: 128).", min=1)] = 128,
+    directions: Annotated[int, typer.Option(help="Random projections (published: 512).", min=1)] = 512,
 ) -> None:
-    """Sliced Wasserstein distance between samples and real images, level by level (Karras et al. 2018)."""
+    """Sliced Wasserstein distance between samples and real images, by level of detail (Karras et al. 2018)."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.metrics.patch_metrics import measure_swd
     from pipeline.evaluation.metrics.swd import Sampling
@@ -45,7 +43,7 @@ def ms_ssim(
     count: Count = 16_384,
     seed: Seed = 0,
 ) -> None:
-    """How alike the samples are: MS-SSIM of random pairs, beside that of real images when --data is given."""
+    """MS-SSIM of random pairs: how alike the samples are, and the real images when --data is given."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.metrics.patch_metrics import measure_ms_ssim
 
@@ -53,7 +51,7 @@ def ms_ssim(
 
 
 class Metric(StrEnum):
-    """The distances that need features."""
+    """The metrics that need a feature extractor."""
 
     fid = "fid"
     kid = "kid"
@@ -62,7 +60,7 @@ class Metric(StrEnum):
 
 
 def _feature_metric(metric: Metric) -> Callable[..., None]:
-    """Return the command of one metric: the four share all their options."""
+    """Return the command of one metric; the four share all options."""
 
     def command(
         data: OptionalData = None,
@@ -72,11 +70,17 @@ def _feature_metric(metric: Metric) -> Callable[..., None]:
         count: Count = 10_000,
         seed: Seed = 0,
         extractor: Annotated[
-            str, typer.Option(help="Path or URL of a .pt (TorchScript), .onnx or classifier.safetensors; or fallback.")
+            str, typer.Option(help="fallback, or path or URL of a .pt (TorchScript), .onnx or classifier.safetensors.")
         ] = "fallback",
-        extractor_sha256: Annotated[str | None, typer.Option(help="What it must hash to; needed for a URL.")] = None,
-        resize: Annotated[int | None, typer.Option(help="Resize images to this before the extractor.", min=1)] = None,
-        cache: Annotated[Path | None, typer.Option(help="Keep the real images' statistics in this folder.")] = None,
+        extractor_sha256: Annotated[
+            str | None, typer.Option(help="SHA-256 of the extractor; required for a URL.")
+        ] = None,
+        resize: Annotated[
+            int | None, typer.Option(help="Resize images to this many pixels for the extractor.", min=1)
+        ] = None,
+        cache: Annotated[
+            Path | None, typer.Option(help="Keep the statistics of the real images in this folder.")
+        ] = None,
     ) -> None:
         folder = output_folder(out, ckpt)
         from pipeline.evaluation.metrics.feature_metrics import Request, launched_ranks, measure
@@ -91,9 +95,9 @@ def _feature_metric(metric: Metric) -> Callable[..., None]:
 
 
 for _metric, _help in {
-    Metric.fid: "Fréchet distance between features of samples and of real images (Heusel et al. 2017).",
-    Metric.kid: "Kernel distance (MMD) between features of samples and of real images (Binkowski et al. 2018).",
-    Metric.inception_score: "Inception score: sure of each class, and all classes there (Salimans et al. 2016).",
-    Metric.precision_recall: "Samples inside the data's manifold, and the reverse (Kynkäänniemi et al. 2019).",
+    Metric.fid: "Fréchet distance between features of samples and real images (Heusel et al. 2017).",
+    Metric.kid: "Kernel distance (MMD) between features of samples and real images (Binkowski et al. 2018).",
+    Metric.inception_score: "Inception score: how clear and how many the classes are (Salimans et al. 2016).",
+    Metric.precision_recall: "Samples in the manifold of the data, and the reverse (Kynkäänniemi et al. 2019).",
 }.items():
     commands.command(_metric.value, help=_help)(_feature_metric(_metric))

@@ -1,11 +1,11 @@
-"""Figures that others have published for DCGAN, and when ours may be put beside them."""
+"""Numbers that others have published for DCGAN, and when ours may be compared with them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One published number or row of numbers."""
+class PublishedResult:
+    """The numbers of one published measurement."""
 
     what: str
     values: dict[str, float]
@@ -16,26 +16,26 @@ MODEL_ZOO = "open-mmlab's model zoo, DCGAN 64x64"
 PAPER = "Radford et al. 2015"
 
 SWD = (
-    Figure("CelebA, cropped", {"swd": 23.26, "swd_64": 8.93, "swd_32": 10.53, "swd_16": 50.32}, MODEL_ZOO),
-    Figure("LSUN bedroom", {"swd": 58.60, "swd_64": 42.79, "swd_32": 34.55, "swd_16": 98.46}, MODEL_ZOO),
+    PublishedResult("CelebA, cropped", {"swd": 23.26, "swd_64": 8.93, "swd_32": 10.53, "swd_16": 50.32}, MODEL_ZOO),
+    PublishedResult("LSUN bedroom", {"swd": 58.60, "swd_64": 42.79, "swd_32": 34.55, "swd_16": 98.46}, MODEL_ZOO),
 )
 MS_SSIM = (
-    Figure("CelebA, cropped", {"ms_ssim": 0.2899}, MODEL_ZOO),
-    Figure("LSUN bedroom", {"ms_ssim": 0.2095}, MODEL_ZOO),
+    PublishedResult("CelebA, cropped", {"ms_ssim": 0.2899}, MODEL_ZOO),
+    PublishedResult("LSUN bedroom", {"ms_ssim": 0.2095}, MODEL_ZOO),
 )
 PROBE = (
-    Figure("CIFAR-10, D trained on ImageNet-1k, L2-SVM", {"accuracy": 0.828}, f"{PAPER}, table 1"),
-    Figure("SVHN, 1,000 labels, D trained on CIFAR-10", {"error": 0.2248}, f"{PAPER}, table 2"),
+    PublishedResult("CIFAR-10, D trained on ImageNet-1k, L2-SVM", {"accuracy": 0.828}, f"{PAPER}, table 1"),
+    PublishedResult("SVHN, 1,000 labels, D trained on CIFAR-10", {"error": 0.2248}, f"{PAPER}, table 2"),
 )
 
 PUBLISHED_IMAGES = 16_384
 SWD_NOTE = (
-    "Compare SWD only for the same data set, crop, image size and number of images: fewer images raise it. "
-    f"The published figures rest on {PUBLISHED_IMAGES:,} images a side. 'real against real' rests on halves of the "
-    "real images: it is what a perfect generator would score in the row 'samples against half', which is as many "
-    "images, and more than it would score against all of them."
+    "Compare SWD only for the same data set, crop, image size and number of images: smaller sets score higher. "
+    f"The published numbers are of {PUBLISHED_IMAGES:,} images a side. 'real against real' compares the two halves of "
+    "the real images: a perfect generator would score that in the row 'samples against half', which uses as many "
+    "images. Against all real images a perfect generator would score less."
 )
 MS_SSIM_NOTE = (
-    "MS-SSIM of random pairs says how alike the samples are, not how good: compare it with that of the real images. "
-    "Much above it means that the generator repeats itself."
+    "MS-SSIM of random pairs says how alike the samples are, not how good they are. Compare it with that of the real "
+    "images: a value far above it means that the generator repeats itself."
 )

@@ -1,5 +1,6 @@
-"""What every command leaves behind: one JSON that says what was measured on what, and its pictures."""
+"""The results of a command: one JSON that says what was measured on which images, and pictures."""
 
+import io
 import json
 import time
 from dataclasses import dataclass, field
@@ -11,22 +12,22 @@ from pipeline.common.errors import DataError, UsageError
 from pipeline.common.storage import write_atomic
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Chart
+    from matplotlib.figure import Figure
 
-    from pipeline.evaluation.images import Pixels
+    from pipeline.common.imaging import Pixels
 
 FOLDER = "evaluation"
-"""Where results go inside a run directory, and where the report looks for them."""
+"""The folder of results in a run directory; the report reads them from there."""
 
 
 @dataclass
 class Result:
-    """One command's outcome on its way to OUT/NAME.json and OUT/NAME*.png."""
+    """The result of one command, written to OUT/NAME.json and OUT/NAME*.png."""
 
     name: str
     out: Path
     subject: dict[str, Any]
-    """What was measured: model or samples."""
+    """The model or the samples that were measured."""
     data: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
@@ -38,10 +39,8 @@ class Result:
 
         save_png(self._add(caption, suffix), image)
 
-    def chart(self, chart: "Chart", caption: str, suffix: str = "") -> None:
+    def chart(self, chart: "Figure", caption: str, suffix: str = "") -> None:
         """Write a matplotlib figure beside the JSON."""
-        import io
-
         buffer = io.BytesIO()
         chart.savefig(buffer, format="png", dpi=110)
         write_atomic(self._add(caption, suffix), buffer.getvalue())
@@ -60,9 +59,9 @@ class Result:
         table: list[list[Any]] | None = None,
         published: list[dict[str, Any]] | None = None,
     ) -> Path:
-        """Write the JSON last, when all pictures are there, and return its path.
+        """Write the JSON, after all pictures, and return its path.
 
-        `summary` says the outcome in a sentence; `table` (first row: headings) is what a page should show of it.
+        `summary` is the outcome in a sentence; `table` (first row: headings) is what the report shows of it.
         """
         content = {
             "command": self.name,
@@ -84,17 +83,17 @@ class Result:
 
 
 def output_folder(out: Path | None, ckpt: str | None) -> Path:
-    """Return --out, or RUN/evaluation when `--ckpt` names a run directory on this disk."""
+    """Return `out`, or RUN/evaluation when `ckpt` names a run directory on this disk. Else raises UsageError."""
     if out is not None:
         return out
     run = Path((ckpt or "").partition("@")[0])
     if ckpt and (run / "config.json").is_file():
         return run / FOLDER
-    raise UsageError("--out is missing: name a folder for the results (only a run directory has one of its own)")
+    raise UsageError("--out is missing: name a folder for the results (only a run directory has a default)")
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the results in `folder` by command; files that are not ours are passed over."""
+    """Return the results in `folder` by command; other JSON files are ignored. Raises DataError for a damaged file."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:

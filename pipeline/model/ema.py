@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pipeline.common.randomness import Purpose
+from pipeline.model.batchnorm import measure_statistics
 from pipeline.model.latents import latents
 from pipeline.model.networks import Generator
 
@@ -40,7 +41,6 @@ class EMA:
         return estimate_batchnorm(self.generator, seed)
 
 
-@torch.no_grad()
 def estimate_batchnorm(generator: Generator, seed: int, images: int = BATCHNORM_IMAGES) -> Generator:
     """Replace the running BatchNorm statistics of `generator` by averages over `images` samples, and put it in eval.
 
@@ -48,15 +48,8 @@ def estimate_batchnorm(generator: Generator, seed: int, images: int = BATCHNORM_
     """
     config = generator.config
     device = next(generator.parameters()).device
-    norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
-    generator.train()
-    for start in range(0, images, BATCHNORM_BATCH):
-        z = latents(seed, Purpose.BATCHNORM, start, BATCHNORM_BATCH, config.latent_dim, config.latent_distribution)
-        generator(torch.from_numpy(z).to(device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return generator.eval()
+    batches = (
+        latents(seed, Purpose.BATCHNORM, start, BATCHNORM_BATCH, config.latent_dim, config.latent_distribution)
+        for start in range(0, images, BATCHNORM_BATCH)
+    )
+    return measure_statistics(generator, (torch.from_numpy(z).to(device) for z in batches))

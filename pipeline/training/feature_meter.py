@@ -6,15 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, UnavailableError
+from pipeline.common.imaging import Pixels
 from pipeline.common.ranks import Ranks
-from pipeline.evaluation.images import ArrayImages, Pixels
+from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics.extractors import load_extractor
-from pipeline.evaluation.metrics.feature_distances import (
-    Moments,
-    frechet_distance,
-    kernel_distance,
-    read_features,
-)
+from pipeline.evaluation.metrics.feature_distances import Moments, frechet_distance, kernel_distance
+from pipeline.evaluation.metrics.feature_extraction import extract_features
 
 
 class FeatureMeter:
@@ -37,16 +34,11 @@ class FeatureMeter:
         """Return {"fid", "kid_x1000"} of uint8 (N, H, W, C) samples, the same on every process."""
         assert self._reals is not None, "see_reals comes first"
         features = self._read(fakes)
-        distance = frechet_distance(_moments(self._reals), _moments(features))
+        distance = frechet_distance(Moments.of(self._reals), Moments.of(features))
         kernel, _ = kernel_distance(self._reals, features, self._seed)
         if not np.isfinite([distance, kernel]).all():
             raise DataError(f"schedule.extractor: {self._extractor.name} gives features that are not finite")
         return {"fid": distance, "kid_x1000": 1e3 * kernel}
 
     def _read(self, images: Pixels) -> NDArray[np.float32]:
-        return read_features(ArrayImages(images), self._extractor, self._ranks, None)[0]
-
-
-def _moments(features: NDArray[np.float32]) -> Moments:
-    rows = features.astype(np.float64)
-    return Moments(rows.sum(0), rows.T @ rows, len(rows))
+        return extract_features(ArrayImages(images), self._extractor, self._ranks, None).features

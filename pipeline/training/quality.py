@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.common.imaging import Pixels
 from pipeline.common.ranks import ALONE, Ranks
-from pipeline.evaluation.images import ArrayImages, Pixels
+from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics.ms_ssim import ms_ssim
 from pipeline.evaluation.metrics.swd import Projections, Sampling, distances, project
 

@@ -53,7 +53,8 @@ def test_references(run: Path, scheme: str, suffix: str, images: int, kind: str)
     assert (loaded.images_seen, loaded.kind, loaded.config) == (images, kind, CONFIG)
     assert str(images) in loaded.source
     assert not loaded.generator.training
-    assert torch.equal(loaded.generator.layers[0].weight, expected.layers[0].weight)
+    name = "layers.0.weight"
+    assert torch.equal(loaded.generator.get_parameter(name), expected.get_parameter(name))
 
 
 def test_the_source_is_absolute(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +157,7 @@ def test_other_pickles_are_refused_and_never_run(
 def test_weights_that_diverged_are_named_as_such(tmp_path: Path, value: float) -> None:
     generator = build_generator(CONFIG)
     with torch.no_grad():
-        generator.layers[0].weight[0, 0] = value
+        generator.get_parameter("layers.0.weight")[0, 0] = value
     file = tmp_path / "generator.safetensors"
     file.write_bytes(serialize(generator, CONFIG, "raw", 5))
     with pytest.raises(DataError, match=r"weights are not finite \(layers.0.weight\)"):

@@ -27,7 +27,9 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(
     params=[
-        pytest.param("nginx", marks=pytest.mark.skipif(not NGINX, reason="nginx is not installed")),
+        pytest.param(
+            "nginx", marks=pytest.mark.skipif(not NGINX, reason="nginx is not installed; `make system` installs it")
+        ),
         "no ranges",
     ]
 )
@@ -108,7 +110,8 @@ def test_http_reads_ranges_and_lists(web: FaultyProxy) -> None:
 
 def test_http_passing_faults_are_outlasted(web: FaultyProxy, tmp_path: Path) -> None:
     store = Store(f"{web.url}/set")
-    for faults in ([503, 429], [500, "cut"], ["reset", "cut"], ["hang"]):
+    sequences: list[list[int | str | None]] = [[503, 429], [500, "cut"], ["reset", "cut"], ["hang"]]
+    for faults in sequences:
         web.faults = list(faults)
         assert store.read("a.tar") == CONTENT
         assert not web.faults

@@ -1,4 +1,4 @@
-"""Runs the pods of rendered Jobs with podman: what a cluster's controllers and kubelet would do, as far as we need it.
+"""Run the pods of rendered Jobs with podman, as a cluster's controllers and kubelet would, as far as the tests need it.
 
 `podman kube play` knows no Jobs. So this expands a Job's template as Kubernetes does: index, host name, $(VAR),
 volumes, users and groups, read-only root, dropped capabilities, and names of the headless Service.
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-# Of this run alone: another may be going on, and an address that a killed one had stays taken.
+# Of this run alone: another may be running, and an address of a killed one stays taken.
 NETWORK = f"dcgan-test-{os.getpid()}"
 SUBNET = f"10.231.{os.getpid() % 250}"
 ENVIRONMENT = {**os.environ, "CONTAINERS_CONF": str(ROOT / "tests/containers/containers.conf")}

@@ -11,8 +11,8 @@ export CONTAINERS_CONF="$PWD/$here/containers.conf"
 mkdir -p "$build"
 
 if ! command -v podman >/dev/null || ! command -v debootstrap >/dev/null; then
-    apt-get update -qq
-    apt-get install -qq -y --no-install-recommends podman buildah runc catatonit debootstrap containernetworking-plugins
+    echo "error: podman or debootstrap is missing; run: sudo make system-slow" >&2
+    exit 69
 fi
 
 if ! podman image exists "$base"; then

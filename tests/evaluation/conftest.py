@@ -11,7 +11,8 @@ from evaluation_cases import Outcome
 from numpy.typing import NDArray
 from planted import write_legible_run, write_planted, write_run
 
-from pipeline.evaluation.classifier import FILE_NAME, Classifier, load_classifier, make_classifier
+from pipeline.evaluation.classifier import FILE_NAME, Classifier, load_classifier
+from pipeline.evaluation.classifier_training import make_classifier
 from pipeline.evaluation.cli import main
 
 
@@ -87,16 +88,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def judge_file(labeled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier that has learned to read those pictures."""
-    folder: Path = tmp_path_factory.mktemp("judge")
+def classifier_file(labeled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that is trained on those pictures."""
+    folder: Path = tmp_path_factory.mktemp("classifier")
     make_classifier(str(labeled), folder, seed=0, epochs=20)
     return folder / FILE_NAME
 
 
 @pytest.fixture(scope="session")
-def judge(judge_file: Path) -> Classifier:
-    return load_classifier(str(judge_file))
+def classifier(classifier_file: Path) -> Classifier:
+    return load_classifier(str(classifier_file))
 
 
 @pytest.fixture(scope="session")

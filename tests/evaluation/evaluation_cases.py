@@ -25,7 +25,7 @@ class Unheld:
         self.count = count
         self.shape = (size, size, 3)
 
-    def blocks(self, rank: int = 0, size: int = 1) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        for block in range(rank, num_blocks(self.count), size):
+    def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        for block in range(rank, num_blocks(self.count), world_size):
             number = min(BLOCK, self.count - block * BLOCK)
             yield block, np.random.default_rng(block).integers(0, 256, (number, *self.shape), np.uint8)

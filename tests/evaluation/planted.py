@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.checkpoints.store import CheckpointStore
 from pipeline.checkpoints.weights import FILE_OF_KIND, serialize
+from pipeline.common.imaging import Pixels
 from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig, RunConfig
 from pipeline.data.dataset import Dataset
@@ -18,7 +18,6 @@ from pipeline.model.networks import Generator, build_discriminator, build_genera
 
 SIZE = 32
 NETWORK = NetworkConfig(image_size=SIZE, width=8, latent_dim=16)
-Pixels = NDArray[np.uint8]
 
 
 def planted(count: int, seed: int) -> tuple[Pixels, dict[str, list[object]]]:

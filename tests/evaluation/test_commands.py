@@ -16,20 +16,20 @@ COMMANDS = {
     "ms-ssim": "ms-ssim --ckpt {run} --data {data} --count 65",
     "fid": "fid --ckpt {run} --data {data} --count 65",
     "kid": "kid --ckpt {run} --data {data} --count 65",
-    "is": "is --ckpt {run} --count 65 --extractor {judge}",
+    "is": "is --ckpt {run} --count 65 --extractor {classifier}",
     "precision-recall": "precision-recall --ckpt {run} --data {data} --count 65",
     "classifier": "classifier --data {data} --epochs 1",
     "probe": "probe --ckpt {run} --data {data} --label kind --labels 20 --draws 2",
     "interpolate": "interpolate --ckpt {run} --rows 2 --steps 3",
     "arithmetic": "arithmetic --ckpt {legible} --expression '#3,7,9 - #1,2,4 + #5,6,8'",
-    "turn": "turn --ckpt {legible} --classifier {judge} --attribute bright --rows 2 --steps 3 --extreme 8",
+    "turn": "turn --ckpt {legible} --classifier {classifier} --attribute bright --rows 2 --steps 3 --extreme 8",
     "neighbors": "neighbors --ckpt {run} --data {data} --count 13 --limit 200",
     "memorization": "memorization --ckpt {run} --data {data} --held-out {data} --most 150",
     "features": "features --ckpt {run} --data {data} --units 2 --images-each 2",
-    "forget": "forget --ckpt {legible} --attribute bright --region 8,8,24,24 --classifier {judge} --samples 64",
+    "forget": "forget --ckpt {legible} --attribute bright --region 8,8,24,24 --classifier {classifier} --samples 64",
 }
-BY_ATTRIBUTE = "arithmetic --ckpt {legible} --classifier {judge} --trials 2 --expression"
-FORGET = "forget --ckpt {legible} --attribute bright --classifier {judge} --samples 64 --region"
+BY_ATTRIBUTE = "arithmetic --ckpt {legible} --classifier {classifier} --trials 2 --expression"
+FORGET = "forget --ckpt {legible} --attribute bright --classifier {classifier} --samples 64 --region"
 PROBE = "probe --ckpt {run} --data {data} --label"
 
 Evaluate = Callable[..., Outcome]
@@ -41,14 +41,14 @@ def line(
     legible_run: Path,
     labeled: Path,
     gappy: Path,
-    judge_file: Path,
+    classifier_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[str], list[str]]:
     """Turn a command line into its arguments, with results in tmp_path; what takes minutes is made short."""
     for module, name, value in (
-        (arithmetic, "POOL", 128),
-        (turn, "POOL", 128),
+        (arithmetic, "POOL_SIZE", 128),
+        (turn, "POOL_SIZE", 128),
         (turn, "MEASURED", 16),
         (forget, "MEASURED", 64),
         (probe, "CS", (1e-3,)),
@@ -64,7 +64,7 @@ def line(
     def split(text: str) -> list[str]:
         import shlex
 
-        places = {"run": run, "legible": legible_run, "data": labeled, "gappy": gappy, "judge": judge_file}
+        places = {"run": run, "legible": legible_run, "data": labeled, "gappy": gappy, "classifier": classifier_file}
         return [*shlex.split(text.format(**places, tmp=tmp_path)), "--out", str(tmp_path)]
 
     return split
@@ -109,7 +109,7 @@ def test_less_common_ways_end_well_too(command: str, evaluate: Evaluate, line: C
     [
         ("arithmetic --ckpt {legible} --expression '#99999999999'", "there is no sample #99999999999; expected"),
         ("arithmetic --ckpt {legible} --expression '#4096'", "0 to 4095"),
-        ("arithmetic --ckpt {legible} --expression '#1 - bright'", "no judge: name a labeled --data"),
+        ("arithmetic --ckpt {legible} --expression '#1 - bright'", "no classifier: give --classifier FILE"),
         ("arithmetic --ckpt {legible} --sheet 0", "'--sheet'"),
         ("swd --ckpt {run} --data {data} --patches 0", "'--patches'"),
         ("swd --ckpt {run} --data {data} --directions 0", "'--directions'"),
@@ -117,7 +117,7 @@ def test_less_common_ways_end_well_too(command: str, evaluate: Evaluate, line: C
         ("fid --ckpt {run} --data {data} --resize 0", "'--resize'"),
         ("fid --ckpt {run} --data {data} --resize 8", "images of 8 pixels; expected at least 16"),
         ("neighbors --ckpt {run} --data {data} --limit 0", "'--limit'"),
-        ("neighbors --ckpt {run} --data {data} --limit 1", "no set to measure"),
+        ("neighbors --ckpt {run} --data {data} --limit 1", "too few to measure"),
         ("memorization --ckpt {run} --data {data} --limit 0", "'--limit'"),
         (f"{PROBE} bright --limit 0", "'--limit'"),
         (f"{PROBE} bright --labels 0", "'--labels'"),
@@ -169,4 +169,4 @@ def test_features_are_of_the_last_convolution_unless_another_is_named(
     assert evaluate(*line(COMMANDS["features"])).code == 0
     written = json.loads((tmp_path / "features.json").read_text())
     assert written["settings"]["layer"] == 3
-    assert "of the 32 units in the discriminator's convolution 3" in written["summary"]
+    assert "of the 32 units in layer 3 of the discriminator" in written["summary"]

@@ -64,9 +64,8 @@ class CrashingDisk:
             return write_bytes(path, data)
 
         try:
-            os.fsync = fsync
-            for name in names[1:]:
-                setattr(os, name, wrap(name))
+            for name in names:
+                setattr(os, name, fsync if name == "fsync" else wrap(name))
             Path.write_bytes = write  # type: ignore[method-assign,assignment]
             yield
         finally:

@@ -1,4 +1,4 @@
-"""The saver stopped at every operation it makes: the last finished checkpoint is always there, whole, and goes on."""
+"""Saving may stop at any of its operations: the last finished checkpoint is always whole, and a run resumes from it."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""What the GPU tests pass around."""
+"""The data class that the GPU tests share."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -8,6 +8,7 @@ import torch
 from gpu_cases import Weights
 
 from export.builders.onnx_model import export_onnx
+from export.format.card import ComputePrecision
 from export.samplers.base import CHECKPOINT_BACKENDS, Sampler, open_sampler
 from pipeline.common.errors import UnavailableError
 from pipeline.common.machine import versions
@@ -45,7 +46,7 @@ def check(sampler: Sampler, weights: Weights) -> None:
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("backend", CHECKPOINT_BACKENDS)
-def test_pytorch(weights: Weights, backend: str, precision: str, batch: int) -> None:
+def test_pytorch(weights: Weights, backend: str, precision: ComputePrecision, batch: int) -> None:
     with open_sampler(str(weights.path), backend=backend, batch=batch, precision=precision) as sampler:
         assert sampler.device == torch.cuda.get_device_name()
         check(sampler, weights)
@@ -63,7 +64,7 @@ def test_a_cuda_graph_makes_the_bytes_of_its_launches(weights: Weights, batch: i
     for backend in ("channels_last", "cuda-graphs"):
         with open_sampler(str(weights.path), backend=backend, batch=batch) as sampler:
             images.append(sampler.sample(z))
-    assert np.array_equal(*images)
+    assert np.array_equal(images[0], images[1])
 
 
 @pytest.mark.parametrize("batch", BATCHES)

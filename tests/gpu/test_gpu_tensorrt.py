@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU with TensorRT: engines are built, run, proven equal, and refused where they do not belong."""
+"""On an NVIDIA GPU with TensorRT: engines are built, run and checked for parity, and refused on other GPUs."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from gpu_cases import Weights
 from export.builders.engine import export_plan, rebuild, rebuild_unless_it_fits, verify_plan
 from export.builders.onnx_model import export_onnx
 from export.builders.tensorrt import RTX_CAPABILITIES, BuildOptions, RuntimeName, load_module, this_gpu
-from export.format.card import read_card
+from export.format.card import Output, Precision, read_card
 from export.format.driver import driver_version
 from export.samplers.base import open_sampler
 from pipeline.common.errors import DataError, UnavailableError
@@ -31,12 +31,15 @@ def runtime(request: pytest.FixtureRequest) -> RuntimeName:
         load_module(request.param)
     except UnavailableError as error:
         pytest.skip(str(error))
-    return request.param
+    name: RuntimeName = request.param
+    return name
 
 
 @pytest.mark.parametrize("output", ["uint8", "float"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
-def test_engines_are_equal(weights: Weights, tmp_path: Path, runtime: RuntimeName, precision: str, output: str) -> None:
+def test_engines_are_equal(
+    weights: Weights, tmp_path: Path, runtime: RuntimeName, precision: Precision, output: Output
+) -> None:
     card = export_plan(
         str(weights.path),
         tmp_path,

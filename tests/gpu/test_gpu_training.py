@@ -1,4 +1,4 @@
-"""Training on an NVIDIA GPU: every precision and lever, no host sync in a step, two ranks on one GPU over gloo."""
+"""Training on an NVIDIA GPU: every precision and option, no host sync in a step, two ranks on one GPU over gloo."""
 
 import json
 import os
@@ -47,9 +47,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-@pytest.mark.parametrize("levers", ["", "runtime.compile=true"])
-def test_every_precision_trains_and_resumes(data: Path, tmp_path: Path, precision: str, levers: str) -> None:
-    overrides = [levers] if levers else []
+@pytest.mark.parametrize("override", ["", "runtime.compile=true"])
+def test_every_precision_trains_and_resumes(data: Path, tmp_path: Path, precision: str, override: str) -> None:
+    overrides = [override] if override else []
     lines = launch(data, tmp_path / "run", *overrides, precision=precision)
     assert all(np.isfinite(line["loss_d"]) for line in lines if "loss_d" in line)
     longer = launch(data, tmp_path / "run", *overrides, "schedule.total_images=768", precision=precision)
@@ -70,7 +70,7 @@ def test_a_batch_on_its_way_to_the_gpu_is_not_overwritten(data: Path) -> None:
 
     with Stream(data, seed=0, streams=8, batch=64) as stream:
         copies, expected = [], []
-        torch.cuda._sleep(2_000_000_000)  # a second or so, in which the host runs far ahead
+        torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call] # a second or so, in which the host runs far ahead
         for _ in range(64):
             reals = stream.next_batch()
             expected.append(reals.copy())
@@ -105,8 +105,8 @@ def test_no_host_sync_inside_a_step(precision: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("levers", ["", "recipe.sync_batchnorm=true"])
-def test_two_ranks_share_a_gpu_over_gloo(data: Path, tmp_path: Path, levers: str) -> None:
+@pytest.mark.parametrize("override", ["", "recipe.sync_batchnorm=true"])
+def test_two_ranks_share_a_gpu_over_gloo(data: Path, tmp_path: Path, override: str) -> None:
     """NCCL refuses two ranks on one GPU; gloo does not, and shows that nothing but NCCL is assumed."""
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -124,7 +124,7 @@ def test_two_ranks_share_a_gpu_over_gloo(data: Path, tmp_path: Path, levers: str
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
     done = subprocess.run(
-        [*command, str(data), str(tmp_path / "run"), *TINY, *SCHEDULE, *[levers] * bool(levers)],
+        [*command, str(data), str(tmp_path / "run"), *TINY, *SCHEDULE, *[override] * bool(override)],
         capture_output=True,
         text=True,
         check=False,

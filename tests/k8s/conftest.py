@@ -1,29 +1,17 @@
-"""Rendering overlays with kustomize. These tests run in an environment of their own: tests/k8s/run.sh."""
+"""Fixtures that render overlays. These tests run in an environment of their own, which tests/k8s/run.sh makes."""
 
 import importlib.util
 import shutil
-import subprocess
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-
-ROOT = Path(__file__).resolve().parents[2]
-OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
+from overlays import ROOT, kustomize
 
 if importlib.util.find_spec("kubernetes_validate") is None:  # the project's own environment
     collect_ignore_glob = ["test_*.py"]
-
-
-@cache
-def kustomize(folder: Path) -> str:
-    """Return what `kubectl apply -k` would send."""
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture

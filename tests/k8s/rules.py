@@ -1,4 +1,4 @@
-"""What must hold for what we apply, beyond the schemas: each rule takes rendered objects and yields what is wrong."""
+"""Rules for the manifests beyond their schemas: each takes rendered objects and yields what is wrong with them."""
 
 import re
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The rules of rules.py hold for every overlay, and each of them notices when it is broken."""
+"""The rules of rules.py hold for every overlay, and each rule notices a manifest that breaks it."""
 
 import re
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import OVERLAYS, ROOT, kustomize
+from overlays import OVERLAYS, ROOT, kustomize
 from rules import RULES
 
 Render = Callable[[str], list[dict[str, Any]]]

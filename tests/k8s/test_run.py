@@ -1,4 +1,4 @@
-"""k8s/run.sh: each step once the one before it is done. No cluster is at hand, so a script answers in its place."""
+"""k8s/run.sh runs each step when the one before it is done. A script answers in place of a cluster."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from overlays import ROOT
 
 # Renders for real. A Job is done when it is asked about for the second time, or fails if it is named in FAILS.
 KUBECTL = r"""#!/bin/sh
@@ -83,7 +83,7 @@ def test_single_steps_can_be_named_and_mistakes_are_told(run: Run) -> None:
     assert done.returncode == 0
     assert not any("component=train" in line for line in told)
     for arguments, message in (
-        (("nosuch",), "no overlay nosuch; there are: cpu-demo"),
+        (("nosuch",), "no overlay nosuch; expected one of: cpu-demo"),
         (("cpu-demo", "x"), "no step x"),
     ):
         done, told = run(*arguments)

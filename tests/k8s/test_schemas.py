@@ -1,4 +1,4 @@
-"""Every field that we set exists and has its type: core objects, custom resources, the Dockerfile."""
+"""Every field of the core objects, the custom resources and the Dockerfile exists and has the right type."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import OVERLAYS, ROOT, kustomize
+from overlays import OVERLAYS, ROOT, kustomize
 
 Render = Callable[[str], list[dict[str, Any]]]
 OLDEST, NEWEST = "1.34", "1.37"  # podReplacementPolicy with podFailurePolicy is stable from 1.34 on

@@ -13,5 +13,5 @@ def promtool() -> str:
     """Return the path of promtool."""
     path = shutil.which("promtool")
     if path is None:
-        pytest.skip("promtool is not installed: apt-get install prometheus")
+        pytest.skip("promtool is not installed; `make system` installs it")
     return path

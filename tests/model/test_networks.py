@@ -40,7 +40,10 @@ def test_parameter_counts_of_the_tutorial_and_the_paper() -> None:
 
 def test_normalization_is_where_the_paper_has_it() -> None:
     config = NetworkConfig(width=8)
-    generator, discriminator = list(build_generator(config).layers), list(build_discriminator(config).layers)
+    generator, discriminator = (
+        [module for module in build(config).modules() if not any(module.children())]
+        for build in (build_generator, build_discriminator)
+    )
     assert isinstance(generator[-1], nn.Tanh)
     assert isinstance(generator[-2], nn.ConvTranspose2d)
     assert sum(isinstance(layer, nn.BatchNorm2d) for layer in generator) == 4

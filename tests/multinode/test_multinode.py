@@ -1,4 +1,4 @@
-"""Two machines, as two network namespaces joined by one cable: training, a cut cable, a lost node, gang restarts.
+"""Two nodes, as two network namespaces joined by one cable: training, a cut cable, a lost node, gang restarts.
 
 `make test-multinode`; needs root (`ip netns`), so it is no part of `make test`.
 """
@@ -19,7 +19,8 @@ from support import ROOT, TINY
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2 for namespaces"
+        os.geteuid() != 0 or shutil.which("ip") is None,
+        reason="needs root, and iproute2 (`make system` installs it), for network namespaces",
     ),
 ]
 
@@ -123,7 +124,7 @@ def test_an_accident_ends_both_and_the_gang_restart_goes_on(
     ends = finish(survivors, 90)
     assert time.monotonic() - begin < 90
     assert all(code == 75 for code, _ in ends), ends
-    assert all("goes on from the last checkpoint" in errors for _, errors in ends), ends
+    assert all("from the last checkpoint" in errors for _, errors in ends), ends
     assert all("Traceback" not in errors for _, errors in ends), ends
     ip("-n", NODES[0], "link", "set", "wire0", "up")
     saved = int(sorted(out.glob("checkpoints/*/state.json"))[-1].parent.name)

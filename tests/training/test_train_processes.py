@@ -25,8 +25,10 @@ OPTIONS = (
 
 def wait_for_children(process: int) -> list[psutil.Process]:
     """Return the children of a process, as soon as it has any."""
-    while not (children := psutil.Process(process).children()):
+    children: list[psutil.Process] = []
+    while not children:
         time.sleep(0.05)
+        children = psutil.Process(process).children()
     return children
 
 
@@ -119,7 +121,7 @@ def test_ranks_with_different_settings_are_refused_at_once(faces32: Path, tmp_pa
     worker.write_text(
         "import os, pathlib, sys\n"
         "from pipeline.config import load_config\n"
-        "from pipeline.common.errors import run_command\n"
+        "from pipeline.common.command_line import run_command\n"
         "from pipeline.training.loop import train\n"
         "mine = ['schedule.log_every_images=64'] if os.environ['RANK'] == '1' else []\n"
         "config = load_config(overrides=sys.argv[3:] + mine)\n"

@@ -1,1 +1,1 @@
-"""Distances between sets of images."""
+"""Metrics that compare samples with real images."""

@@ -1,9 +1,10 @@
-"""Feature extractors for the Fréchet distance and its kin: TorchScript, ONNX, our classifier, or a small fallback.
+"""Feature extractors for Fréchet distance and the like: TorchScript, ONNX, our attribute classifier, or a fallback.
 
-No package carries the weights that published numbers rest on, and a cluster may have no way out: an
-extractor is a file, named by path or URL and pinned by its SHA-256. What was used is part of every result.
+No package holds the weights behind published numbers, and a cluster may have no internet access. So an extractor is a
+file, named by path or URL and pinned by its SHA-256. Every result names the extractor that it was made with.
 """
 
+import io
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.common.errors import DataError, UnavailableError, UsageError
+from pipeline.common.imaging import Pixels
 from pipeline.common.storage import Store, is_url, sha256_bytes
-from pipeline.evaluation.images import Pixels
-from pipeline.evaluation.inputs import device
+from pipeline.evaluation.classifier import load_classifier
+from pipeline.evaluation.device import device
 
 FALLBACK = "fallback"
 FALLBACK_NAME = "dcgan-fallback-v1 (untrained convolutions; never compare with published numbers)"
@@ -26,42 +28,44 @@ INCEPTION = "inception-2015-12-05"
 
 
 @dataclass(frozen=True)
-class Read:
-    """What an extractor says of a batch."""
+class Extraction:
+    """What an extractor returns for N images."""
 
     features: NDArray[np.float32]
     """(N, F)."""
     probabilities: NDArray[np.float32] | None
-    """(N, classes), where the extractor knows classes."""
+    """(N, classes), or None when the extractor has no classes."""
 
 
 class Extractor(ABC):
-    """Images in, features out. `name` and `sha256` go into the result; the cache is keyed by them."""
+    """Images in, features out. The result states `name` and `sha256`; the cache is keyed by them."""
 
     name: str
     sha256: str
     comparable: bool = False
-    """Whether numbers made with it may stand beside published ones."""
+    """Whether its numbers may be compared with published ones."""
 
     @abstractmethod
-    def read(self, images: Pixels) -> Read:
-        """Return features of uint8 NHWC images; gray ones are repeated to three channels where needed."""
+    def extract(self, images: Pixels) -> Extraction:
+        """Return the features of images uint8 (N, H, W, C); gray images are repeated to three channels if needed."""
 
 
 def load_extractor(reference: str, sha256: str | None = None, *, resize: int | None = None) -> Extractor:
     """Return the extractor that `--extractor` names: `fallback`, or the path or URL of a .pt, .onnx or .safetensors.
 
-    A URL needs its SHA-256. Raises UsageError, and DataError when the file is not the one that was meant.
+    A URL needs its SHA-256. Raises UsageError, and DataError when the file has another SHA-256 or cannot be loaded.
     """
     if reference == FALLBACK:
         return FallbackExtractor(resize)
     if is_url(reference) and sha256 is None:
-        raise UsageError(f"--extractor {reference}: a URL needs --extractor-sha256, so that it is what you mean")
+        raise UsageError(f"--extractor {reference}: a URL needs --extractor-sha256, which pins the file")
     folder, _, name = reference.rpartition("/")
     data = Store(folder or ("/" if reference.startswith("/") else ".")).read(name)
     found = sha256_bytes(data)
     if sha256 is not None and sha256.lower() != found:
-        raise DataError(f"--extractor {reference}: its SHA-256 is {found}, expected {sha256.lower()}: another file")
+        raise DataError(
+            f"--extractor {reference}: its SHA-256 is {found}, expected {sha256.lower()}: it is another file"
+        )
     if name.endswith(".onnx"):
         return OnnxExtractor(data, name, found, resize)
     if name.endswith(".safetensors"):
@@ -74,10 +78,10 @@ def load_extractor(reference: str, sha256: str | None = None, *, resize: int | N
 
 
 class FallbackExtractor(Extractor):
-    """Three layers of fixed random filters: enough to rank runs on one data set, and to test the machinery."""
+    """Three layers of fixed random filters: enough to rank runs on one data set, and to test the commands."""
 
     SMALLEST = 16
-    """Pixels: the third layer halves them to 2x2, and a single value would have no deviation."""
+    """Pixels: the third layer then has maps of 2x2; a single value would have no deviation."""
 
     def __init__(self, resize: int | None = None) -> None:
         self.name = FALLBACK_NAME
@@ -91,7 +95,7 @@ class FallbackExtractor(Extractor):
         self.network = nn.Sequential(*layers).to(device()).requires_grad_(False)
         self.sha256 = sha256_bytes(b"".join(p.cpu().numpy().tobytes() for p in self.network.parameters()))
 
-    def read(self, images: Pixels) -> Read:
+    def extract(self, images: Pixels) -> Extraction:
         maps = _prepare(images, self.resize) / 127.5 - 1
         if maps.shape[2] < self.SMALLEST:
             raise UsageError(
@@ -104,15 +108,13 @@ class FallbackExtractor(Extractor):
             if isinstance(layer, nn.ReLU):
                 means.append(maps.mean((2, 3)))
                 deviations.append(maps.std((2, 3)))
-        return Read(_numpy(torch.cat([*means, *deviations], 1)), None)
+        return Extraction(_numpy(torch.cat([*means, *deviations], 1)), None)
 
 
 class TorchScriptExtractor(Extractor):
     """Any TorchScript module that takes NCHW images in [0, 255]; the Inception of the StyleGAN line is one."""
 
     def __init__(self, data: bytes, name: str, sha256: str, resize: int | None) -> None:
-        import io
-
         self.name, self.sha256, self.resize = name, sha256, resize
         try:
             self.network = torch.jit.load(io.BytesIO(data), map_location=device()).eval()  # type: ignore[no-untyped-call]
@@ -125,12 +127,12 @@ class TorchScriptExtractor(Extractor):
         self.comparable = self._inception and name.startswith(INCEPTION)
 
     @torch.no_grad()
-    def read(self, images: Pixels) -> Read:
+    def extract(self, images: Pixels) -> Extraction:
         batch = _prepare(images, self.resize)
         try:
             if self._inception:
                 features = self.network(batch.to(torch.uint8), return_features=True)
-                return Read(_numpy(features), _numpy(self.network(batch.to(torch.uint8), **self._no_bias)))
+                return Extraction(_numpy(features), _numpy(self.network(batch.to(torch.uint8), **self._no_bias)))
             output = self.network(batch)
         except torch.OutOfMemoryError:
             raise
@@ -139,11 +141,11 @@ class TorchScriptExtractor(Extractor):
         features, logits = output if isinstance(output, tuple) else (output, None)
         if features.ndim != 2:
             features = features.flatten(1)
-        return Read(_numpy(features), None if logits is None else _numpy(logits.softmax(1)))
+        return Extraction(_numpy(features), None if logits is None else _numpy(logits.softmax(1)))
 
 
 class OnnxExtractor(Extractor):
-    """Any ONNX graph that takes float32 NCHW images in [0, 255]; a second output is taken for class logits."""
+    """Any ONNX graph that takes float32 NCHW images in [0, 255]; a second output holds class logits."""
 
     def __init__(self, data: bytes, name: str, sha256: str, resize: int | None) -> None:
         try:
@@ -156,44 +158,42 @@ class OnnxExtractor(Extractor):
         except Exception as error:
             raise DataError(f"--extractor {name}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from None
 
-    def read(self, images: Pixels) -> Read:
+    def extract(self, images: Pixels) -> Extraction:
         batch = _prepare(images, self.resize).cpu().numpy()
         try:
             outputs = self.session.run(None, {self.session.get_inputs()[0].name: batch})
-        except Exception as error:  # ONNX Runtime's own have no common class
+        except Exception as error:  # the exceptions of ONNX Runtime have no common class
             raise _refused(self.name, batch, error) from None
         probabilities = None
         if len(outputs) > 1:
             probabilities = _numpy(torch.from_numpy(outputs[1]).softmax(1))
-        return Read(np.asarray(outputs[0], np.float32).reshape(len(images), -1), probabilities)
+        return Extraction(np.asarray(outputs[0], np.float32).reshape(len(images), -1), probabilities)
 
 
 class ClassifierExtractor(Extractor):
-    """Our attribute classifier: classes are all combinations of its yes-or-no attributes."""
+    """Our attribute classifier; its classes are all combinations of its bool attributes."""
 
-    MOST_CLASSES = 6
-    """The first so many yes-or-no attributes make the classes: 2^6 of them at most."""
+    MOST_ATTRIBUTES = 6
+    """The first so many bool attributes make the classes, so there are 2^6 at most."""
 
     def __init__(self, reference: str, name: str, sha256: str) -> None:
-        from pipeline.evaluation.classifier import load_classifier
-
         self.classifier = load_classifier(reference)
         bools = [head.name for head in self.classifier.heads.values() if head.kind == "bool"]
-        self.attributes = bools[: self.MOST_CLASSES]
+        self.attributes = bools[: self.MOST_ATTRIBUTES]
         self.name = f"{name} (attribute classifier; classes from {', '.join(self.attributes)})"
         self.sha256 = sha256
 
-    def read(self, images: Pixels) -> Read:
-        read = self.classifier.read(images)
+    def extract(self, images: Pixels) -> Extraction:
+        predictions = self.classifier.predict(images)
         classes = np.ones((len(images), 1), np.float32)
         for attribute in self.attributes:
-            yes = read[attribute][:, None]
+            yes = predictions[attribute][:, None]
             classes = np.concatenate([classes * yes, classes * (1 - yes)], 1)
-        return Read(self.classifier.features(images), classes if self.attributes else None)
+        return Extraction(self.classifier.features(images), classes if self.attributes else None)
 
 
 def _refused(name: str, batch: Tensor | NDArray[np.float32], error: Exception) -> DataError:
-    """Return what to say when an extractor cannot take a batch: most often it was made for another size."""
+    """Return the error for a batch that an extractor cannot take: most often it was made for another size."""
     line = next((text for text in reversed(str(error).strip().splitlines()) if text.strip()), type(error).__name__)
     return DataError(
         f"--extractor {name}: cannot take images of shape {tuple(batch.shape[1:])} ({line.strip()[:160]}); "

@@ -1,43 +1,39 @@
-"""`dcgan-eval fid`, `kid`, `is` and `precision-recall`: distances between sets of features.
+"""Fréchet and kernel distance, Inception score, precision and recall, of features that are already extracted.
 
-torchmetrics does the arithmetic of the first three. Every process extracts features of its own blocks of
-images, and all of them get the sum (moments) or the whole (features): nobody waits while one process works.
+torchmetrics computes the kernel distance and the Inception score; the Fréchet distance is computed here in float64.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.common.errors import DataError, UsageError
-from pipeline.common.ranks import Ranks
-from pipeline.common.storage import sha256_bytes, write_atomic
-from pipeline.evaluation.images import BLOCK, Images, Watched, num_blocks
-from pipeline.evaluation.metrics.extractors import Extractor
-
-if TYPE_CHECKING:
-    pass
+from pipeline.common.errors import UsageError
 
 NEIGHBORS = 3
-"""Precision and recall: a point counts as covered when it is no farther from another than that one's third nearest."""
+"""A point is inside a manifold when it is within the distance of some point of it to that point's third neighbor."""
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1_000
 IS_SPLITS = 10
+ROWS = 128
+"""Features whose distances to all others are held at once."""
 
 
 @dataclass
 class Moments:
-    """Sum, sum of outer products and number of feature vectors, float64: they add up over blocks and processes."""
+    """Sum, sum of outer products and number of feature vectors, float64: they add up over blocks and ranks."""
 
     total: NDArray[np.float64]
     outer: NDArray[np.float64]
     count: int
+
+    @classmethod
+    def of(cls, features: NDArray[np.float32]) -> "Moments":
+        """Return the moments of features (N, F)."""
+        rows = features.astype(np.float64)
+        return cls(rows.sum(0), rows.T @ rows, len(rows))
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -65,58 +61,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return float(distance)
 
 
-def read_moments(images: Images, extractor: Extractor, ranks: Ranks, what: str) -> Moments:
-    """Return the moments of a set's features, each rank reading its own blocks."""
-    total: NDArray[np.float64] | None = None
-    outer: NDArray[np.float64] | None = None
-    for _, features, _ in _blocks(images, extractor, ranks, what):
-        block = features.astype(np.float64)
-        total = block.sum(0) if total is None else total + block.sum(0)
-        outer = block.T @ block if outer is None else outer + block.T @ block
-    width = int(ranks.sum(np.array([0.0 if total is None else len(total)]))[0]) // _working(images, ranks)
-    if total is None or outer is None:  # fewer blocks than ranks
-        total, outer = np.zeros(width), np.zeros((width, width))
-    return Moments(ranks.sum(total), ranks.sum(outer), images.count)
-
-
-def read_features(
-    images: Images, extractor: Extractor, ranks: Ranks, what: str | None
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Return a set's features (N, F), and class probabilities where there are any, whole on every rank.
-
-    Shows how far it is under the name `what`; None shows nothing.
-    """
-    found = list(_blocks(images, extractor, ranks, what))
-    features = [(block, values) for block, values, _ in found]
-    probabilities = [(block, values) for block, _, values in found if values is not None]
-    joined = []
-    for parts in (features, probabilities):
-        width = int(ranks.sum(np.array([float(parts[0][1].shape[1]) if parts else 0.0]))[0]) // _working(images, ranks)
-        whole = np.zeros((images.count, width))
-        for block, part in parts:
-            whole[block * BLOCK : block * BLOCK + len(part)] = part
-        joined.append(ranks.sum(whole).astype(np.float32) if width else None)
-    assert joined[0] is not None
-    return joined[0], joined[1]
-
-
-def _working(images: Images, ranks: Ranks) -> int:
-    """Return how many ranks have a block at all."""
-    return min(ranks.world_size, num_blocks(images.count))
-
-
-def _blocks(
-    images: Images, extractor: Extractor, ranks: Ranks, what: str | None
-) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32] | None]]:
-    """Yield (block, features, probabilities or None) of this rank's blocks."""
-    watched = images if what is None else Watched(images, what)
-    for block, pixels in watched.blocks(ranks.rank, ranks.world_size):
-        read = extractor.read(pixels)
-        yield block, read.features, read.probabilities
-
-
 class _Identity(nn.Module):
-    """Stands where torchmetrics expects an extractor: it gets features and returns them."""
+    """The extractor that torchmetrics expects, for features that are already extracted."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -132,7 +78,7 @@ def kernel_distance(a: NDArray[np.float32], b: NDArray[np.float32], seed: int) -
 
     size = min(KID_SUBSET_SIZE, len(a), len(b))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that features are kept in memory
+        warnings.simplefilter("ignore")  # torchmetrics warns that it keeps features in memory
         metric = KernelInceptionDistance(_Identity(a.shape[1]), subsets=KID_SUBSETS, subset_size=size)
     metric.update(torch.from_numpy(a), real=True)
     metric.update(torch.from_numpy(b), real=False)
@@ -147,9 +93,9 @@ def inception_score(probabilities: NDArray[np.float32], seed: int) -> tuple[floa
     from torchmetrics.image.inception import InceptionScore
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that features are kept in memory
+        warnings.simplefilter("ignore")  # torchmetrics warns that it keeps features in memory
         metric = InceptionScore(_Identity(probabilities.shape[1]), splits=IS_SPLITS)
-    metric.update(torch.from_numpy(np.log(np.maximum(probabilities, 1e-30))))  # it applies a softmax
+    metric.update(torch.from_numpy(np.log(np.maximum(probabilities, 1e-30))))  # torchmetrics applies a softmax
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mean, deviation = metric.compute()
@@ -157,7 +103,10 @@ def inception_score(probabilities: NDArray[np.float32], seed: int) -> tuple[floa
 
 
 def precision_recall(reals: NDArray[np.float32], fakes: NDArray[np.float32]) -> tuple[float, float]:
-    """Return the share of samples inside the data's manifold, and of data inside the samples' (Kynkäänniemi 2019)."""
+    """Return the share of samples inside the manifold of the data, and of data inside that of the samples.
+
+    Features (N, F). After Kynkäänniemi et al. 2019.
+    """
     for name, features in (("real images", reals), ("samples", fakes)):
         if len(features) <= NEIGHBORS:
             raise UsageError(f"precision and recall of {len(features)} {name}: expected more than {NEIGHBORS}")
@@ -165,7 +114,7 @@ def precision_recall(reals: NDArray[np.float32], fakes: NDArray[np.float32]) -> 
 
 
 def _covered(points: NDArray[np.float32], manifold: NDArray[np.float32]) -> float:
-    """Return the share of `points` within the radius of some point of `manifold`: its third nearest neighbor."""
+    """Return the share of `points` within the radius of some point of `manifold`: its third neighbor's distance."""
     a, b = (torch.from_numpy(x) for x in (points, manifold))
     radii = torch.cat([torch.cdist(part, b).kthvalue(NEIGHBORS + 1).values for part in _pieces(b)])
     inside = [(torch.cdist(part, b) <= radii).any(1) for part in _pieces(a)]
@@ -173,29 +122,4 @@ def _covered(points: NDArray[np.float32], manifold: NDArray[np.float32]) -> floa
 
 
 def _pieces(rows: Tensor) -> list[Tensor]:
-    return [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
-
-
-def cached(path: Path | None, key: dict[str, Any], make: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, Any]:
-    """Return the arrays kept in `path` for `key`, or make and keep them. Without a path nothing is kept.
-
-    The file's name ends in a hash of the key, so statistics of another data set, extractor or resize never serve.
-    """
-    if path is None:
-        return make()
-    import io
-    import json
-
-    digest = sha256_bytes(json.dumps(key, sort_keys=True).encode())[:16]
-    file = path / f"reference-{digest}.npz"
-    if file.exists():
-        try:
-            with np.load(file, allow_pickle=False) as kept:
-                return {name: kept[name] for name in kept.files}
-        except (ValueError, OSError, KeyError, EOFError, BadZipFile) as error:
-            raise DataError(f"{file}: damaged ({error}); delete it and run the command again") from None
-    arrays = make()
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    write_atomic(file, buffer.getvalue())
-    return arrays
+    return [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]

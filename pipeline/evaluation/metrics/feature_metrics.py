@@ -1,4 +1,4 @@
-"""What `dcgan-eval fid`, `kid`, `is` and `precision-recall` do: read features, compare, write down."""
+"""`dcgan-eval fid`, `kid`, `is` and `precision-recall`: extract features, compare them, write the result."""
 
 import os
 from collections.abc import Iterator
@@ -14,25 +14,23 @@ from pipeline.common.errors import UsageError
 from pipeline.common.ranks import ALONE, Ranks, ranks_of
 from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.images import Images, ShardImages
-from pipeline.evaluation.metrics.extractors import Extractor, load_extractor
+from pipeline.evaluation.metrics.extractors import Extraction, Extractor, load_extractor
 from pipeline.evaluation.metrics.feature_distances import (
     Moments,
-    cached,
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
-    read_features,
-    read_moments,
 )
+from pipeline.evaluation.metrics.feature_extraction import cached, extract_features, extract_moments
 from pipeline.evaluation.results import Result
 
 NOT_COMPARABLE = (
-    "These numbers rest on an extractor of our own: compare them only with others of the same extractor, data set, "
-    "resize and number of images, never with published ones. Published figures need the Inception network "
+    "The extractor is not the one of published numbers. Compare these numbers only with others of the same extractor, "
+    "data set, resize and number of images, never with published ones. Those need the Inception network "
     "`inception-2015-12-05.pt`."
 )
-COMPARABLE = "Compare only for the same data set, crop, resize and number of images; 50,000 samples are customary."
+COMPARABLE = "Compare only with the same data set, crop, resize and number of images; 50,000 samples are customary."
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Request:
 
 
 class Measurement:
-    """One command's sets, extractor and result, on every process that takes part."""
+    """One command's images, extractor and result, on every rank."""
 
     def __init__(self, name: str, request: Request, ranks: Ranks = ALONE) -> None:
         self.name = name
@@ -72,48 +70,48 @@ class Measurement:
         self.reals: ShardImages | None = None
         if request.data is not None:
             self.reals, self.result.data = inputs.reals(request.data, request.count)
-            inputs.check_same_shape(self.fakes, self.reals, "the samples")
+            inputs.check_same_shape(self.fakes, self.reals)
             settings["images_real"] = self.reals.count
 
     @property
     def main(self) -> bool:
-        """Whether this process writes the result."""
+        """Whether this rank writes the result."""
         return self.ranks.main
 
     def moments(self) -> tuple[Moments, Moments]:
-        """Return the moments of the real images (from the cache where they are) and of the samples."""
+        """Return the moments of the real images (from the cache if they are there) and of the samples."""
 
         def make() -> dict[str, NDArray[Any]]:
-            made = read_moments(self._reals(), self.extractor, self.ranks, "features of real images")
+            made = extract_moments(self._reals(), self.extractor, self.ranks, "features of real images")
             return {"total": made.total, "outer": made.outer}
 
         kept = cached(self._cache(), self._key("moments"), make)
         reals = Moments(kept["total"], kept["outer"], self._reals().count)
-        return reals, read_moments(self.fakes, self.extractor, self.ranks, "features of samples")
+        return reals, extract_moments(self.fakes, self.extractor, self.ranks, "features of samples")
 
     def features(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the features of the real images (from the cache where they are) and of the samples."""
+        """Return the features of the real images (from the cache if they are there) and of the samples."""
 
         def make() -> dict[str, NDArray[Any]]:
-            return {"features": read_features(self._reals(), self.extractor, self.ranks, "features of real images")[0]}
+            return {"features": self._extract(self._reals(), "features of real images").features}
 
         reals = cached(self._cache(), self._key("features"), make)["features"]
-        return reals, read_features(self.fakes, self.extractor, self.ranks, "features of samples")[0]
+        return reals, self._extract(self.fakes, "features of samples").features
 
     def probabilities(self) -> NDArray[np.float32]:
-        """Return class probabilities of the samples. Raises UsageError when the extractor knows no classes."""
+        """Return class probabilities of the samples. Raises UsageError when the extractor has no classes."""
         one = np.zeros((1, *self.fakes.shape), np.uint8)
-        if self.extractor.read(one).probabilities is None:  # known before all samples are made
+        if self.extractor.extract(one).probabilities is None:  # refused before all samples are made
             raise UsageError(
-                f"--extractor {self.request.extractor}: knows no classes, which an Inception score needs; name an "
-                "Inception, a classifier with logits, or a classifier.safetensors of `dcgan-eval classifier`"
+                f"--extractor {self.request.extractor} has no classes, which an Inception score needs; name an "
+                "Inception network, a network with logits, or a classifier.safetensors of `dcgan-eval classifier`"
             )
-        _, found = read_features(self.fakes, self.extractor, self.ranks, "classes of samples")
+        found = self._extract(self.fakes, "classes of samples").probabilities
         assert found is not None
         return found
 
     def write(self, numbers: dict[str, float], summary: str) -> dict[str, float]:
-        """Write the JSON and a sheet of samples beside real images, on the main process."""
+        """Write the JSON and a sheet of samples and real images, on the main rank."""
         if self.main:
             rows = [("samples", _some(self.fakes))]
             if self.reals is not None:
@@ -123,12 +121,15 @@ class Measurement:
             self.result.write(dict(numbers), summary=summary, note=note)
         return numbers
 
+    def _extract(self, images: Images, what: str) -> Extraction:
+        return extract_features(images, self.extractor, self.ranks, what)
+
     def _reals(self) -> ShardImages:
         assert self.reals is not None
         return self.reals
 
     def _cache(self) -> Path | None:
-        # Only the main process could write; the others would wait for it. So a shared run keeps nothing.
+        # Only one rank could write the cache, and the others would wait for it: several ranks keep nothing.
         return self.request.cache if self.ranks.world_size == 1 else None
 
     def _key(self, kind: str) -> dict[str, Any]:
@@ -144,7 +145,7 @@ class Measurement:
 
 @contextmanager
 def launched_ranks() -> Iterator[Ranks]:
-    """Yield the ranks that a launcher started, or this process alone."""
+    """Yield the ranks that `accelerate launch` or `torchrun` started, or this process alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
@@ -160,7 +161,7 @@ def launched_ranks() -> Iterator[Ranks]:
 def measure(name: str, request: Request, ranks: Ranks = ALONE) -> dict[str, float]:
     """Run `fid`, `kid`, `is` or `precision-recall`, write its result, and return the numbers."""
     if name != "is" and request.data is None:
-        raise UsageError("--data is missing: the real images to compare with")
+        raise UsageError("--data is missing: give the real images to compare with")
     measurement = Measurement(name, request, ranks)
     extractor = measurement.extractor.name
     if name == "fid":

@@ -1,15 +1,16 @@
-"""MS-SSIM of random pairs: how alike a set's images are (Wang et al. 2003; Odena et al. 2017; Karras et al. 2018).
+"""MS-SSIM of random pairs: how alike the images of a set are (Wang et al. 2003; Odena et al. 2017; Karras et al. 2018).
 
-The window of 11 pixels shrinks to the map where the map is smaller, and its deviation with it, as in the
-evaluation that published numbers at 64 pixels come from: five scales of a 64-pixel image end at 4 pixels.
+Where a map is smaller than the window of 11 pixels, the window and its deviation shrink to the map. The evaluation
+behind the published numbers at 64 pixels does so too: the five scales of a 64-pixel image end at 4 pixels.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError
+from pipeline.common.imaging import Pixels
 from pipeline.common.ranks import ALONE, Ranks
-from pipeline.evaluation.images import Images, Pixels, num_blocks
+from pipeline.evaluation.images import Images, num_blocks
 
 WEIGHTS = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])
 WINDOW = 11
@@ -31,10 +32,10 @@ def _window_matrix(length: int) -> Maps:
 
 
 def _scale(a: Maps, b: Maps) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return each pair's mean structural similarity, and its contrast-and-structure part alone, of one scale."""
+    """Return the mean structural similarity of each pair at one scale, and its contrast-and-structure part."""
     rows, columns = _window_matrix(a.shape[2]), _window_matrix(a.shape[3])
     stack = np.stack([a, b, a * a, b * b, a * b])
-    # The window is separable, so it is two matrix products, which BLAS does far faster than a convolution.
+    # The window is separable, so two matrix products apply it; BLAS is far faster than a convolution.
     mean_a, mean_b, square_a, square_b, product = rows @ (stack @ columns.T)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     structure = (2 * (product - mean_a * mean_b) + c2) / (square_a - mean_a**2 + square_b - mean_b**2 + c2)
@@ -60,9 +61,10 @@ def _halve(maps: Maps) -> Maps:
 
 
 def ms_ssim(images: Images, *, ranks: Ranks = ALONE) -> float:
-    """Return the mean MS-SSIM of images 0 and 1, 2 and 3, ...: random pairs, as the order of a set is random.
+    """Return the mean MS-SSIM of images 0 and 1, 2 and 3, ...: random pairs, because the order of a set is random.
 
-    Near 0 for varied images, 1 for copies. The same, bit for bit, for every number of ranks.
+    It is near 0 for varied images and 1 for copies. The result is the same, bit for bit, for every number of ranks.
+    Raises DataError for images that are too small.
     """
     if images.shape[0] < SMALLEST:
         raise DataError(f"images of {images.shape[0]} pixels are too small for MS-SSIM: five scales need {SMALLEST}")

@@ -1,11 +1,11 @@
-"""Sliced Wasserstein distance of image patches (Karras et al. 2018, section 5), in memory that is flat in N.
+"""Sliced Wasserstein distance of image patches (Karras et al. 2018, section 5), in memory that does not grow with N.
 
-For every level of a Laplacian pyramid: 7x7 patches, normalized by each channel's mean and deviation over the
-set, projected onto random directions; the mean over the directions of the 1-D Wasserstein distance.
+On every level of a Laplacian pyramid, 7x7 patches are normalized by each channel's mean and deviation over the set and
+projected onto random directions. The distance is the mean over the directions of the 1-D Wasserstein distance.
 
-The published code sorts the projections of all patches. We count them in narrow bins instead and integrate
-the difference of the two cumulative distributions, which is the same distance up to the bins' width, needs
-no memory that grows with N, adds up over processes exactly, and allows sets of unequal size.
+The published code sorts the projections of all patches. This code counts them in narrow bins and integrates the
+difference of the two cumulative distributions. That gives the same distance up to the width of a bin; it adds up over
+ranks exactly, and allows sets of different size.
 """
 
 from dataclasses import dataclass
@@ -14,22 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError
+from pipeline.common.imaging import Pixels
 from pipeline.common.randomness import Purpose, raw_bits
 from pipeline.common.ranks import ALONE, Ranks
-from pipeline.evaluation.images import BLOCK, Images, Pixels, num_blocks
+from pipeline.evaluation.images import BLOCK, Images, num_blocks
 
 PATCH = 7
 SMALLEST_LEVEL = 16
 BINS = 8192
 REACH = 32.0
-"""Bins cover projections from -REACH to REACH, in deviations; what lies beyond counts as lying there."""
+"""Bins cover projections from -REACH to REACH, in deviations; projections beyond count in the outermost bins."""
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How much is drawn. The defaults are the published setting."""
+    """Numbers of random draws. The defaults are the published setting."""
 
     seed: int = 0
     patches: int = 128
@@ -40,7 +41,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Projections:
-    """What a set's patches look like from every direction: all that is needed to compare it with another."""
+    """The histograms of a set's projected patches: all that a comparison with another set needs."""
 
     levels: list[int]
     """Resolutions, largest first."""
@@ -50,7 +51,7 @@ class Projections:
 
 
 def resolutions(size: int) -> list[int]:
-    """Return the pyramid's levels: `size`, halved down to 16. Raises DataError if there is none."""
+    """Return the sizes of the pyramid's levels: `size`, halved down to 16. Raises DataError if there is none."""
     levels = []
     while size >= SMALLEST_LEVEL:
         levels.append(size)
@@ -61,7 +62,10 @@ def resolutions(size: int) -> list[int]:
 
 
 def laplacian_pyramid(images: Pixels) -> list[Floats]:
-    """Return each level's detail, float32 (n, channels, h, w), the coarsest level whole."""
+    """Return the detail of each level of images uint8 (n, h, w, channels): float32 (n, channels, h, w), finest first.
+
+    The last level is the remaining image, not a detail.
+    """
     current = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32)
     pyramid = []
     for _ in resolutions(images.shape[1])[1:]:
@@ -84,7 +88,7 @@ def _blur(maps: Floats) -> Floats:
 
 
 def _patches(level: Floats, first_image: int, lane: int, sampling: Sampling) -> Floats:
-    """Return patches at random places, (n * patches, channels, 7, 7). Those of an image depend on its index only."""
+    """Return patches at random places, (n * patches, channels, 7, 7); the places depend on an image's index only."""
     count, channels, height, width = level.shape
     per_image = -(-sampling.patches // 4)  # Philox blocks of four words
     words = raw_bits(sampling.seed, Purpose.PROJECTIONS, first_image * per_image, count * per_image * 4, lane=lane)
@@ -108,15 +112,15 @@ def _directions(features: int, lane: int, sampling: Sampling) -> Floats:
 
 
 def project(images: Images, sampling: Sampling, *, real: bool, ranks: Ranks = ALONE) -> Projections:
-    """Look at a set from every direction. `real` keeps the patch positions of the two sides apart.
+    """Return the projections of a set. `real` gives real images and samples different patch positions.
 
-    Reads the images twice: the first pass finds the channels' means and deviations, the second one counts.
+    Reads the images twice: the first pass measures the means and deviations of the channels, the second one counts.
     The result is the same, bit for bit, for every number of ranks.
     """
     levels = resolutions(images.shape[0])
     channels = images.shape[2]
     lanes = [(3 * index, 3 * index + (1 if real else 2)) for index in range(len(levels))]
-    # One row a block, zeros where it is another's: x + 0 is exact, so the sum's order never depends on the ranks.
+    # One row for each block, zeros in those of other ranks: x + 0 is exact, so the sum does not depend on the ranks.
     moments = np.zeros((num_blocks(images.count), len(levels), channels, 2))
     for block, pixels in images.blocks(ranks.rank, ranks.world_size):
         for index, level in enumerate(laplacian_pyramid(pixels)):
@@ -143,13 +147,13 @@ def project(images: Images, sampling: Sampling, *, real: bool, ranks: Ranks = AL
             bins = matrix @ patches.reshape(len(patches), -1).T
             bins += offset
             np.clip(bins, 0, BINS - 1, out=bins)
-            for direction, values in enumerate(bins):  # converted row by row, which stays in the cache
+            for direction, values in enumerate(bins):  # row by row, which stays in the CPU's cache
                 counts[index, direction] += np.bincount(values.astype(np.int64), minlength=BINS)
     return Projections(levels, np.asarray(ranks.sum(counts), np.int64), sampling)
 
 
 def distances(reals: Projections, fakes: Projections) -> dict[str, float]:
-    """Return {"swd": mean over the levels, "swd_64": ..., ...}, each times 1000 as in the publication."""
+    """Return {"swd": the mean over the levels, "swd_64": ..., ...}, each times 1000 as published."""
     assert reals.sampling == fakes.sampling
     assert reals.levels == fakes.levels
     result = {}

@@ -1,4 +1,4 @@
-"""Attributes as a person writes them: `male & eyeglasses - male & !eyeglasses + !male`."""
+"""Expressions of attributes as a user writes them: `male & eyeglasses - male & !eyeglasses + !male`."""
 
 import re
 from dataclasses import dataclass
@@ -7,17 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UsageError
-from pipeline.evaluation.classifier import Classifier
+from pipeline.evaluation.classifier import Classifier, Predictions
 from pipeline.evaluation.options import NUMBERED_SAMPLES
 
-Read = dict[str, NDArray[np.float32]]
 CONFIDENT = 0.8
 """An exemplar must have each of its attributes with this probability."""
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One term of an expression: exemplars by their index, or by what they must look like."""
+    """One term of an expression: exemplars by their index, or by the attributes that they must show."""
 
     sign: int
     """+1 or -1."""
@@ -25,14 +24,14 @@ class Concept:
     indices: tuple[int, ...] = ()
     wanted: tuple[tuple[str, bool], ...] = ()
 
-    def matches(self, read: Read) -> NDArray[np.bool_]:
-        """Return which images show this concept with confidence."""
-        shown = [read[name] > CONFIDENT if yes else read[name] < 1 - CONFIDENT for name, yes in self.wanted]
+    def matches(self, predictions: Predictions) -> NDArray[np.bool_]:
+        """Return which images show this concept with confidence, bool (N,)."""
+        shown = [predictions[n] > CONFIDENT if yes else predictions[n] < 1 - CONFIDENT for n, yes in self.wanted]
         return np.asarray(np.logical_and.reduce(shown))
 
 
 def parse(expression: str) -> list[Concept]:
-    """Read terms joined by + and -: each `#3,17,42` (indices) or attributes joined by & (each may begin with !).
+    """Parse terms joined by + and -, each `#3,17,42` (indices) or attributes joined by & (each may begin with !).
 
     Raises UsageError that says what is expected.
     """
@@ -61,9 +60,9 @@ def parse(expression: str) -> list[Concept]:
 
 
 def outcome(concepts: list[Concept]) -> dict[str, bool]:
-    """Return what an expression should give: the attributes whose signed sum comes out at 0 or 1.
+    """Return the attributes that the result should show: those whose signed sum is 0 or 1.
 
-    An attribute that a term does not name is unknown there, and with it the outcome.
+    The outcome of an attribute that some term does not name is unknown, so it is left out.
     """
     names = {name for concept in concepts for name, _ in concept.wanted}
     result = {}
@@ -77,18 +76,16 @@ def outcome(concepts: list[Concept]) -> dict[str, bool]:
 
 
 def check_known(concepts: list[Concept], classifier: Classifier) -> None:
-    """Raise UsageError unless every attribute is a yes-or-no one that the classifier reads."""
+    """Raise UsageError unless the classifier predicts every attribute, as a bool."""
     for concept in concepts:
         for name, _ in concept.wanted:
             if classifier.head(name).kind != "bool":
-                raise UsageError(f"--expression: {name!r} is a number, not a yes-or-no attribute; use `turn` for those")
+                raise UsageError(f"--expression: {name!r} is a number, not a yes-or-no attribute; `turn` takes numbers")
 
 
-def shows(read: Read, attributes: dict[str, bool]) -> NDArray[np.bool_]:
-    """Return which images have all of the attributes, by the classifier's better guess."""
-    count = len(next(iter(read.values())))
-    wanted = [(read[name] > 0.5) == yes for name, yes in attributes.items()]
-    return np.asarray(np.logical_and.reduce(wanted)) if wanted else np.ones(count, bool)
+def shows(predictions: Predictions, attributes: dict[str, bool]) -> NDArray[np.bool_]:
+    """Return which images have all of the attributes (at least one), by the more probable answer: bool (N,)."""
+    return np.asarray(np.logical_and.reduce([(predictions[name] > 0.5) == yes for name, yes in attributes.items()]))
 
 
 def in_words(attributes: dict[str, bool]) -> str:

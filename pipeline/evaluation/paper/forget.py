@@ -1,7 +1,7 @@
-"""`dcgan-eval forget`: drop the feature maps of G that draw an object, and look what is left (Figure 6).
+"""`dcgan-eval forget`: drop the feature maps of G that draw an object, and measure what is left (Figure 6).
 
-The paper: on the second-highest convolution's maps, a logistic regression learns which positions lie inside
-boxes drawn around the object; every map with a positive weight is dropped everywhere.
+As in the paper, a logistic regression learns from the maps that G's last convolution reads which positions lie inside
+boxes around the object. Every map with a positive weight is then dropped everywhere.
 """
 
 import csv
@@ -15,36 +15,53 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.imaging import Pixels
 from pipeline.common.randomness import Purpose, permutation
 from pipeline.evaluation import charts, inputs
-from pipeline.evaluation.classifier import get_classifier
+from pipeline.evaluation.classifier import Classifier
+from pipeline.evaluation.classifier_training import get_classifier
 from pipeline.evaluation.confidence import wilson
-from pipeline.evaluation.images import Pixels
-from pipeline.evaluation.inputs import device
+from pipeline.evaluation.device import device
 from pipeline.evaluation.options import NUMBERED_SAMPLES
-from pipeline.evaluation.paper.sample_pool import images_chunked
+from pipeline.evaluation.paper.sample_pool import images_with_progress
 from pipeline.evaluation.paper.walks import Z, draw
 from pipeline.evaluation.results import Result
 from pipeline.model.networks import Generator
 from pipeline.model.sampling import BLOCK, to_uint8
 
 MEASURED = 1_024
-"""Fresh samples on which the dropout is judged."""
+"""Fresh samples on which the effect is measured."""
+SHOWN = 12
+"""Samples in the picture."""
+CONFIDENT = 0.9
+"""A sample has the object when its probability is above this."""
 OUTSIDE_EACH = 3
 """Positions outside the boxes for each one inside, drawn at random from the same samples."""
 FEWEST = 8
-"""Samples with boxes."""
+"""Samples with boxes that are needed."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """Where the object is in sample `index` of the analyses' sequence; pixels, right and bottom excluded."""
+    """The place of the object in sample `index` of the analyses' sequence; pixels, right and bottom excluded."""
 
     index: int
     left: int
     top: int
     right: int
     bottom: int
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Tells which images show an attribute."""
+
+    classifier: Classifier
+    attribute: str
+
+    def probability(self, images: Pixels) -> NDArray[np.float32]:
+        """Return the probability (N,) that each of the images uint8 (N, H, W, C) shows the attribute."""
+        return self.classifier.predict(images)[self.attribute]
 
 
 def run_forget(
@@ -54,7 +71,7 @@ def run_forget(
     boxes: Path | None,
     attribute: str | None,
     region: tuple[int, int, int, int] | None,
-    classifier: str | None,
+    classifier_file: str | None,
     data: str | None,
     samples: int,
     strength: float,
@@ -62,6 +79,7 @@ def run_forget(
 ) -> dict[str, float]:
     """Write forget.json and a picture of samples with and without the maps, and return the numbers."""
     loaded, subject = inputs.generator(ckpt)
+    generator, size = loaded.generator, loaded.config.image_size
     settings: dict[str, Any] = {
         "boxes": str(boxes) if boxes else None,
         "attribute": attribute,
@@ -70,21 +88,19 @@ def run_forget(
         "strength": strength,
         "seed": seed,
     }
-    judge = get_classifier(classifier, data, out) if attribute is not None else None
-    if judge is not None and attribute is not None and judge.head(attribute).kind != "bool":
-        raise UsageError(f"--attribute {attribute}: is a number; expected something that is there or not")
-    size = loaded.config.image_size
+    detector = None if attribute is None else _detector(attribute, get_classifier(classifier_file, data, out))
     if region is not None and max(region) > size:
         raise UsageError(f"--region {','.join(map(str, region))}: not inside an image of {size}x{size} pixels")
     result = Result("forget", out, subject, settings=settings)
     if boxes is not None:
         drawn = read_boxes(boxes, size)
-    elif judge is not None and attribute is not None and region is not None:
-        images = images_chunked(loaded.generator, draw(loaded.config, seed, 0, samples), "looking for the object")
-        drawn = [Box(int(i), *region) for i in np.flatnonzero(judge.read(images)[attribute] > 0.9)]
+    elif detector is not None and region is not None:
+        images = images_with_progress(generator, draw(loaded.config, seed, 0, samples), "looking for the object")
+        drawn = [Box(int(index), *region) for index in np.flatnonzero(detector.probability(images) > CONFIDENT)]
     else:
         raise UsageError(
-            "where is the object? Give --boxes FILE, or --attribute NAME with --region LEFT,TOP,RIGHT,BOTTOM"
+            "the place of the object is missing: give --boxes FILE, or --attribute NAME with "
+            "--region LEFT,TOP,RIGHT,BOTTOM"
         )
     with_boxes = len({box.index for box in drawn})
     if with_boxes < FEWEST:
@@ -92,48 +108,63 @@ def run_forget(
             f"boxes in only {with_boxes} samples: too few to tell the object's maps from others; expected {FEWEST}"
         )
 
-    weights, accuracy = object_maps(loaded.generator, drawn, seed)
+    weights, accuracy = object_maps(generator, drawn, seed)
     dropped = np.flatnonzero(weights > 0)
     if len(dropped) == 0:
-        raise DataError("no feature map is more active inside the boxes than outside: nothing to drop")
-    rng = permutation(len(weights), seed, Purpose.ANALYSIS, lane=9 << 32)
-    control = rng[: len(dropped)]
-    start = max(samples, max(box.index for box in drawn) + 1)
-    fresh = draw(loaded.config, seed, start, MEASURED)
-    before = images_chunked(loaded.generator, fresh, "samples")
-    after = without_maps(loaded.generator, dropped, fresh, strength)
-    other = without_maps(loaded.generator, control, fresh, strength)
+        raise DataError("no feature map is more active inside the boxes than outside: there is none to drop")
+    control = permutation(len(weights), seed, Purpose.ANALYSIS, lane=9 << 32)[: len(dropped)]
+    fresh = draw(loaded.config, seed, max(samples, max(box.index for box in drawn) + 1), MEASURED)
+    before = images_with_progress(generator, fresh, "samples")
+    after = without_maps(generator, dropped, fresh, strength)
+    other = without_maps(generator, control, fresh, strength)
 
     numbers = {"maps": float(len(weights)), "dropped": float(len(dropped)), "accuracy": accuracy}
-    shown = np.arange(12)
+    shown = np.arange(SHOWN)
     summary = (
-        f"A logistic regression tells positions inside {len(drawn)} boxes from others with an accuracy of "
-        f"{accuracy:.1%} by the {len(weights)} maps of G's second-highest convolution; {len(dropped)} of them have "
-        "positive weights and were dropped."
+        f"From the {len(weights)} feature maps that G's last convolution reads, a logistic regression tells positions "
+        f"inside {len(drawn)} boxes from positions outside with an accuracy of {accuracy:.1%}. The {len(dropped)} maps "
+        "with positive weights were dropped."
     )
-    if judge is not None and attribute is not None:
-        there = {name: judge.read(x)[attribute] > 0.5 for name, x in
-                 (("before", before), ("after", after), ("control", other))}  # fmt: skip
-        numbers |= {f"share_{name}": float(found.mean()) for name, found in there.items()}
-        had = there["before"]
-        if not had.any():
-            raise DataError(f"none of {MEASURED:,} fresh samples shows {attribute}: what is left cannot be measured")
-        kept = float(there["after"][had].mean())
-        low, high = wilson(kept, int(had.sum()))
-        numbers |= {"kept": kept, "kept_control": float(there["control"][had].mean())}
-        shown = np.flatnonzero(had)[:12]
+    if detector is not None:
+        shares, had = _shares(detector, before, after, other)
+        numbers |= shares
+        shown = np.flatnonzero(had)[:SHOWN]
+        low, high = wilson(shares["kept"], int(had.sum()))
         summary += (
-            f" Of {int(had.sum())} fresh samples with {attribute}, {kept:.0%} still have it (95 % interval {low:.0%} "
-            f"to {high:.0%}); when as many maps are dropped at random, {numbers['kept_control']:.0%} do."
+            f" Of {int(had.sum())} fresh samples with {attribute}, {shares['kept']:.0%} still have it (95 % interval "
+            f"{low:.0%} to {high:.0%}). When as many random maps are dropped, {shares['kept_control']:.0%} do."
         )
     groups = [
         ("samples", before[shown]),
         (f"without the {len(dropped)} maps of the object", after[shown]),
         (f"without {len(dropped)} random maps", other[shown]),
     ]
-    result.picture(charts.sheet(groups, 12), "Samples with and without the object's feature maps")
+    result.picture(charts.sheet(groups, SHOWN), "Samples with and without the object's feature maps")
     result.write(dict(numbers), summary=summary)
     return numbers
+
+
+def _detector(attribute: str, classifier: Classifier) -> Detector:
+    """Raise UsageError unless the attribute is a bool that the classifier predicts."""
+    if classifier.head(attribute).kind != "bool":
+        raise UsageError(f"--attribute {attribute}: is a number; expected a yes-or-no attribute")
+    return Detector(classifier, attribute)
+
+
+def _shares(
+    detector: Detector, before: Pixels, after: Pixels, control: Pixels
+) -> tuple[dict[str, float], NDArray[np.bool_]]:
+    """Return how many samples show the attribute, how many of those keep it, and which show it at first."""
+    shows = {
+        name: detector.probability(images) > 0.5
+        for name, images in (("before", before), ("after", after), ("control", control))
+    }
+    had = shows["before"]
+    if not had.any():
+        raise DataError(f"none of {len(had):,} fresh samples shows {detector.attribute}: nothing to measure")
+    shares = {f"share_{name}": float(found.mean()) for name, found in shows.items()}
+    kept = {"kept": float(shows["after"][had].mean()), "kept_control": float(shows["control"][had].mean())}
+    return shares | kept, had
 
 
 def object_maps(generator: Generator, boxes: Sequence[Box], seed: int) -> tuple[NDArray[np.float64], float]:
@@ -150,11 +181,11 @@ def object_maps(generator: Generator, boxes: Sequence[Box], seed: int) -> tuple[
     group: list[NDArray[np.int64]] = []
     for number, index in enumerate(dict.fromkeys(box.index for box in boxes)):
         maps = generator.feature_maps(torch.from_numpy(draw(config, seed, index, 1)).to(device()))[0]
-        shrink = config.image_size // maps.shape[1]
+        pixels = config.image_size // maps.shape[1]
         mask = np.zeros(maps.shape[1:], bool)
-        for box in boxes:  # what is outside of one may be inside another
+        for box in boxes:  # a position outside one box may be inside another
             if box.index == index:
-                mask[box.top // shrink : -(-box.bottom // shrink), box.left // shrink : -(-box.right // shrink)] = True
+                mask[box.top // pixels : -(-box.bottom // pixels), box.left // pixels : -(-box.right // pixels)] = True
         order = permutation(int((~mask).sum()), seed, Purpose.ANALYSIS, lane=(10 << 32) + number)
         outside = np.flatnonzero(~mask.ravel())[order[: OUTSIDE_EACH * int(mask.sum())]]
         chosen = np.concatenate([np.flatnonzero(mask.ravel()), outside])
@@ -164,7 +195,7 @@ def object_maps(generator: Generator, boxes: Sequence[Box], seed: int) -> tuple[
     x, y, numbers = np.concatenate(rows), np.concatenate(inside), np.concatenate(group)
     held = numbers % 5 == 4
     if y[~held].all():
-        raise DataError("the boxes cover whole images: nothing is outside to compare with; draw them around the object")
+        raise DataError("the boxes cover whole images, so no position is outside; draw them around the object")
     scaler = StandardScaler().fit(x[~held])
     model = LogisticRegression(C=0.1, max_iter=500, class_weight="balanced")
     model.fit(scaler.transform(x[~held]), y[~held])
@@ -174,7 +205,7 @@ def object_maps(generator: Generator, boxes: Sequence[Box], seed: int) -> tuple[
 
 @torch.no_grad()
 def without_maps(generator: Generator, dropped: NDArray[np.int64], z: Z, strength: float = 1.0) -> Pixels:
-    """Return the images of z with the maps `dropped` scaled by 1 - strength, everywhere."""
+    """Return the images of z (N, latent_dim) with the maps `dropped` scaled by 1 - strength: uint8 (N, H, W, C)."""
     rows = torch.from_numpy(np.ascontiguousarray(dropped)).to(device())
     images = [
         to_uint8(generator.without_maps(torch.from_numpy(z[start : start + BLOCK]).to(device()), rows, strength)).cpu()
@@ -184,7 +215,7 @@ def without_maps(generator: Generator, dropped: NDArray[np.int64], z: Z, strengt
 
 
 def read_boxes(path: Path, size: int) -> list[Box]:
-    """Read `index,left,top,right,bottom` lines, with a heading. Raises DataError that names the line."""
+    """Read a CSV with the columns index,left,top,right,bottom. Raises DataError that names the line."""
     boxes = []
     try:
         with path.open(newline="") as file:

@@ -1,4 +1,4 @@
-"""The L2-SVM of the paper's probe: linear, one against the rest, squared hinge loss, in the primal."""
+"""The L2-SVM of the paper's probe: linear, one class against the rest, squared hinge loss, solved in the primal."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.common.errors import UsageError
-from pipeline.evaluation.inputs import device
+from pipeline.evaluation.device import device
 
 ITERATIONS = 400
 
@@ -17,8 +17,8 @@ ITERATIONS = 400
 class LinearSVM:
     """Minimizes |w|²/2 + C Σ max(0, 1 - y(wx + b))² for each class, b regularized with w, as liblinear does.
 
-    Liblinear needs hours for the paper's 50,000 images with 28,672 features; L-BFGS on all classes at once
-    is a few hundred matrix products, on a GPU where there is one.
+    Liblinear needs hours for the paper's 50,000 images with 28,672 features. L-BFGS on all classes at once needs a few
+    hundred matrix products, which a GPU computes where there is one.
     """
 
     def __init__(self, classes: NDArray[Any], weights: Tensor) -> None:
@@ -37,7 +37,7 @@ class LinearSVM:
 
 
 def fit(features: NDArray[np.float32], labels: NDArray[Any], cs: Sequence[float]) -> list[LinearSVM]:
-    """Learn `labels` (N,) from `features` (N, F) once for every C; they share the costly part."""
+    """Return an SVM of `labels` (N,) and `features` (N, F) for every C; they share the costly part."""
     classes = np.unique(labels)
     x = _with_ones(features)
     targets = classes[1:] if len(classes) == 2 else classes
@@ -47,17 +47,17 @@ def fit(features: NDArray[np.float32], labels: NDArray[Any], cs: Sequence[float]
     # The solution is a combination of the rows: with fewer rows than columns, solve in their coordinates.
     gram = (x @ x.T).double()
     rows = torch.linalg.cholesky(gram + 1e-7 * gram.diagonal().mean() * torch.eye(len(x)).to(gram))
-    machines = []
+    svms = []
     for c in cs:
         solved = _minimize(rows.to(x), y, c).double()
-        machines.append(LinearSVM(classes, x.T @ torch.linalg.solve_triangular(rows.T, solved, upper=True).to(x)))
-    return machines
+        svms.append(LinearSVM(classes, x.T @ torch.linalg.solve_triangular(rows.T, solved, upper=True).to(x)))
+    return svms
 
 
 def _minimize(x: Tensor, y: Tensor, c: float) -> Tensor:
     """Return the weights (F, classes) for rows x (N, F) and signs y (N, classes)."""
     weights = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
-    # The classes are independent problems; one line search over their sum serves all of them.
+    # The classes are independent problems, but one line search over their sum is enough for all of them.
     optimizer = torch.optim.LBFGS(
         [weights],
         max_iter=ITERATIONS,
@@ -79,9 +79,9 @@ def _minimize(x: Tensor, y: Tensor, c: float) -> Tensor:
 
 
 def balanced_draw(labels: NDArray[Any], count: int, order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the first `count` rows of `order` with equally many of every class (the rest spread over the first).
+    """Return `count` rows in the order of `order`, as many of every class; the first classes get the remainder.
 
-    Raises UsageError when there are not so many of a class.
+    Raises UsageError when a class has too few rows.
     """
     classes, have = np.unique(labels, return_counts=True)
     share, extra = divmod(count, len(classes))
@@ -99,7 +99,7 @@ def balanced_draw(labels: NDArray[Any], count: int, order: NDArray[np.int64]) ->
 
 
 def choose_c(scores: Sequence[tuple[float, float]]) -> float:
-    """Return the C with the best validation score; the smallest of equals, which is the simplest model."""
+    """Return the C with the best validation score; among equals the smallest, which gives the simplest model."""
     best = max(score for _, score in scores)
     return min(c for c, score in scores if score == best)
 

@@ -1,16 +1,17 @@
-"""`dcgan-eval memorization`: has the generator learned, or does it repeat (sections 3, 4.1.1 and 6.1)?"""
+"""`dcgan-eval memorization`: whether the generator repeats its training images (sections 3, 4.1.1 and 6.1)."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pipeline.common.progress import Progress
 from pipeline.data.dedup.semantic_hash import THRESHOLD_IMAGES, SemanticHash
 from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.confidence import wilson
-from pipeline.evaluation.images import GeneratedImages, Images, Watched, first
+from pipeline.evaluation.images import GeneratedImages, Images, WithProgress, first
 from pipeline.evaluation.paper.nearest import Nearest, Rows, flat, gather
 from pipeline.evaluation.paper.walks import draw, spherical, unevenness
 from pipeline.evaluation.results import Result
@@ -18,12 +19,14 @@ from pipeline.model.networks import Generator
 from pipeline.model.sampling import images_of
 
 SIZES = (1_000, 10_000, 100_000)
-"""The authors' faces run logs the distance from held-out images to so many samples."""
+"""Numbers of samples at which distances are measured; the authors' log for faces has the same."""
 REAL_QUERIES = 1_000
-"""Real images whose nearest sample is looked for."""
+"""Real images whose distance to the nearest sample is measured."""
 WALKS, WALK_STEPS = 64, 33
 HASHED = 4_096
+"""Samples, and training images, whose semantic hash is looked for among the training images."""
 HASH_STEPS = 1_000
+"""Training steps of the semantic hash."""
 
 
 def run_memorization(
@@ -31,8 +34,8 @@ def run_memorization(
 ) -> dict[str, Any]:
     """Write memorization.json with its pictures, and return the numbers.
 
-    Three questions: are the training images nearer to the samples than held-out ones, do samples collide
-    with training images under the semantic hash, and do walks in latent space jump?
+    Three questions: are training images nearer to the samples than held-out images are, do samples have the semantic
+    hash of a training image, and do walks in latent space jump?
     """
     loaded, subject = inputs.generator(ckpt)
     trained, description = inputs.reals(data, limit)
@@ -50,14 +53,15 @@ def run_memorization(
     for name, curve in curves.items():
         numbers |= {f"distance_{name}_{size}": value for size, value in zip(sizes, curve, strict=True)}
     if len(sizes) > 1:
-        chart, area = charts.axes(6)
-        for name, curve in curves.items():
-            area.plot(sizes, curve, marker="o", label=f"{name} images")
-        area.set_xscale("log")
-        area.set_xlabel("samples")
-        area.set_ylabel("mean distance to the nearest sample")
-        area.legend(frameon=False)
-        result.chart(chart, "Distance from real images to their nearest sample")
+        result.chart(_curve_chart(curves, sizes), "Distance from real images to their nearest sample")
+    if held_out:
+        near, far = numbers[f"distance_training_{most}"], numbers[f"distance_held-out_{most}"]
+        distances = (
+            f"The nearest of {most:,} samples is {near:.2f} gray levels from a training image and {far:.2f} from a "
+            f"held-out one ({far / near - 1:+.1%}). A generator that memorizes is much nearer to its training images."
+        )
+    else:
+        distances = "Distances say little without --held-out images; build the data with a split (--val-fraction)."
 
     evenness = walk_unevenness(loaded.generator, seed)
     numbers |= {"walk_unevenness": float(np.mean(evenness)), "walk_unevenness_largest": float(np.max(evenness))}
@@ -65,32 +69,34 @@ def run_memorization(
     worst = int(np.argmax(evenness))
     walk = images_of(loaded.generator, spherical(ends[2 * worst], ends[2 * worst + 1], 17))
     result.picture(charts.sheet([("the least even of all walks", walk)], 17, 1), "The least even walk", "-walk")
-
-    sentences = [
+    walks = (
         f"The largest step of a walk between random z is {numbers['walk_unevenness']:.2f} times its mean step "
-        f"(the least even of {WALKS}: {numbers['walk_unevenness_largest']:.2f}); memorized images would make jumps."
-    ]
+        f"({numbers['walk_unevenness_largest']:.2f} in the least even of {WALKS} walks). Memorized images would make "
+        "walks jump."
+    )
+
     collided = collisions(trained, loaded.generator, seed)
     numbers |= collided
     low, high = wilson(collided["samples_that_collide"], HASHED)
-    sentences.append(
+    hashes = (
         f"{collided['samples_that_collide']:.2%} of {HASHED:,} samples have the semantic hash of a training image "
-        f"(95 % interval {low:.2%} to {high:.2%}); of the training images {collided['reals_that_collide']:.2%} share "
-        f"theirs with another one. The nearest code is {collided['bits_from_samples']:.1f} bits away on average, "
-        f"for training images {collided['bits_between_reals']:.1f}."
+        f"(95 % interval {low:.2%} to {high:.2%}); {collided['reals_that_collide']:.2%} of the training images have "
+        f"the hash of another training image. The nearest hash is {collided['bits_from_samples']:.1f} bits away on "
+        f"average, for training images {collided['bits_between_reals']:.1f}."
     )
-    last = sizes[-1]
-    if held_out:
-        near, far = numbers[f"distance_training_{last}"], numbers[f"distance_held-out_{last}"]
-        sentences.insert(
-            0,
-            f"The nearest of {last:,} samples is {near:.2f} gray levels from a training image and {far:.2f} from a "
-            f"held-out one ({far / near - 1:+.1%}); a generator that memorizes is much nearer to what it has seen.",
-        )
-    else:
-        sentences.insert(0, "No --held-out images were given, so distances say little; build the data with a split.")
-    result.write(numbers, summary=" ".join(sentences))
+    result.write(numbers, summary=f"{distances} {walks} {hashes}")
     return numbers
+
+
+def _curve_chart(curves: dict[str, list[float]], sizes: list[int]) -> Figure:
+    chart, area = charts.axes(6)
+    for name, curve in curves.items():
+        area.plot(sizes, curve, marker="o", label=f"{name} images")
+    area.set_xscale("log")
+    area.set_xlabel("samples")
+    area.set_ylabel("mean distance to the nearest sample")
+    area.legend(frameon=False)
+    return chart
 
 
 def distance_curves(
@@ -127,17 +133,17 @@ def walk_unevenness(generator: Generator, seed: int) -> list[float]:
 
 
 def collisions(known: Images, generator: Generator, seed: int) -> dict[str, float]:
-    """Return how often samples have the 128-bit hash of a training image, beside training images among themselves.
+    """Return how often samples have the 128-bit hash of a training image, and training images that of another one.
 
-    The hash is learned from the first 16,384 images at most (their order is random); in memory are those, and
-    16 bytes of every image.
+    The hash is learned from the first 16,384 images at most (their order is random). Memory holds those, and 16 bytes
+    of every image.
     """
     hasher = SemanticHash(seed=seed, steps=HASH_STEPS)
     with Progress("learning the semantic hash", hasher.steps, "steps") as progress:
         hasher.fit(
             np.concatenate(list(first((block for _, block in known.blocks()), THRESHOLD_IMAGES))), progress=progress
         )
-    codes = np.concatenate([hasher.codes(block) for _, block in Watched(known, "hashing").blocks()])
+    codes = np.concatenate([hasher.codes(block) for _, block in WithProgress(known, "hashing").blocks()])
     sampled = [hasher.codes(pixels) for _, pixels in GeneratedImages(generator, HASHED, seed).blocks()]
     bits = nearest_code(np.concatenate(sampled), codes)
     own = nearest_code(codes[:HASHED], codes, skip_self=True)
@@ -152,7 +158,10 @@ def collisions(known: Images, generator: Generator, seed: int) -> dict[str, floa
 def nearest_code(
     queries: NDArray[np.uint8], references: NDArray[np.uint8], *, skip_self: bool = False
 ) -> NDArray[np.int64]:
-    """Return each packed code's distance in bits to the nearest of `references`, of which it may be one."""
+    """Return the bits (N,) between each code (N, 16) and the nearest of `references` (M, 16), both uint8.
+
+    With `skip_self` the queries are the first references, and no code is its own neighbor.
+    """
     a, b = queries.view(np.uint64), references.view(np.uint64)
     nearest_bits = np.empty(len(a), np.int64)
     for row, code in enumerate(a):

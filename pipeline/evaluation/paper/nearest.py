@@ -1,31 +1,31 @@
-"""Nearest neighbors by brute force: exact, and fast enough for what is looked at."""
+"""Nearest neighbors by brute force: exact, in pieces, so that memory does not grow with the set."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UsageError
-from pipeline.common.progress import Progress
-from pipeline.evaluation.images import Images, Pixels
+from pipeline.common.imaging import Pixels
+from pipeline.evaluation.images import Images, WithProgress
 
 Rows = NDArray[np.float32]
 
 
 class Nearest:
-    """Each query's nearest reference so far. References come in pieces, so that memory does not grow with them."""
+    """The nearest reference of each query (N, F) so far; references are given piece by piece."""
 
     def __init__(self, queries: Rows, *, skip_self: bool = False) -> None:
-        """With `skip_self` the queries are the first references, and a row is not its own neighbor."""
+        """With `skip_self` the first references are the queries themselves, and no row is its own neighbor."""
         self.index = np.full(len(queries), -1)
-        """Of the nearest reference, counted over all pieces."""
+        """Index of the nearest reference, counted over all pieces."""
         self.distance: Rows = np.full(len(queries), np.inf, np.float32)
-        """To it: the root mean square of the difference."""
+        """Root mean square difference to it."""
         self.seen = 0
-        """References so far."""
+        """Number of references so far."""
         self._queries, self._skip_self = queries, skip_self
 
     def update(self, references: Rows) -> NDArray[np.int64]:
-        """Take in the next references; return the queries that have found a nearer one among them."""
+        """Compare with the next references (M, F); return the queries that have a nearer one among them."""
         if not len(references):
             return np.zeros(0, np.int64)
         between = torch.cdist(torch.from_numpy(self._queries), torch.from_numpy(references))
@@ -41,12 +41,8 @@ class Nearest:
 
 
 def gather(images: Images, what: str) -> Pixels:
-    """Return a set whole, in memory."""
-    parts = []
-    with Progress(what, images.count) as progress:
-        for _, pixels in images.blocks():
-            parts.append(pixels)
-            progress.advance(len(pixels))
+    """Return a whole set, in memory; show the progress under the name `what`."""
+    parts = [pixels for _, pixels in WithProgress(images, what).blocks()]
     if not parts:
         raise UsageError("no images to compare with")
     return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""`dcgan-eval probe`: what D's features know (section 5 of the paper), against pixels and an untrained D."""
+"""`dcgan-eval probe`: a linear SVM on D's features, on raw pixels and on an untrained D (section 5 of the paper)."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -9,19 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UsageError
+from pipeline.common.imaging import PIXEL_SCALE, Pixels
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose, permutation
 from pipeline.data.labeled import Labeled, load_labeled
 from pipeline.evaluation import charts, inputs, published
 from pipeline.evaluation.confidence import interval_of_mean, wilson
-from pipeline.evaluation.images import Pixels
-from pipeline.evaluation.paper.discriminator_features import features, random_discriminator, reestimate_batchnorm
+from pipeline.evaluation.paper.discriminator_features import features, measure_batchnorm, random_discriminator
 from pipeline.evaluation.paper.linear_svm import balanced_draw, choose_c, fit
 from pipeline.evaluation.results import Result
 
 CS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Values of C among which the best on the validation split is chosen."""
 TUNING_DRAWS = 10
 VALIDATION = 0.2
+"""Share of the training images that C is chosen on."""
 
 Features = NDArray[np.float32]
 
@@ -38,10 +40,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How labels are drawn."""
+    """How many labels are drawn, and how often."""
 
     labels: int | None
-    """Class-balanced labels a draw, or None for all there are, once."""
+    """Class-balanced labels of a draw, or None for all labels, once."""
     draws: int = 100
     seed: int = 0
 
@@ -63,7 +65,7 @@ def run_probe(
     for labeled in (learn, test):
         inputs.check_fits(loaded.config, labeled.images.shape[1:])
     truth, truth_test = _classes(learn, label), _classes(test, label)
-    next(_draws(truth[_parts(truth)[1]], protocol, 1, lane=0))  # too few labels are refused before features are made
+    next(_draws(truth[_parts(truth)[1]], protocol, 1, lane=0))  # refuses too few labels before any features are made
     settings = {
         "label": label,
         **asdict(protocol),
@@ -73,8 +75,8 @@ def run_probe(
     }
     result = Result("probe", out, subject, whole.description, settings)
 
-    trained = reestimate_batchnorm(loaded.discriminator, learn.images)
-    untrained = reestimate_batchnorm(random_discriminator(loaded.config, protocol.seed), learn.images)
+    trained = measure_batchnorm(loaded.discriminator, learn.images)
+    untrained = measure_batchnorm(random_discriminator(loaded.config, protocol.seed), learn.images)
     scores: dict[str, Score] = {}
     for name, network in (("discriminator", trained), ("untrained discriminator", untrained), ("raw pixels", None)):
         x, x_test = (_pixels(s.images) if network is None else features(network, s.images) for s in (learn, test))
@@ -86,26 +88,22 @@ def run_probe(
     )
     result.chart(chart, f"Accuracy of a linear SVM for '{label}'")
     best, pixels, chance = scores["discriminator"], scores["raw pixels"], scores["untrained discriminator"]
-    of = (
-        f"from {protocol.labels:,} labels ({protocol.draws} draws)"
-        if protocol.labels
-        else f"from {len(truth):,} labels"
-    )
+    draws = f"{protocol.labels:,} labels ({protocol.draws} draws)" if protocol.labels else f"{len(truth):,} labels"
     result.write(
         {name: asdict(score) for name, score in scores.items()} | {"majority": majority},
         summary=(
-            f"A linear SVM on the discriminator's features tells '{label}' {of} in {best.accuracy:.1%} of the test "
-            f"images (95 % interval {best.low:.1%} to {best.high:.1%}); on raw pixels {pixels.accuracy:.1%}, "
-            f"on an untrained discriminator {chance.accuracy:.1%}; "
-            f"the commoner answer is right in {majority:.1%}."
+            f"A linear SVM on the discriminator's features, trained with {draws}, predicts '{label}' correctly for "
+            f"{best.accuracy:.1%} of the test images (95 % interval {best.low:.1%} to {best.high:.1%}). On raw pixels "
+            f"it is {pixels.accuracy:.1%}, on an untrained discriminator {chance.accuracy:.1%}; "
+            f"the most common class alone is {majority:.1%}."
             + (f" {without:,} images without this label were left out." if without else "")
         ),
         table=[
             ["features", "accuracy", "95 % interval", "C"],
             *([n, f"{s.accuracy:.3f}", f"{s.low:.3f} to {s.high:.3f}", f"{s.c:g}"] for n, s in scores.items()),
-            ["commoner answer", f"{majority:.3f}", "", ""],
+            ["most common class", f"{majority:.3f}", "", ""],
         ],
-        published=[asdict(figure) for figure in published.PROBE],
+        published=[asdict(entry) for entry in published.PROBE],
     )
     numbers = {name: score.accuracy for name, score in scores.items()} | {"majority": float(majority)}
     return numbers | ({"images without the label": without} if without else {})
@@ -119,9 +117,10 @@ def probe(
     protocol: Protocol,
     what: str = "probe",
 ) -> Score:
-    """Choose C on a validation split, then learn and test: once with all labels, or over many draws of a few.
+    """Choose C on a validation split, then fit and test: once with all labels, or over many draws of a few labels.
 
-    The interval is of the mean over the draws (the paper's), or Wilson's for a single fit.
+    Features (N, F), labels (N,). The interval is that of the mean over the draws, as in the paper, or Wilson's for a
+    single fit.
     """
     held, rest = _parts(truth)
     draws = list(_draws(truth[rest], protocol, TUNING_DRAWS if protocol.labels else 1, lane=0))
@@ -129,8 +128,8 @@ def probe(
     with Progress(f"probing: {what}", total, "fits") as progress:
         tuned = np.zeros(len(CS))
         for rows in draws:
-            machines = fit(x[rest][rows], truth[rest][rows], CS)
-            tuned += [machine.accuracy(x[held], truth[held]) for machine in machines]
+            svms = fit(x[rest][rows], truth[rest][rows], CS)
+            tuned += [svm.accuracy(x[held], truth[held]) for svm in svms]
             progress.advance(1)
         c = choose_c(list(zip(CS, tuned.tolist(), strict=True)))
         if protocol.labels is None:
@@ -145,7 +144,7 @@ def probe(
 
 
 def _parts(truth: NDArray[Any]) -> tuple[slice, slice]:
-    """Return the rows that C is chosen on, and those that are learned from."""
+    """Return the rows that C is chosen on, and the rows that the SVM is fitted to."""
     validation = max(1, int(len(truth) * VALIDATION))
     return slice(0, validation), slice(validation, None)
 
@@ -159,11 +158,11 @@ def _draws(truth: NDArray[Any], protocol: Protocol, count: int, *, lane: int) ->
 def _classes(labeled: Labeled, label: str) -> NDArray[Any]:
     values = labeled.label(label)
     if labeled.types[label] == "float":
-        raise UsageError(f"--label {label}: holds numbers; a probe needs classes (bool, int or str)")
+        raise UsageError(f"--label {label}: it holds numbers; a probe needs classes (bool, int or str)")
     if len(np.unique(values)) < 2:
         raise UsageError(f"--label {label}: every image has the value {values[0]!s}; a probe needs two classes")
     return values
 
 
 def _pixels(images: Pixels) -> Features:
-    return (images.reshape(len(images), -1) / np.float32(127.5) - 1).astype(np.float32)
+    return (images.reshape(len(images), -1) / np.float32(PIXEL_SCALE) - 1).astype(np.float32)

@@ -1,40 +1,40 @@
-"""Samples with their z and what the classifier reads in them: where exemplars come from."""
+"""The sample pool: samples with their z and the classifier's predictions, from which exemplars are chosen."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.common.imaging import Pixels
 from pipeline.common.progress import Progress
-from pipeline.evaluation.classifier import Classifier
-from pipeline.evaluation.images import Pixels
-from pipeline.evaluation.paper.attributes import Read
+from pipeline.evaluation.classifier import Classifier, Predictions
 from pipeline.evaluation.paper.walks import Z, draw
 from pipeline.model.networks import Generator
 from pipeline.model.sampling import images_of
 
-POOL = 2_048
-"""Samples among which exemplars are looked for."""
+POOL_SIZE = 2_048
+"""Samples from which exemplars are chosen."""
 CHUNK = 256
+"""Images between two updates of the progress."""
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Samples from which exemplars are taken, and what the classifier reads in them."""
+class SamplePool:
+    """Samples (N, H, W, C) with their z (N, latent_dim) and the classifier's predictions, if there is one."""
 
     z: Z
     images: Pixels
-    read: Read
+    predictions: Predictions
 
 
-def make_pool(generator: Generator, classifier: Classifier | None, count: int, seed: int) -> Pool:
-    """Draw `count` samples and read their attributes."""
+def make_sample_pool(generator: Generator, classifier: Classifier | None, count: int, seed: int) -> SamplePool:
+    """Draw the first `count` samples of the analyses' sequence and predict their attributes."""
     z = draw(generator.config, seed, 0, count)
-    images = images_chunked(generator, z, "sampling")
-    return Pool(z, images, classifier.read(images) if classifier else {})
+    images = images_with_progress(generator, z, "sampling")
+    return SamplePool(z, images, classifier.predict(images) if classifier else {})
 
 
-def images_chunked(generator: Generator, z: Z, what: str) -> Pixels:
-    """Return the images of many z, showing how far it is."""
+def images_with_progress(generator: Generator, z: Z, what: str) -> Pixels:
+    """Return the images of z (N, latent_dim), uint8 (N, H, W, C), and show the progress under the name `what`."""
     parts = []
     with Progress(what, len(z)) as progress:
         for start in range(0, len(z), CHUNK):

@@ -3,16 +3,16 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.imaging import Pixels
 from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig
-from pipeline.evaluation.images import Pixels
 from pipeline.model.latents import latents
 
 Z = NDArray[np.float32]
 
 
 def draw(config: NetworkConfig, seed: int, start: int, count: int) -> Z:
-    """Return z (count, latent_dim) of the analyses' own sequence."""
+    """Return z (count, latent_dim) of the samples `start` to `start + count` of the analyses' own sequence."""
     return latents(seed, Purpose.ANALYSIS, start, count, config.latent_dim, config.latent_distribution)
 
 
@@ -23,9 +23,10 @@ def straight(a: Z, b: Z, steps: int) -> Z:
 
 
 def spherical(a: Z, b: Z, steps: int) -> Z:
-    """Return `steps` points from a to b along the great circle, their lengths changing evenly (Shoemake 1985).
+    """Return `steps` points (steps, dim) from a to b along the great circle (Shoemake 1985).
 
-    A straight line between two random z passes nearer to the origin than random z ever lie; this does not.
+    Their lengths change evenly. A straight line between two random z passes nearer to the origin than any random z;
+    this path does not.
     """
     norms = np.linalg.norm(a), np.linalg.norm(b)
     angle = np.arccos(np.clip(np.dot(a / norms[0], b / norms[1]), -1, 1))
@@ -37,9 +38,9 @@ def spherical(a: Z, b: Z, steps: int) -> Z:
 
 
 def unevenness(images: Pixels) -> float:
-    """Return the largest step of a walk over its mean step, by pixel distance; 1 is perfectly smooth.
+    """Return the largest step of a walk (steps, H, W, C) over its mean step, by pixel distance; 1 is perfectly smooth.
 
-    The paper takes sharp transitions for a sign of memorization (section 6.1). Images (steps, H, W, C).
+    The paper regards sharp transitions as a sign of memorization (section 6.1).
     """
     steps = np.sqrt(np.square(np.diff(images.astype(np.float32), axis=0)).mean((1, 2, 3)))
     return float(steps.max() / max(float(steps.mean()), 1e-9))

@@ -1,6 +1,7 @@
-"""`dcgan-eval report`: one self-contained page about a run. What is missing is left out, not an error."""
+"""`dcgan-eval report`: one self-contained page about a run. Parts whose files are missing are left out."""
 
 import base64
+import io
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.common import svg
 from pipeline.common.errors import DataError, UsageError
@@ -17,9 +20,9 @@ from pipeline.evaluation.results import FOLDER, read_results
 
 LIMIT_BYTES = 5_000_000
 STRIP = 6
-"""Grids shown from the beginning to the end of training."""
+"""Grids to show, from the beginning to the end of training."""
 QUALITIES = ((88, 1400), (75, 1100), (60, 800), (45, 560))
-"""WebP quality and largest width, tried in turn until the page is small enough."""
+"""WebP quality and largest width of the pictures, tried in turn until the page is small enough."""
 
 
 def write_report(
@@ -40,18 +43,18 @@ def write_report(
             raise UsageError(f"--bench {path}: no such file; expected the bench.json of dcgan-export bench")
     folder = results or run / FOLDER
     content = _collect(run, read_results(folder), folder, bench)
-    content["title"] = title or f"{run.resolve().name}: a DCGAN and what it learned"
+    content["title"] = title or f"{run.resolve().name}: what the GAN learned"
     for quality, width in QUALITIES:
         page = _render(content, quality, width)
         if len(page) <= LIMIT_BYTES:
             write_atomic(out, page)
             return out
-    raise DataError(f"{out}: the page would be {len(page) / 1e6:.1f} MB, over {LIMIT_BYTES / 1e6:.0f} MB: "
+    raise DataError(f"{out}: the page has {len(page) / 1e6:.1f} MB, over {LIMIT_BYTES / 1e6:.0f} MB: "
                     f"move some results out of {folder}")  # fmt: skip
 
 
 def _collect(run: Path, results: dict[str, dict[str, Any]], folder: Path, bench: Sequence[Path]) -> dict[str, Any]:
-    """Return everything that the template shows; pictures as paths."""
+    """Return everything that the template shows, with pictures as paths."""
     config = _read_json(run / "config.json")
     metrics, timing = read_lines(run / "metrics.jsonl"), read_lines(run / "timing.jsonl")
     grids = [(int(path.stem), path) for path in sorted((run / "samples").glob("*.png")) if path.stem.isdigit()]
@@ -70,8 +73,6 @@ def _collect(run: Path, results: dict[str, dict[str, Any]], folder: Path, bench:
 
 
 def _render(content: dict[str, Any], quality: int, width: int) -> bytes:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     environment = Environment(
         loader=PackageLoader("pipeline.evaluation.report"),
         autoescape=True,
@@ -85,16 +86,12 @@ def _render(content: dict[str, Any], quality: int, width: int) -> bytes:
 
 
 def picture(path: Path, quality: int, width: int) -> dict[str, Any]:
-    """Return {"src": data URL, "width", "height"} of a picture, made smaller where it is wider than `width`."""
-    import io
-
-    from PIL import Image, UnidentifiedImageError
-
+    """Return {"src": data URL, "width", "height"} of a picture, scaled down to `width` if it is wider."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path}: not a readable picture ({error}); remove it or make it again") from None
+        raise DataError(f"{path}: not a readable picture ({error}); remove it or write it again") from None
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -104,7 +101,7 @@ def picture(path: Path, quality: int, width: int) -> dict[str, Any]:
 
 
 def _spread(grids: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
-    """Return some grids from first to last, denser at the beginning, where most happens."""
+    """Return STRIP of the grids from first to last, denser at the beginning, where samples change fastest."""
     if len(grids) <= STRIP:
         return list(grids)
     places = np.unique(np.round((len(grids) - 1) * np.linspace(0, 1, STRIP) ** 1.7).astype(int))
@@ -112,7 +109,7 @@ def _spread(grids: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a .jsonl file; none when it is not there. A torn last line is left out."""
+    """Return the objects of a .jsonl file, or [] if there is none. A last line that a crash cut short is left out."""
     if not path.is_file():
         return []
     lines = path.read_text(errors="replace").splitlines()

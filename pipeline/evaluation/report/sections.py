@@ -1,4 +1,4 @@
-"""The report's content, section by section, from what the files of a run say. Each part may be missing."""
+"""The content of the report, section by section, from the files of a run; any of them may be missing."""
 
 import re
 from collections.abc import Sequence
@@ -7,26 +7,28 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from pipeline.common.errors import DataError
 from pipeline.common.svg import Line, line_chart, short
 from pipeline.config import RunConfig
+from pipeline.model.networks import build_discriminator, build_generator
 
 Entries = Sequence[dict[str, Any]]
 
 ANALYSES = {
-    "interpolate": ("A walk between samples", "Figure 4 of the paper"),
+    "interpolate": ("Walks between samples", "Figure 4 of the paper"),
     "arithmetic": ("Arithmetic with faces", "Figure 7 of the paper"),
     "turn": ("Turning a head", "Figure 8 of the paper"),
     "features": ("What the discriminator looks at", "Figure 5 of the paper"),
     "forget": ("Forgetting an object", "Figure 6 of the paper"),
     "probe": ("What the features know", "Tables 1 and 2 of the paper"),
-    "neighbors": ("Nearest training images", "Is anything copied?"),
+    "neighbors": ("Nearest training images", "Whether samples are copies"),
     "memorization": ("Learned or memorized", "Section 3 of the paper"),
-    "classifier": ("The judge", "The attribute classifier that scores the results above"),
+    "classifier": ("The attribute classifier", "It scores the results above"),
 }
-"""Order, heading and relation to the paper. Other results follow under their own names."""
+"""Heading and relation to the paper, in the order of the page. Other results follow under their own names."""
 
 QUALITY = {
     "swd": "Sliced Wasserstein distance × 1000",
@@ -39,7 +41,7 @@ QUALITY = {
 
 
 def run_config(content: dict[str, Any]) -> RunConfig | None:
-    """Return the configuration in a config.json, or None when there is none that this version reads."""
+    """Return the configuration in a config.json, or None if this version cannot read it."""
     try:
         return RunConfig.model_validate(content.get("config"))
     except ValidationError:
@@ -47,28 +49,29 @@ def run_config(content: dict[str, Any]) -> RunConfig | None:
 
 
 def data_name(content: dict[str, Any]) -> str:
-    """Return what to call the data set: the last folder of its location."""
+    """Return the name of the data set: the last folder of its location."""
     location = str(content.get("dataset", {}).get("location", "")).rstrip("/")
     return location.rpartition("/")[2] or "an unknown data set"
 
 
 def summary(content: dict[str, Any], metrics: Entries) -> str:
-    """Return one sentence: what was trained on what, and how long."""
+    """Return one sentence: the network, its data set, and the length of the training."""
     config = run_config(content)
     seen = max((entry["images"] for entry in metrics), default=0)
     total = content.get("dataset", {}).get("images")
-    what = "A DCGAN"
+    what = "A GAN"
     if config is not None:
         network = config.network
         kind = "color" if network.channels == 3 else "gray"
-        what = f"A DCGAN for {kind} images of {network.image_size}×{network.image_size} pixels"
+        name = "DCGAN" if network.architecture == "dcgan" else f"{network.architecture} GAN"
+        what = f"A {name} for {kind} images of {network.image_size}×{network.image_size} pixels"
     trained = f", trained on {data_name(content)}" + (f" ({total:,} images)" if total else "")
-    length = f" for {seen:,} images" + (f", {seen / total:.1f} times through" if total else "") if seen else ""
+    length = f" for {seen:,} images" + (f", {seen / total:.1f} passes over them" if total else "") if seen else ""
     return f"{what}{trained}{length}."
 
 
 def facts(content: dict[str, Any], metrics: Entries, timing: Entries) -> list[tuple[str, str, str]]:
-    """Return (value, what it is, detail) for the cards at the top."""
+    """Return (value, meaning, detail) of the cards at the top."""
     found = []
     config = run_config(content)
     seen = max((entry["images"] for entry in metrics), default=None)
@@ -93,11 +96,7 @@ def facts(content: dict[str, Any], metrics: Entries, timing: Entries) -> list[tu
 
 
 def parameters(config: RunConfig) -> tuple[int, int]:
-    """Return the number of parameters of G and D; nothing is allocated."""
-    import torch
-
-    from pipeline.model.networks import build_discriminator, build_generator
-
+    """Return the number of parameters of G and D, without allocating them."""
     with torch.device("meta"):
         networks = build_generator(config.network), build_discriminator(config.network)
     generator, discriminator = (sum(p.numel() for p in network.parameters()) for network in networks)
@@ -105,7 +104,7 @@ def parameters(config: RunConfig) -> tuple[int, int]:
 
 
 def charts(metrics: Entries, timing: Entries) -> list[dict[str, str]]:
-    """Return {"title", "text", "svg"} for every curve that there is something to draw of."""
+    """Return {"title", "text", "svg"} of every chart that has data."""
 
     def line(key: str, name: str, source: Entries = metrics, dashed: bool = False) -> Line:
         return Line(name, [(e["images"], float(e[key])) for e in source if e.get(key) is not None], dashed)
@@ -114,29 +113,29 @@ def charts(metrics: Entries, timing: Entries) -> list[dict[str, str]]:
     made = [
         (
             "Losses",
-            "Neither falls to zero when both networks keep up with each other.",
+            "Neither falls to zero while the two networks are balanced.",
             line_chart([line("loss_d", "discriminator"), line("loss_g", "generator")], label="Losses", zero=True),
         ),
         (
-            "What the discriminator believes",
-            "Mean probability that it gives to be real. At 0.5 it cannot tell.",
+            "Outputs of the discriminator",
+            "Mean predicted probability of being real. At 0.5 it cannot tell samples from real images.",
             line_chart([line("d_real", "real images"), line("d_fake", "samples")], label="Outputs of D", zero=True),
         ),
         (
             "Distance from the data",
-            "Sliced Wasserstein distance × 1000 by level of detail; smaller is nearer.",
+            "Sliced Wasserstein distance × 1000 by level of detail. Smaller is nearer.",
             line_chart(
                 [line("swd", "mean"), *(line(k, f"{k[4:]} px", dashed=True) for k in levels)], label="SWD", zero=True
             ),
         ),
         (
             "Distance of features",
-            "Fréchet distance by the run's own extractor; compare within the run.",
+            "Fréchet distance by the run's own extractor. Compare within this run only.",
             line_chart([line("fid", "FID")], label="FID", zero=True),
         ),
         (
-            "Likeness of samples",
-            "MS-SSIM of random pairs. Above the real images' the generator repeats itself.",
+            "Similarity of samples",
+            "MS-SSIM of random pairs. Above that of real images, the generator repeats itself.",
             line_chart(
                 [line("ms_ssim", "samples"), line("ms_ssim_real", "real images", dashed=True)],
                 label="MS-SSIM",
@@ -145,7 +144,7 @@ def charts(metrics: Entries, timing: Entries) -> list[dict[str, str]]:
         ),
         (
             "Spread of the pixels",
-            "Deviation within a batch of samples over that of a real batch; near 0 means collapse.",
+            "Deviation within a batch of samples, divided by that of a real batch. Near 0 means collapse.",
             line_chart([line("diversity", "samples / real")], label="Diversity", zero=True),
         ),
         (
@@ -157,7 +156,7 @@ def charts(metrics: Entries, timing: Entries) -> list[dict[str, str]]:
         ),
         (
             "Speed",
-            "Images a second, all processes together.",
+            "Images a second, of all processes together.",
             line_chart([line("images_per_second", "images a second", timing)], label="Speed", zero=True),
         ),
     ]
@@ -165,7 +164,7 @@ def charts(metrics: Entries, timing: Entries) -> list[dict[str, str]]:
 
 
 def quality_table(metrics: Entries, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a block for each metric: rows of (name, value), what it was measured on, and published rows."""
+    """Return a block for each metric: its title, columns, rows of (name, values), note, and settings."""
     blocks = []
     for name, title in QUALITY.items():
         if name not in results:
@@ -180,8 +179,8 @@ def quality_table(metrics: Entries, results: dict[str, dict[str, Any]]) -> list[
             if isinstance(result["results"].get(extra), dict):
                 rows.append((label, flat_numbers(result["results"][extra])))
         rows += [
-            (f"{figure['what']} ({figure['source']})", flat_numbers(figure["values"]))
-            for figure in result.get("published", [])
+            (f"{entry['what']} ({entry['source']})", flat_numbers(entry["values"]))
+            for entry in result.get("published", [])
         ]
         columns = [key for key in rows[0][1] if key != "real_against_real_images"]
         blocks.append(
@@ -195,7 +194,7 @@ def quality_table(metrics: Entries, results: dict[str, dict[str, Any]]) -> list[
         )
     for earlier, later in reversed(list(pairwise(blocks))):
         if earlier["note"] == later["note"]:
-            earlier["note"] = ""  # said once, below the last of them
+            earlier["note"] = ""  # a shared note is shown once, below the last block
     evaluated = [entry for entry in metrics if "swd" in entry]
     if evaluated and "swd" not in results:
         last = evaluated[-1]
@@ -205,7 +204,7 @@ def quality_table(metrics: Entries, results: dict[str, dict[str, Any]]) -> list[
                 "title": "Measured while training",
                 "columns": [key.replace("_", " ") for key in columns],
                 "rows": [(f"after {last['images']:,} images", [number(last[key]) for key in columns])],
-                "note": "From fewer patches and images than published figures: for comparison within this run only.",
+                "note": "These use fewer patches and images than published numbers: compare them within this run only.",
                 "measured": "",
             }
         )
@@ -219,7 +218,7 @@ def measured_on(settings: dict[str, Any]) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Cut a SHA-256 to what people compare."""
+    """Return a SHA-256 cut to its first 12 digits, and other text as it is."""
     return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 
@@ -238,7 +237,7 @@ def number(value: Any) -> str:
 
 
 def analyses(results: dict[str, dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Return heading, sentence, pictures and table of every result that is no quality number."""
+    """Return heading, summary, pictures and table of every result that is not in QUALITY."""
     order = [name for name in ANALYSES if name in results]
     order += [name for name in results if name not in ANALYSES and name not in QUALITY]
     found = []
@@ -249,7 +248,7 @@ def analyses(results: dict[str, dict[str, Any]], folder: Path) -> list[dict[str,
         for entry in result["pictures"]:
             path = folder / str(entry["file"])
             if not path.resolve().is_relative_to(folder.resolve()):
-                raise DataError(f"{folder / name}.json: names the picture {entry['file']!r} outside its folder")
+                raise DataError(f"{folder / name}.json: names a picture outside its folder: {entry['file']!r}")
             if path.is_file():
                 pictures.append((path, entry.get("caption", "")))
         table = result.get("table")
@@ -268,7 +267,7 @@ def analyses(results: dict[str, dict[str, Any]], folder: Path) -> list[dict[str,
 
 
 def bench_table(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a throughput table from the JSON of a benchmark: its rows are objects with the same keys."""
+    """Return a throughput table from the JSON of a benchmark, whose rows are objects with the same keys."""
     rows = content.get("rows") or content.get("results") or []
     rows = [row for row in rows if isinstance(row, dict)]
     columns = [key for key in (rows[0] if rows else {}) if not isinstance(rows[0][key], dict | list)]
@@ -284,7 +283,7 @@ def bench_table(content: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def settings(content: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the configuration, group by group, and where the data came from."""
+    """Return the configuration and the data set, each as (group, [(key, value)])."""
     groups = []
     for section, values in content.get("config", {}).items():
         if isinstance(values, dict):

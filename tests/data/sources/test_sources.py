@@ -296,7 +296,15 @@ def test_imagenet_folders_class_tars_and_the_tar_of_tars(dcgan_data: Any, tmp_pa
     assert len(prints) == 1
 
 
-@pytest.mark.parametrize("ranges", [False, pytest.param(True, marks=pytest.mark.skipif(not NGINX, reason="no nginx"))])
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.skipif(not NGINX, reason="nginx is not installed; `make system` installs it")
+        ),
+    ],
+)
 def test_archives_are_read_over_http(dcgan_data: Any, tmp_path: Path, ranges: bool) -> None:
     """From servers that know ranges, and from those that send the whole file every time."""
     www = tmp_path / "www"

@@ -28,16 +28,11 @@ from pipeline.evaluation.metrics.feature_distances import (
     inception_score,
     kernel_distance,
     precision_recall,
-    read_moments,
 )
+from pipeline.evaluation.metrics.feature_extraction import extract_moments
 from pipeline.evaluation.metrics.feature_metrics import Request, measure
 
 Rows = NDArray[np.float32]
-
-
-def moments(rows: Rows) -> Moments:
-    wide = rows.astype(np.float64)
-    return Moments(wide.sum(0), wide.T @ wide, len(wide))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +53,7 @@ class Identity(nn.Module):
 
 def test_the_frechet_distance_agrees_with_scipy_and_torchmetrics(features: tuple[Rows, Rows]) -> None:
     a, b = features
-    ours = frechet_distance(moments(a), moments(b))
+    ours = frechet_distance(Moments.of(a), Moments.of(b))
     covariances = np.cov(a.astype(np.float64).T), np.cov(b.astype(np.float64).T)
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
     means = a.astype(np.float64).mean(0) - b.astype(np.float64).mean(0)
@@ -72,8 +67,8 @@ def test_the_frechet_distance_agrees_with_scipy_and_torchmetrics(features: tuple
 
 def test_singular_covariances_are_no_problem() -> None:
     rows = np.random.default_rng(0).normal(size=(10, 24)).astype(np.float32)  # rank 9 of 24
-    assert frechet_distance(moments(rows), moments(rows)) == pytest.approx(0, abs=1e-5)
-    shifted = frechet_distance(moments(rows), moments(rows + 1))
+    assert frechet_distance(Moments.of(rows), Moments.of(rows)) == pytest.approx(0, abs=1e-5)
+    shifted = frechet_distance(Moments.of(rows), Moments.of(rows + 1))
     assert shifted == pytest.approx(24, rel=1e-5)
 
 
@@ -113,9 +108,9 @@ def test_distances_order_a_split_a_blur_noise_and_another_set() -> None:
     noisy = np.clip(other + np.random.default_rng(0).normal(0, 40, other.shape), 0, 255).astype(np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, other.shape, dtype=np.uint8)
     extractor = FallbackExtractor()
-    reference = read_moments(ArrayImages(real), extractor, ALONE, "real")
+    reference = extract_moments(ArrayImages(real), extractor, ALONE, "real")
     split, soft, rough, else_ = (
-        frechet_distance(reference, read_moments(ArrayImages(x), extractor, ALONE, "other"))
+        frechet_distance(reference, extract_moments(ArrayImages(x), extractor, ALONE, "other"))
         for x in (other, blurred, noisy, noise)
     )
     assert split * 2 < soft < rough < else_
@@ -141,14 +136,14 @@ def test_a_torchscript_inception_is_called_as_it_expects(tmp_path: Path) -> None
     torch.jit.script(module).save(path)
     images, _ = planted(4, seed=0)
     extractor = load_extractor(str(path))
-    read = extractor.read(images)
+    extracted = extractor.extract(images)
     means = torch.from_numpy(images.astype(np.float32).mean((1, 2)))
-    np.testing.assert_allclose(read.features, (means @ module.weight).detach(), rtol=1e-4)
-    assert read.probabilities is not None
-    np.testing.assert_allclose(read.probabilities.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(extracted.features, (means @ module.weight).detach(), rtol=1e-4)
+    assert extracted.probabilities is not None
+    np.testing.assert_allclose(extracted.probabilities.sum(1), 1, rtol=1e-5)
     assert extractor.comparable
     assert extractor.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    gray = load_extractor(str(path), resize=8).read(images[..., :1])
+    gray = load_extractor(str(path), resize=8).extract(images[..., :1])
     assert gray.features.shape == (4, 5)
 
 
@@ -166,9 +161,9 @@ def test_an_onnx_extractor_gives_features_and_classes(tmp_path: Path) -> None:
     path = tmp_path / "small.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), path)
     images, _ = planted(4, seed=0)
-    read = load_extractor(str(path)).read(images)
-    np.testing.assert_allclose(read.features, images.astype(np.float32).mean((1, 2)), rtol=1e-4)
-    assert read.probabilities is not None
+    extracted = load_extractor(str(path)).extract(images)
+    np.testing.assert_allclose(extracted.features, images.astype(np.float32).mean((1, 2)), rtol=1e-4)
+    assert extracted.probabilities is not None
     assert not load_extractor(str(path)).comparable
 
 
@@ -207,16 +202,21 @@ def request(out: Path, run: Path, data: Path | None, **changes: object) -> Reque
 
 
 def test_every_metric_writes_what_it_measured_and_with_what(
-    run: Path, labeled: Path, judge_file: Path, tmp_path: Path
+    run: Path, labeled: Path, classifier_file: Path, tmp_path: Path
 ) -> None:
-    for name, extractor in (("fid", FALLBACK), ("kid", FALLBACK), ("precision-recall", FALLBACK), ("is", judge_file)):
+    for name, extractor in (
+        ("fid", FALLBACK),
+        ("kid", FALLBACK),
+        ("precision-recall", FALLBACK),
+        ("is", classifier_file),
+    ):
         numbers = measure(name, request(tmp_path, run, labeled, extractor=str(extractor)))
         written = json.loads((tmp_path / f"{name}.json").read_text())
         assert written["results"] == numbers
         assert written["settings"]["images"] == 300
         assert len(written["settings"]["extractor_sha256"]) == 64
         assert "never with published ones" in written["note"]
-    with pytest.raises(UsageError, match="knows no classes"):
+    with pytest.raises(UsageError, match="has no classes"):
         measure("is", request(tmp_path, run, labeled))
     with pytest.raises(UsageError, match="--data is missing"):
         measure("fid", request(tmp_path, run, None))
@@ -277,6 +277,6 @@ def test_an_extractor_for_another_size_says_so(tmp_path: Path) -> None:
     for name in ("large.onnx", "large.pt"):
         extractor = load_extractor(str(tmp_path / name))
         with pytest.raises(DataError, match=r"cannot take images of shape \(3, 32, 32\).*--resize"):
-            extractor.read(np.zeros((2, 32, 32, 3), np.uint8))
+            extractor.extract(np.zeros((2, 32, 32, 3), np.uint8))
         resized = load_extractor(str(tmp_path / name), resize=299)
-        assert resized.read(np.zeros((2, 32, 32, 3), np.uint8)).features.shape == (2, 3 * 299 * 299)
+        assert resized.extract(np.zeros((2, 32, 32, 3), np.uint8)).features.shape == (2, 3 * 299 * 299)

@@ -12,10 +12,9 @@ from torchmetrics.functional.image import (
 )
 
 from pipeline.common.errors import DataError
+from pipeline.common.imaging import Pixels
 from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics.ms_ssim import WEIGHTS, ms_ssim, ms_ssim_of_pairs
-
-Pixels = NDArray[np.uint8]
 
 
 def test_agrees_with_torchmetrics_where_the_window_fits_every_scale(make_scenes: Callable[..., Pixels]) -> None:

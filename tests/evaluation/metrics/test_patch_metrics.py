@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from planted import write_planted
 from typer.testing import CliRunner
@@ -12,7 +11,6 @@ from pipeline.common.errors import UsageError
 from pipeline.data.labeled import load_labeled
 from pipeline.evaluation.cli import app
 from pipeline.evaluation.images import ArrayImages
-from pipeline.evaluation.metrics.patch_metrics import Part
 from pipeline.evaluation.metrics.swd import Sampling, distances, project
 
 FEW = ["--patches", "16", "--directions", "16"]
@@ -43,18 +41,9 @@ def test_halves_are_compared_with_as_many_samples(labeled: Path, tmp_path: Path)
         results = json.loads((tmp_path / "swd.json").read_text())["results"]
         assert results["real_against_real_images"] == number
         if samples == fresh:
-            judge = project(ArrayImages(real[:count:2][:number]), sampling, real=True)
+            half = project(ArrayImages(real[:count:2][:number]), sampling, real=True)
             for key, images in (("samples_against_half", fake[:number]), ("real_against_real", real[1:count:2])):
-                assert results[key] == distances(judge, project(ArrayImages(images), sampling, real=False))
-
-
-def test_a_part_is_every_second_image_and_no_more_than_asked() -> None:
-    images = np.arange(300, dtype=np.uint8).reshape(-1, 1, 1, 1)
-    part = Part(ArrayImages(images), 1, 2, 140)
-    blocks = dict(part.blocks())
-    assert [len(block) for block in blocks.values()] == [128, 12]
-    assert np.concatenate(list(blocks.values())).ravel().tolist() == [n % 256 for n in range(1, 281, 2)]
-    assert dict(part.blocks(1, 2)).keys() == {1}
+                assert results[key] == distances(half, project(ArrayImages(images), sampling, real=False))
 
 
 def test_an_untrained_generator_is_far_from_the_data_and_repeats_itself(
@@ -68,7 +57,7 @@ def test_an_untrained_generator_is_far_from_the_data_and_repeats_itself(
     assert results["ms_ssim"]["ms_ssim"] > results["ms_ssim"]["ms_ssim_real"]
 
 
-def test_what_to_judge_must_be_said_once_and_fit_the_data(run: Path, labeled: Path, tmp_path: Path) -> None:
+def test_what_to_evaluate_must_be_said_once_and_fit_the_data(run: Path, labeled: Path, tmp_path: Path) -> None:
     runner = CliRunner()
     out = ["--out", str(tmp_path)]
     for arguments in ([], ["--ckpt", str(run), "--samples", str(labeled)]):

@@ -11,13 +11,12 @@ from evaluation_cases import Unheld
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError
+from pipeline.common.imaging import Pixels
 from pipeline.common.ranks import Ranks
-from pipeline.evaluation.images import ArrayImages, rebatch
+from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics import swd
 from pipeline.evaluation.metrics.ms_ssim import ms_ssim
 from pipeline.training.quality import quality, reference
-
-Pixels = NDArray[np.uint8]
 
 
 def brute_force(reals: Pixels, fakes: Pixels, sampling: swd.Sampling) -> dict[str, float]:
@@ -149,10 +148,3 @@ def test_memory_is_flat_in_the_number_of_images(peak_bytes: Callable[[Callable[[
 def test_too_small_images_are_refused() -> None:
     with pytest.raises(DataError, match="8 pixels are too small"):
         distance(np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 8, 8, 3), np.uint8))
-
-
-def test_rebatch_keeps_every_image_in_order() -> None:
-    pieces = [np.arange(a, b, dtype=np.uint8).reshape(-1, 1, 1, 1) for a, b in [(0, 3), (3, 3), (3, 20), (20, 21)]]
-    blocks = list(rebatch(pieces, 8))
-    assert [len(block) for block in blocks] == [8, 8, 5]
-    assert np.concatenate(blocks).ravel().tolist() == list(range(21))

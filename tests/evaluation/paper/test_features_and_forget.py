@@ -9,14 +9,14 @@ import torch
 from planted import NETWORK, legible_generator, planted
 
 from pipeline.common.errors import DataError, UsageError
-from pipeline.evaluation.classifier import to_network
-from pipeline.evaluation.paper.discriminator_features import random_discriminator, reestimate_batchnorm
+from pipeline.evaluation.device import to_network
+from pipeline.evaluation.paper.discriminator_features import measure_batchnorm, random_discriminator
 from pipeline.evaluation.paper.features import (
     ascend,
     guided_backpropagation,
+    most_selective,
     peak_responses,
     run_features,
-    strongest,
 )
 from pipeline.evaluation.paper.forget import Box, object_maps, read_boxes, run_forget, without_maps
 from pipeline.evaluation.paper.walks import draw
@@ -26,7 +26,7 @@ from pipeline.model.sampling import images_of
 
 @pytest.fixture(scope="module")
 def network() -> Discriminator:
-    return reestimate_batchnorm(random_discriminator(NETWORK, 0), planted(256, seed=1)[0])
+    return measure_batchnorm(random_discriminator(NETWORK, 0), planted(256, seed=1)[0])
 
 
 def test_guided_backpropagation_shows_only_what_feeds_the_unit(network: Discriminator) -> None:
@@ -56,7 +56,7 @@ def test_the_strongest_units_are_those_that_single_images_out() -> None:
     draw_ = np.random.default_rng(0)
     peaks = draw_.normal(size=(200, 6)).astype(np.float32)
     peaks[:8, 4] += 30
-    units, strength = strongest(peaks, 2)
+    units, strength = most_selective(peaks, 2)
     assert units[0] == 4
     assert strength[0] > 4 > strength[1]
 
@@ -105,7 +105,7 @@ def test_forget_takes_boxes_from_a_file(legible_run: Path, tmp_path: Path) -> No
     boxes = tmp_path / "boxes.csv"
     lines = [f"{index},8,8,24,24" for index in squares()]
     boxes.write_text("\n".join(["index,left,top,right,bottom", *lines]))
-    options = {"ckpt": str(legible_run), "attribute": None, "region": None, "classifier": None, "data": None}
+    options = {"ckpt": str(legible_run), "attribute": None, "region": None, "classifier_file": None, "data": None}
     numbers = run_forget(tmp_path, boxes=boxes, samples=16, strength=1.0, seed=0, **options)  # type: ignore[arg-type]
     assert numbers["dropped"] >= 1
     assert (tmp_path / "forget.png").is_file()
@@ -118,12 +118,12 @@ def test_forget_takes_boxes_from_a_file(legible_run: Path, tmp_path: Path) -> No
         boxes.write_text(text)
         with pytest.raises(DataError, match=message):
             run_forget(tmp_path, boxes=boxes, samples=16, strength=1.0, seed=0, **options)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="where is the object"):
+    with pytest.raises(UsageError, match="the place of the object is missing"):
         run_forget(tmp_path, boxes=None, samples=16, strength=1.0, seed=0, **options)  # type: ignore[arg-type]
 
 
 def test_forget_finds_the_object_by_attribute_and_measures_what_is_left(
-    legible_run: Path, judge_file: Path, tmp_path: Path
+    legible_run: Path, classifier_file: Path, tmp_path: Path
 ) -> None:
     numbers = run_forget(
         tmp_path,
@@ -131,7 +131,7 @@ def test_forget_finds_the_object_by_attribute_and_measures_what_is_left(
         boxes=None,
         attribute="bright",
         region=(8, 8, 24, 24),
-        classifier=str(judge_file),
+        classifier_file=str(classifier_file),
         data=None,
         samples=64,
         strength=1.0,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,12 @@ from pipeline.evaluation.paper.interpolate import run_interpolate
 from pipeline.evaluation.paper.turn import run_turn
 from pipeline.evaluation.paper.walks import draw, spherical, straight, unevenness
 from pipeline.model.sampling import images_of
+
+
+@pytest.fixture
+def options(legible_run: Path, classifier_file: Path) -> dict[str, Any]:
+    """What `run_arithmetic` and `run_turn` have in common."""
+    return {"ckpt": str(legible_run), "classifier_file": str(classifier_file), "data": None, "seed": 0}
 
 
 def test_the_legible_generator_is_legible() -> None:
@@ -64,16 +71,8 @@ def test_unreadable_expressions_are_refused_with_an_example(bad: str) -> None:
         parse(bad)
 
 
-def test_arithmetic_does_what_z_says(legible_run: Path, judge_file: Path, tmp_path: Path) -> None:
-    numbers = run_arithmetic(
-        tmp_path,
-        ckpt=str(legible_run),
-        expression="bright - !bright + !bright",
-        classifier=str(judge_file),
-        data=None,
-        trials=40,
-        seed=0,
-    )
+def test_arithmetic_does_what_z_says(options: dict[str, Any], tmp_path: Path) -> None:
+    numbers = run_arithmetic(tmp_path, expression="bright - !bright + !bright", trials=40, **options)
     assert numbers["share"] > 0.9
     assert 0.3 < numbers["base_rate"] < 0.85
     assert numbers["last_term_alone"] < 0.2
@@ -84,38 +83,29 @@ def test_arithmetic_does_what_z_says(legible_run: Path, judge_file: Path, tmp_pa
     assert all((tmp_path / picture["file"]).stat().st_size > 1000 for picture in written["pictures"])
 
 
-def test_exemplars_by_index_need_no_judge(legible_run: Path, tmp_path: Path) -> None:
+def test_exemplars_by_index_need_no_classifier(legible_run: Path, tmp_path: Path) -> None:
     sheet = write_contact_sheet(tmp_path, ckpt=str(legible_run), count=24, seed=0)
     assert sheet.with_suffix(".png").is_file()
     expression = "#1,2,3 - #4,5,6 + #7,8,9"
-    run_arithmetic(tmp_path, ckpt=str(legible_run), expression=expression, classifier=None, data=None, trials=5, seed=0)
+    run_arithmetic(
+        tmp_path, ckpt=str(legible_run), expression=expression, classifier_file=None, data=None, trials=5, seed=0
+    )
     written = json.loads((tmp_path / "arithmetic.json").read_text())
     assert len(written["pictures"]) == 1
     assert written["results"] == {}
 
 
-def test_concepts_that_no_sample_shows_are_named(legible_run: Path, judge_file: Path, tmp_path: Path) -> None:
-    options = {"ckpt": str(legible_run), "classifier": str(judge_file), "data": None, "trials": 2, "seed": 0}
-    with pytest.raises(UsageError, match="it reads bright"):
-        run_arithmetic(tmp_path, expression="hat - !hat + hat", **options)  # type: ignore[arg-type]
+def test_concepts_that_no_sample_shows_are_named(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="it predicts bright"):
+        run_arithmetic(tmp_path, expression="hat - !hat + hat", trials=2, **options)
     with pytest.raises(UsageError, match="is a number"):
-        run_arithmetic(tmp_path, expression="place - !place + place", **options)  # type: ignore[arg-type]
+        run_arithmetic(tmp_path, expression="place - !place + place", trials=2, **options)
     with pytest.raises(DataError, match="samples show 'bright & !bright' with confidence"):
-        run_arithmetic(tmp_path, expression="bright & !bright + bright", **options)  # type: ignore[arg-type]
+        run_arithmetic(tmp_path, expression="bright & !bright + bright", trials=2, **options)
 
 
-def test_a_turn_along_what_z_says_rises_at_every_step(legible_run: Path, judge_file: Path, tmp_path: Path) -> None:
-    numbers = run_turn(
-        tmp_path,
-        ckpt=str(legible_run),
-        attribute="bright",
-        classifier=str(judge_file),
-        data=None,
-        rows=4,
-        steps=7,
-        extreme=32,
-        seed=0,
-    )
+def test_a_turn_along_what_z_says_rises_at_every_step(options: dict[str, Any], tmp_path: Path) -> None:
+    numbers = run_turn(tmp_path, attribute="bright", rows=4, steps=7, extreme=32, **options)
     assert numbers["rank_correlation"] > 0.95
     assert numbers["to"] - numbers["from"] > 0.5
     assert (tmp_path / "turn-curve.png").is_file()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluation_cases import Unheld
-from planted import NETWORK, legible_generator, planted
+from planted import legible_generator, planted
 
 from pipeline.data.labeled import load_labeled
 from pipeline.evaluation import inputs
@@ -16,8 +16,6 @@ from pipeline.evaluation.paper import memorization, neighbors
 from pipeline.evaluation.paper.memorization import collisions, distance_curves, nearest_code, run_memorization
 from pipeline.evaluation.paper.nearest import Nearest, flat
 from pipeline.evaluation.paper.neighbors import run_neighbors
-from pipeline.model.networks import build_generator
-from pipeline.model.sampling import images_of, sample
 
 
 @pytest.fixture(autouse=True)
@@ -125,19 +123,3 @@ def test_both_commands_write_numbers_and_pictures(run: Path, labeled: Path, tmp_
         written = json.loads((tmp_path / f"{name}.json").read_text())
         assert written["summary"]
         assert all((tmp_path / picture["file"]).is_file() for picture in written["pictures"])
-
-
-def test_generated_images_are_the_trainers_and_the_same_at_every_pass() -> None:
-    from pipeline.common.randomness import Purpose
-    from pipeline.model.networks import initialize
-
-    generator = build_generator(NETWORK).eval()
-    initialize(generator, 0, lane=1)
-    images = GeneratedImages(generator, 300, seed=5)
-    passes = [np.concatenate([pixels for _, pixels in images.blocks()]) for _ in range(2)]
-    np.testing.assert_array_equal(passes[0], passes[1])
-    np.testing.assert_array_equal(passes[0], sample(generator, 5, Purpose.EVALUATE, 0, 300))
-    shares = [dict(images.blocks(rank, 2)) for rank in range(2)]
-    joined = np.concatenate([(shares[0] | shares[1])[block] for block in range(3)])
-    np.testing.assert_array_equal(joined, passes[0])
-    assert images_of(generator, np.zeros((1, NETWORK.latent_dim), np.float32)).dtype == np.uint8

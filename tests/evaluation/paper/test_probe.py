@@ -11,12 +11,12 @@ from torch import nn
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.data.labeled import load_labeled
-from pipeline.evaluation.classifier import to_network
 from pipeline.evaluation.confidence import interval_of_mean, wilson
+from pipeline.evaluation.device import to_network
 from pipeline.evaluation.paper.discriminator_features import (
     features,
+    measure_batchnorm,
     random_discriminator,
-    reestimate_batchnorm,
 )
 from pipeline.evaluation.paper.linear_svm import balanced_draw, choose_c, fit
 from pipeline.evaluation.paper.probe import Protocol, probe, run_probe
@@ -54,7 +54,7 @@ def test_batchnorm_is_estimated_anew_and_frozen() -> None:
     norm = next(module for module in network.modules() if isinstance(module, nn.BatchNorm2d))
     seen: list[torch.Tensor] = []
     hook = norm.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    reestimate_batchnorm(network, images)
+    measure_batchnorm(network, images)
     hook.remove()
     assert not network.training
     torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))

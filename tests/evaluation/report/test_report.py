@@ -20,7 +20,7 @@ from pipeline.evaluation.report.report import write_report
 from pipeline.evaluation.results import Result
 
 needs_browser = pytest.mark.skipif(
-    find_browser() is None and not os.environ.get("CI"), reason="needs Chromium: apt-get install chromium"
+    find_browser() is None and not os.environ.get("CI"), reason="Chromium is not installed; `make system` installs it"
 )
 
 SCRIPTS = {

@@ -1,4 +1,4 @@
-"""Pictures and folders of them, made by the tests themselves."""
+"""Pictures, and folders of them, that the tests make."""
 
 import io
 from pathlib import Path

@@ -1,0 +1,98 @@
+"""What the command lines of all programs share: their form, --version, and the exit codes of errors."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Annotated, NoReturn
+
+import typer
+
+from pipeline.common.errors import Stopped, UnavailableError, UserError, describe_os_error
+
+DISTRIBUTION = "dcgan-pipeline"
+"""Name of the installed package; pyproject.toml holds its version, and nothing else does."""
+
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib import metadata
+
+    try:
+        version = metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        raise UnavailableError(
+            f"{DISTRIBUTION} is not installed, so its version is unknown; pip install -e ."
+        ) from None
+    typer.echo(f"{DISTRIBUTION} {version}")
+    raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+]
+
+
+def plain_app(*, completion: bool = True) -> typer.Typer:
+    """Return an empty application: plain help texts, tracebacks as Python prints them, shell completion.
+
+    Its one command or its callback declares `version: Version = False`.
+    """
+    return typer.Typer(
+        add_completion=completion,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings=HELP_OPTIONS,
+    )
+
+
+def command_group(help: str) -> typer.Typer:
+    """Return an application for subcommands, with --version; without arguments it prints its help."""
+    app = plain_app()
+
+    @app.callback(help=help, no_args_is_help=True)
+    def options(version: Version = False) -> None:
+        pass
+
+    return app
+
+
+def run_command(command: Callable[[], object]) -> None:
+    """Run a command line to its end and exit with our codes (DESIGN contract 6).
+
+    `UserError` and `OSError` become one line on standard error; anything else is a bug of ours and keeps
+    its traceback. Set `DCGAN_TRACEBACK=1` to see the traceback of user errors as well.
+    """
+    try:
+        command()
+    except SystemExit as end:  # typer's, after success as well
+        exit_with(end.code if isinstance(end.code, int) else int(end.code is not None))
+    except (UserError, OSError) as error:
+        if os.environ.get("DCGAN_TRACEBACK"):
+            raise
+        known = describe_os_error(error) if isinstance(error, OSError) else error
+        line = " ".join(str(known).split())
+        print(f"{'stopped' if isinstance(known, Stopped) else 'error'}: {line}", file=sys.stderr)
+        exit_with(known.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to resume", file=sys.stderr)
+        exit_with(128 + signal.SIGINT)
+
+
+def exit_with(code: int) -> NoReturn:
+    """Exit with a code that nothing can change.
+
+    Where several processes work together, the threads of their group may still run, and Python's teardown then now
+    and then ends in std::terminate (code 134): such a process exits without it. Closing the group first does not
+    help after an error: NCCL waits for peers that are gone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch.distributed" in sys.modules:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

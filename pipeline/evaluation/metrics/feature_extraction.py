@@ -1,0 +1,90 @@
+"""The features of a set of images, extracted block by block on every rank, and kept in a cache.
+
+Each rank extracts the features of its own blocks, and all ranks get the sum (moments) or the whole (features): no
+rank waits while another works.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.common.errors import DataError
+from pipeline.common.ranks import Ranks
+from pipeline.common.storage import sha256_bytes, write_atomic
+from pipeline.evaluation.images import BLOCK, Images, WithProgress, num_blocks
+from pipeline.evaluation.metrics.extractors import Extraction, Extractor
+from pipeline.evaluation.metrics.feature_distances import Moments
+
+
+def extract_moments(images: Images, extractor: Extractor, ranks: Ranks, what: str) -> Moments:
+    """Return the moments of a set's features, the same on every rank. Shows the progress under the name `what`."""
+    total: NDArray[np.float64] | None = None
+    outer: NDArray[np.float64] | None = None
+    for _, extracted in _blocks(images, extractor, ranks, what):
+        block = Moments.of(extracted.features)
+        total = block.total if total is None else total + block.total
+        outer = block.outer if outer is None else outer + block.outer
+    width = int(ranks.sum(np.array([0.0 if total is None else len(total)]))[0]) // _working(images, ranks)
+    if total is None or outer is None:  # fewer blocks than ranks
+        total, outer = np.zeros(width), np.zeros((width, width))
+    return Moments(ranks.sum(total), ranks.sum(outer), images.count)
+
+
+def extract_features(images: Images, extractor: Extractor, ranks: Ranks, what: str | None) -> Extraction:
+    """Return the features of a whole set, and class probabilities where the extractor has them, on every rank.
+
+    Shows the progress under the name `what`; None shows nothing.
+    """
+    found = list(_blocks(images, extractor, ranks, what))
+    features = [(block, extracted.features) for block, extracted in found]
+    probabilities = [(block, e.probabilities) for block, e in found if e.probabilities is not None]
+    joined = []
+    for parts in (features, probabilities):
+        width = int(ranks.sum(np.array([float(parts[0][1].shape[1]) if parts else 0.0]))[0]) // _working(images, ranks)
+        whole = np.zeros((images.count, width))
+        for block, part in parts:
+            whole[block * BLOCK : block * BLOCK + len(part)] = part
+        joined.append(ranks.sum(whole).astype(np.float32) if width else None)
+    assert joined[0] is not None
+    return Extraction(joined[0], joined[1])
+
+
+def _working(images: Images, ranks: Ranks) -> int:
+    """Return how many ranks have a block."""
+    return min(ranks.world_size, num_blocks(images.count))
+
+
+def _blocks(images: Images, extractor: Extractor, ranks: Ranks, what: str | None) -> Iterator[tuple[int, Extraction]]:
+    """Yield this rank's blocks and what is extracted from each."""
+    shown = images if what is None else WithProgress(images, what)
+    for block, pixels in shown.blocks(ranks.rank, ranks.world_size):
+        yield block, extractor.extract(pixels)
+
+
+def cached(path: Path | None, key: dict[str, Any], make: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, Any]:
+    """Return the arrays in the folder `path` for `key`, or make and keep them. Without a path nothing is kept.
+
+    The file's name holds a hash of the key, so statistics of another data set, extractor or size are never used.
+    Raises DataError when a file is damaged.
+    """
+    if path is None:
+        return make()
+    digest = sha256_bytes(json.dumps(key, sort_keys=True).encode())[:16]
+    file = path / f"reference-{digest}.npz"
+    if file.exists():
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                return {name: kept[name] for name in kept.files}
+        except (ValueError, OSError, KeyError, EOFError, BadZipFile) as error:
+            raise DataError(f"{file}: damaged ({error}); delete it and run the command again") from None
+    arrays = make()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_atomic(file, buffer.getvalue())
+    return arrays

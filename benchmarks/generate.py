@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from deploy.generation.manifest import Maker, finish_shard
 from deploy.generation.pipeline import PIECE_IMAGES, WRITERS, block_latents, produce
 from deploy.generation.plan import Plan, ShardRange
-from export.samplers.base import Sampler, open_sampler
+from export.samplers.base import Sampler
+from export.samplers.open import open_sampler
 from pipeline.common.imaging import Format, Pixels, encode
 from pipeline.common.storage import Store, write_atomic
 from pipeline.data.dataset import Encoding

@@ -20,8 +20,8 @@ from xml.etree import ElementTree
 
 import torch
 
-from export.builders.tensorrt import RTX_CAPABILITIES, this_gpu
 from export.format.driver import driver_version
+from export.format.tensorrt_library import RTX_CAPABILITIES, this_gpu
 from pipeline.common.errors import UnavailableError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from hardware import describe  # benchmarks/hardware.py
 
-from export.benchmark.cases import BASELINE, CONTROL, Subject, choose_subjects
-from export.benchmark.report import describe_limits, draw, make_rows
-from export.benchmark.roofline import Ceiling
-from export.benchmark.run import Effort, Limits, Timing, measure, measure_limits
+from export.benchmark.cases import BASELINE, CONTROL, Case, choose_cases
+from export.benchmark.report import describe_rooflines, draw, make_rows
+from export.benchmark.roofline import Roofline, Rooflines
+from export.benchmark.run import measure, measure_rooflines
+from export.benchmark.timing import MeasurementSettings, Timings
 from export.builders.onnx_model import export_onnx
-from export.samplers.base import open_sampler
+from export.samplers.open import open_sampler
 from pipeline.checkpoints.weights import serialize
 from pipeline.common.machine import available_threads
 from pipeline.config import NetworkConfig
@@ -48,12 +49,14 @@ def main() -> None:
         model = str(Path(folder) / card.file)
         with open_sampler(model) as sampler:
             auto = sampler.backend
-        subjects, left_out = choose_subjects(str(checkpoint), [model], [], quick=False)
-        before = measure_limits(subjects)
-        timings, too_large = measure(subjects, BATCHES, Effort(options.rounds, options.turn_seconds, 3), threads)
-        limits = best(before, measure_limits(subjects))
-    rows = make_rows(subjects, timings, limits)
-    verdicts = judge(timings, subjects, auto)
+        cases, left_out = choose_cases(str(checkpoint), [model], [], quick=False)
+        before = measure_rooflines(cases)
+        timings, too_large = measure(
+            cases, BATCHES, MeasurementSettings(options.rounds, options.turn_seconds, 3), threads
+        )
+        rooflines = best(before, measure_rooflines(cases))
+    rows = make_rows(cases, timings, rooflines)
+    verdicts = judge(timings, cases, auto)
     content = {
         "title": "Sampling on a CPU, width 64, 64x64",
         **describe("onnxruntime", "openvino"),
@@ -62,7 +65,7 @@ def main() -> None:
         "auto": auto,
         "verdicts": verdicts,
         "rows": rows,
-        "ceilings": describe_limits(limits),
+        "ceilings": describe_rooflines(rooflines),
         "left_out": left_out | too_large,
         "parity": [proven.model_dump() for proven in card.parity],
     }
@@ -92,10 +95,10 @@ def write_generator(folder: Path) -> Path:
     return path
 
 
-def best(one: Limits, other: Limits) -> Limits:
+def best(one: Rooflines, other: Rooflines) -> Rooflines:
     """Return the higher of two measurements of each ceiling: what else the machine does only lowers them."""
     return {
-        key: Ceiling(
+        key: Roofline(
             max(one[key].flops_per_second, other[key].flops_per_second),
             max(one[key].copy_bytes_per_second, other[key].copy_bytes_per_second),
         )
@@ -103,14 +106,14 @@ def best(one: Limits, other: Limits) -> Limits:
     }
 
 
-def judge(timings: dict[tuple[str, int], Timing], subjects: list[Subject], auto: str) -> list[dict[str, Any]]:
+def judge(timings: Timings, cases: list[Case], auto: str) -> list[dict[str, Any]]:
     """Compare `auto` with its bars, round by round: medians of ratios, not ratios of medians."""
 
     def ratio(one: str, other: str, batch: int) -> float:
         pairs = zip(timings[one, batch].rates, timings[other, batch].rates, strict=True)
         return statistics.median(a / b for a, b in pairs)
 
-    others = [subject.label for subject in subjects if subject.label not in (auto, CONTROL)]
+    others = [case.label for case in cases if case.label not in (auto, CONTROL)]
     verdicts: list[dict[str, Any]] = []
     for batch, bar in AT_LEAST_TIMES_EAGER.items():
         measured = ratio(auto, BASELINE, batch)

@@ -164,7 +164,7 @@ def _generate(
     """Make this part's shards and, when no other part is missing, the manifest."""
     from deploy.generation.manifest import begin, finish_shard, merge, missing, unfinished
     from deploy.generation.pipeline import produce
-    from export.samplers.base import open_sampler
+    from export.samplers.open import open_sampler
     from pipeline.common.progress import Progress
     from pipeline.common.storage import Store
 

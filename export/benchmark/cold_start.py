@@ -36,7 +36,7 @@ def main(options: dict[str, Any], device: str) -> None:
     """
     import numpy as np
 
-    from export.samplers.base import open_sampler
+    from export.samplers.open import open_sampler
 
     free = _free_on_gpu() if device == "gpu" else 0
     with open_sampler(**options) as sampler:

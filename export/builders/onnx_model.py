@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,16 +15,14 @@ from export.builders import parity
 from export.format.card import Card, ComputePrecision, Output, Parity, Source, ports, write_card
 from export.format.graph import DeployedGenerator
 from export.format.onnx_file import check_network, load_checked, notes
-from export.samplers.base import Sampler, cpu_onnx_backends
+from export.samplers.base import Sampler
 from export.samplers.onnx import create_session, open_onnx
-from pipeline.checkpoints.reference import load_generator
+from export.samplers.open import cpu_onnx_backends
+from pipeline.checkpoints.reference import LoadedGenerator, load_generator
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.machine import available_threads, versions
 from pipeline.common.storage import sha256_bytes, write_atomic
 from pipeline.model.networks import Generator
-
-if TYPE_CHECKING:
-    from pipeline.checkpoints.reference import LoadedGenerator
 
 OPSET = 20
 MAX_BATCH = 4096
@@ -71,7 +69,7 @@ def export_onnx(
     return card
 
 
-def build(loaded: "LoadedGenerator", precision: ComputePrecision, output: Output, max_batch: int) -> bytes:
+def build(loaded: LoadedGenerator, precision: ComputePrecision, output: Output, max_batch: int) -> bytes:
     """Return the checked ONNX graph of a generator, as the bytes of a single file."""
     network = DeployedGenerator(loaded.generator, precision=precision, output=output)
     z = torch.zeros(2, loaded.config.latent_dim)  # 2: torch.export takes a batch of 1 for a constant
@@ -97,7 +95,7 @@ def build(loaded: "LoadedGenerator", precision: ComputePrecision, output: Output
     return data
 
 
-def source_of(loaded: "LoadedGenerator") -> Source:
+def source_of(loaded: LoadedGenerator) -> Source:
     """Return what the card says of the weights."""
     return Source(reference=loaded.source, sha256=loaded.sha256, kind=loaded.kind, images_seen=loaded.images_seen)
 
@@ -184,7 +182,7 @@ def verify_onnx(model: str, *, reference: str | None = None, images: int = parit
     return card, check_parity(loaded.generator, card, data, model, images)
 
 
-def load_source(card: Card, reference: str | None) -> "LoadedGenerator":
+def load_source(card: Card, reference: str | None) -> LoadedGenerator:
     """Return the generator that `card` was exported from.
 
     Raises DataError when it is gone, another one, or not what the card says of it.

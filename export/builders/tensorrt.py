@@ -5,24 +5,25 @@ Strongly typed: the precision is the graph's. Only names that exist in all of th
 """
 
 import hashlib
-import importlib
-import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from export.format.card import Card, Engine
+from export.format.card import Card, Engine, RuntimeName
 from export.format.driver import driver_version
+from export.format.tensorrt_library import (
+    RTX_CAPABILITIES,
+    load_module,
+    make_logger,
+    system,
+    this_gpu,
+)
 from pipeline.common.errors import DataError, UnavailableError, UsageError
 from pipeline.common.storage import write_atomic
 
-RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
-MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
-"""What TensorRT-RTX 1.7 builds for when it is not told a GPU. Turing (7.5) would need a plan of its own."""
 BEST_BATCH = 64
 """The throughput profile's kernels are chosen for blocks of this size."""
 
@@ -38,28 +39,6 @@ class BuildOptions:
     """0 builds quickly, 5 searches longest; 3 is TensorRT's default."""
     timing_cache: Path | None = None
     """Folder of measured kernels, which make the next build quicker."""
-
-
-def load_module(runtime: RuntimeName) -> Any:
-    """Import TensorRT or TensorRT-RTX. Raises UnavailableError that names the package to install."""
-    try:
-        return importlib.import_module(MODULES[runtime])
-    except (ImportError, OSError, RuntimeError) as error:
-        detail = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).splitlines()[0]})"
-        raise UnavailableError(
-            f"--runtime {runtime}: the Python package {MODULES[runtime]} cannot be imported{detail}; "
-            f"pip install {package_for(runtime)}"
-        ) from None
-
-
-def package_for(runtime: RuntimeName) -> str:
-    """Return the pip package of `runtime` for the CUDA version of the driver here."""
-    if runtime == "tensorrt-rtx":
-        return "tensorrt-rtx-cu13"
-    driver = driver_version()
-    if driver is None:
-        return "tensorrt-cu13 with a CUDA 13 driver, tensorrt-cu12 with a CUDA 12 driver"
-    return f"tensorrt-cu{driver.split('.')[0]}"
 
 
 def require_builder(runtime: RuntimeName) -> Any:
@@ -121,21 +100,6 @@ def build_plan(model: str, card: Card, data: bytes, options: BuildOptions) -> tu
     return bytes(plan), describe_target(trt, card, options)
 
 
-def make_logger(trt: Any) -> Any:
-    """Return a TensorRT logger that keeps the error lines and prints nothing."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]  # the base class is known at run time only
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Logger()
-
-
 def describe_target(trt: Any, card: Card, options: BuildOptions) -> Engine:
     """Return what a plan built here is tied to."""
     gpu = this_gpu() if options.runtime == "tensorrt" else None
@@ -151,31 +115,6 @@ def describe_target(trt: Any, card: Card, options: BuildOptions) -> Engine:
         onnx=card.file,
         onnx_sha256=card.sha256,
     )
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The GPU that PyTorch would use."""
-
-    name: str
-    compute_capability: str
-
-
-def this_gpu() -> Gpu:
-    """Return the GPU here. Raises UnavailableError when PyTorch cannot use it."""
-    import torch
-
-    if driver_version() is None or not torch.cuda.is_available():
-        raise UnavailableError(
-            f"no NVIDIA GPU that PyTorch {torch.__version__} can use: install a CUDA build of PyTorch and a driver"
-        )
-    major, minor = torch.cuda.get_device_capability()
-    return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}")
-
-
-def system() -> str:
-    """Return operating system and processor, as plans are tied to them."""
-    return f"{platform.system()}-{platform.machine()}"
 
 
 @contextmanager

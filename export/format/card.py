@@ -17,6 +17,7 @@ SUFFIXES = (".onnx", ".plan")
 Precision = Literal["fp32", "tf32", "fp16"]
 ComputePrecision = Literal["fp32", "fp16"]
 Output = Literal["uint8", "float"]
+RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
 
 
 class Record(BaseModel):
@@ -72,7 +73,7 @@ class Parity(Record):
 class Engine(Record):
     """What a plan is tied to: it runs nowhere else."""
 
-    runtime: Literal["tensorrt", "tensorrt-rtx"]
+    runtime: RuntimeName
     version: str
     """Of the runtime that built it."""
     gpu: str | None

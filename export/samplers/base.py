@@ -1,6 +1,5 @@
-"""One interface to every way of running a generator: z in, uint8 images out, in blocks of one fixed size."""
+"""The interface of every sampler: z in, uint8 images out, in blocks of one fixed size."""
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -9,17 +8,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from export.format.card import SUFFIXES, ComputePrecision, read_model
-from pipeline.common.errors import UnavailableError, UsageError
-from pipeline.common.machine import available_threads
+from pipeline.common.errors import UsageError
 from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig
 from pipeline.model.latents import latents
-
-# What runs which kind of model, quickest first where both run on the CPU (benchmarks/sampling.py).
-CHECKPOINT_BACKENDS = ("eager", "channels_last", "compiled", "cuda-graphs")
-ONNX_BACKENDS = ("openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt")
-PLAN_BACKENDS = ("tensorrt",)
 
 BATCH_ON_CPU = 64
 BATCH_ON_GPU = 256
@@ -109,78 +101,3 @@ class Sampler(ABC):
         block = np.zeros((self.batch, self.latent_dim), np.float32)
         block[: len(z)] = z
         return block
-
-
-def open_sampler(
-    model: str,
-    *,
-    backend: str = "auto",
-    batch: int | None = None,
-    threads: int | None = None,
-    precision: ComputePrecision = "fp32",
-) -> Sampler:
-    """Open `model` for sampling: a `.onnx` or `.plan` with its card, or any form of `--ckpt`; path or URL.
-
-    `batch` is the fixed block size, `threads` the CPU's, by default one a core; `precision` is that of a
-    checkpoint's arithmetic (other models have their own). PyTorch backends use a CUDA device if there is one.
-
-    Raises UsageError for a backend that cannot run this kind of model or a batch that it does not take,
-    DataError for a model that does not match its card, UnavailableError when a library or device is missing.
-    """
-    if batch is not None and batch < 1:
-        raise UsageError(f"--batch {batch}: expected at least 1")
-    threads = threads or available_threads()
-    kind, known = _kind_of(model)
-    if backend not in ("auto", *known):
-        raise UsageError(f"--backend {backend} cannot run {model}, a {kind}: expected auto, {', '.join(known)}")
-    if kind == "checkpoint":
-        from export.samplers.torch import open_checkpoint
-
-        return open_checkpoint(model, backend, batch, threads, precision)
-    if kind == "plan":
-        card, data = read_model(model)
-    else:
-        from export.format.onnx_file import load_checked
-
-        card, data = load_checked(model)
-    if batch is not None and batch > card.max_batch:
-        raise UsageError(f"--batch {batch}: {model} takes at most {card.max_batch} images; export it with --max-batch")
-    if kind == "plan":
-        from export.samplers.tensorrt import open_plan
-
-        return open_plan(model, card, data, min(batch or BATCH_ON_GPU, card.max_batch))
-    from export.samplers.onnx import open_onnx
-
-    backend = best_onnx_backend() if backend == "auto" else backend
-    default = BATCH_ON_GPU if "-" in backend else BATCH_ON_CPU
-    return open_onnx(model, card, data, backend, min(batch or default, card.max_batch), threads)
-
-
-def _kind_of(model: str) -> tuple[str, tuple[str, ...]]:
-    """Return what `model` is, by its name, and the backends that run it."""
-    if not model.endswith(SUFFIXES):
-        return "checkpoint", CHECKPOINT_BACKENDS
-    return ("plan", PLAN_BACKENDS) if model.endswith(".plan") else ("ONNX file", ONNX_BACKENDS)
-
-
-def best_onnx_backend() -> str:
-    """Return the quickest backend for an ONNX file here: by device and installed libraries, never by a timing.
-
-    So it is the same on every machine of a job that was installed alike.
-    """
-    from export.format.driver import driver_version
-
-    if driver_version() is not None and importlib.util.find_spec("onnxruntime"):
-        import onnxruntime
-
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            return "onnxruntime-cuda"
-    return cpu_onnx_backends()[0]
-
-
-def cpu_onnx_backends() -> list[str]:
-    """Return the backends that run an ONNX file on the CPU and are installed, the quickest first."""
-    found = [name for name in ONNX_BACKENDS if "-" not in name and importlib.util.find_spec(name)]
-    if not found:
-        raise UnavailableError("running an ONNX file needs OpenVINO or ONNX Runtime: pip install openvino onnxruntime")
-    return found

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.builders.tensorrt import RTX_CAPABILITIES, load_module, make_logger, system, this_gpu
 from export.format.card import Card, Engine, beside
 from export.format.driver import driver_version
+from export.format.tensorrt_library import RTX_CAPABILITIES, load_module, make_logger, system, this_gpu
 from export.samplers.base import Sampler
 from export.samplers.cuda import WARM_UP_LAUNCHES, CudaSampler, memory_errors
 from pipeline.common.errors import DataError, UnavailableError

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +13,9 @@ from export.format.driver import driver_version
 from export.format.graph import DeployedGenerator
 from export.samplers.base import BATCH_ON_CPU, BATCH_ON_GPU, Sampler
 from export.samplers.cuda import CudaSampler, memory_errors
-from pipeline.checkpoints.reference import load_generator
+from pipeline.checkpoints.reference import LoadedGenerator, load_generator
 from pipeline.common.errors import UnavailableError
 from pipeline.model.sampling import to_uint8
-
-if TYPE_CHECKING:
-    from pipeline.checkpoints.reference import LoadedGenerator
 
 
 def open_checkpoint(
@@ -41,7 +38,7 @@ def open_checkpoint(
     return TorchSampler(loaded, "channels_last" if backend == "auto" else backend, batch or BATCH_ON_CPU, threads)
 
 
-def prepare(loaded: "LoadedGenerator", backend: str, precision: ComputePrecision = "fp32") -> torch.nn.Module:
+def prepare(loaded: LoadedGenerator, backend: str, precision: ComputePrecision = "fp32") -> torch.nn.Module:
     """Return z (N, latent_dim) -> uint8 (N, H, W, C): `eager` as trained; else BatchNorm folded, memory NHWC."""
     if backend == "eager" and precision == "fp32":
         return _AsTrained(loaded.generator)
@@ -81,7 +78,7 @@ class TorchSampler(Sampler):
 
     device = "cpu"
 
-    def __init__(self, loaded: "LoadedGenerator", backend: str, batch: int, threads: int) -> None:
+    def __init__(self, loaded: LoadedGenerator, backend: str, batch: int, threads: int) -> None:
         super().__init__(loaded.config, batch, loaded.sha256)
         self.backend = backend
         self.provider = f"torch {torch.__version__}"
@@ -100,7 +97,7 @@ class TorchSampler(Sampler):
 class TorchCudaSampler(CudaSampler):
     """PyTorch on an NVIDIA GPU; `cuda-graphs` replays one recorded launch instead of some twenty."""
 
-    def __init__(self, loaded: "LoadedGenerator", backend: str, batch: int, precision: ComputePrecision) -> None:
+    def __init__(self, loaded: LoadedGenerator, backend: str, batch: int, precision: ComputePrecision) -> None:
         super().__init__(loaded.config, batch, loaded.sha256)
         self.backend = backend
         self.provider = f"torch {torch.__version__} {precision}"

@@ -144,7 +144,7 @@ def test_every_format_is_a_data_set_and_plain_webdataset(run: Run, tmp_path: Pat
 
 def sample(model: str, first: int, count: int) -> np.ndarray:
     """What the sampler alone makes."""
-    from export.samplers.base import open_sampler
+    from export.samplers.open import open_sampler
 
     with open_sampler(model) as sampler:
         return np.concatenate([images for _, images in sampler.sample_range(0, first, count, Purpose.SAMPLE)])

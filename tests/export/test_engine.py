@@ -10,15 +10,20 @@ from export_cases import HOPPER, SMALL, Cli, Export, write_checkpoint
 from export.builders import engine as plans
 from export.builders.engine import export_plan, find_reference, rebuild
 from export.builders.onnx_model import export_onnx
-from export.builders.tensorrt import BuildOptions, Gpu, require_builder
+from export.builders.tensorrt import BuildOptions, require_builder
 from export.format.card import Card, read_card, write_card
+from export.format.tensorrt_library import Gpu
 from export.samplers import tensorrt as tensorrt_runtime
 from export.samplers.base import Sampler
 from export.samplers.onnx import open_onnx
 from pipeline.common.errors import DataError, UnavailableError, UsageError
 
 RTX = BuildOptions("tensorrt-rtx")
-DRIVERS = ("export.builders.tensorrt.driver_version", "export.samplers.tensorrt.driver_version")
+DRIVERS = (
+    "export.builders.tensorrt.driver_version",
+    "export.format.tensorrt_library.driver_version",
+    "export.samplers.tensorrt.driver_version",
+)
 
 
 @pytest.fixture

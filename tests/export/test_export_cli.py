@@ -10,7 +10,7 @@ import pytest
 from export_cases import HOPPER, Cli, Export
 
 from export.format.card import Card, card_name
-from export.samplers.base import open_sampler
+from export.samplers.open import open_sampler
 from pipeline.common.errors import DataError
 from pipeline.common.storage import sha256_file
 

@@ -14,8 +14,9 @@ from export.builders import parity
 from export.builders.onnx_model import check_parity, export_onnx, verify_onnx
 from export.format.card import Parity
 from export.format.graph import DeployedGenerator, to_uint8
-from export.samplers.base import ONNX_BACKENDS, Sampler, open_sampler
+from export.samplers.base import Sampler
 from export.samplers.onnx import OpenVinoSampler
+from export.samplers.open import ONNX_BACKENDS, open_sampler
 from pipeline.checkpoints.weights import serialize
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import open_image

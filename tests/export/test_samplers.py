@@ -12,9 +12,10 @@ import torch
 from export_cases import Export
 
 from export.samplers import onnx as onnx_backends
-from export.samplers.base import Sampler, open_sampler
+from export.samplers.base import Sampler
 from export.samplers.cuda import memory_errors
 from export.samplers.onnx import OpenVinoSampler
+from export.samplers.open import open_sampler
 from pipeline.common.errors import UnavailableError, UsageError
 from pipeline.common.randomness import Purpose
 from pipeline.model.latents import latents

@@ -12,9 +12,10 @@ from export_cases import HOPPER, SMALL, Cli, Export, make_generator
 
 from export.builders.engine import export_plan, rebuild
 from export.builders.onnx_model import build
-from export.builders.tensorrt import BuildOptions, build_plan, load_module, make_logger, profiles
+from export.builders.tensorrt import BuildOptions, build_plan, profiles
 from export.format.card import Card, Source, ports, read_card
 from export.format.driver import driver_version
+from export.format.tensorrt_library import load_module, make_logger
 from export.samplers.tensorrt import Here, compare
 from pipeline.checkpoints.reference import LoadedGenerator
 from pipeline.common.errors import DataError, UnavailableError, UsageError

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from export.builders import tensorrt as tensorrt_engine
-from export.samplers import tensorrt as tensorrt_runtime
+from export.builders import tensorrt as tensorrt_builder
+from export.format import tensorrt_library
+from export.samplers import tensorrt as tensorrt_sampler
 
 API: dict[str, dict[str, list[str]]] = json.loads(Path(__file__).with_name("tensorrt_api.json").read_text())["versions"]
-FILES = [Path(module.__file__) for module in (tensorrt_engine, tensorrt_runtime)]
+FILES = [Path(module.__file__) for module in (tensorrt_library, tensorrt_sampler, tensorrt_builder)]
 
 # What a variable or attribute of this name holds in those files.
 CLASS_OF = {

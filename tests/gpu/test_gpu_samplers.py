@@ -8,7 +8,8 @@ import torch
 from gpu_cases import Weights
 
 from export.builders.onnx_model import export_onnx
-from export.samplers.base import CHECKPOINT_BACKENDS, Sampler, open_sampler
+from export.samplers.base import Sampler
+from export.samplers.open import CHECKPOINT_BACKENDS, open_sampler
 from pipeline.common.errors import UnavailableError
 from pipeline.common.machine import versions
 from pipeline.common.randomness import Purpose

@@ -10,10 +10,11 @@ from gpu_cases import Weights
 
 from export.builders.engine import export_plan, rebuild, rebuild_unless_it_fits, verify_plan
 from export.builders.onnx_model import export_onnx
-from export.builders.tensorrt import RTX_CAPABILITIES, BuildOptions, RuntimeName, load_module, this_gpu
-from export.format.card import read_card
+from export.builders.tensorrt import BuildOptions
+from export.format.card import RuntimeName, read_card
 from export.format.driver import driver_version
-from export.samplers.base import open_sampler
+from export.format.tensorrt_library import RTX_CAPABILITIES, load_module, this_gpu
+from export.samplers.open import open_sampler
 from pipeline.common.errors import DataError, UnavailableError
 from pipeline.common.randomness import Purpose
 from pipeline.model.latents import latents

@@ -23,8 +23,8 @@ import numpy as np
 from hardware import describe
 from numpy.typing import NDArray
 
-from deploy.generation.manifest import Maker, finish_shard
-from deploy.generation.pipeline import PIECE_IMAGES, WRITERS, block_latents, produce
+from deploy.generation.manifest import Provenance, finish_shard
+from deploy.generation.pipeline import PIECE_IMAGES, WRITERS, block_latents, generate_shards
 from deploy.generation.plan import Plan, ShardRange
 from export.samplers.base import Sampler
 from export.samplers.open import open_sampler
@@ -40,7 +40,7 @@ FEW = 8192
 """The same with the real sampler, which is much slower."""
 SHARD_IMAGES = 1024
 """Half of dcgan-generate's default for packed, so that a turn has several."""
-MAKER = Maker(device="cpu", provider="benchmark", versions={})
+PROVENANCE = Provenance(device="cpu", provider="benchmark", versions={})
 BARS = {
     "packed, null sampler / ceiling": 0.8,
     "jpg, null sampler / ceiling": 0.8,
@@ -126,10 +126,10 @@ def seconds_to_generate(source: NullSampler | Sampler, plan: Plan, out: Path) ->
     store = Store(out)
 
     def finish(shard: ShardRange, writer: ShardWriter) -> None:
-        finish_shard(store, plan, shard, writer, MAKER)
+        finish_shard(store, plan, shard, writer, PROVENANCE)
 
     began = time.perf_counter()
-    produce(
+    generate_shards(
         source,
         plan,
         plan.shards(),

@@ -1,13 +1,13 @@
 """The card of an exported file: what goes in, what comes out, where it came from, what was proven (contract 5)."""
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.records import Record, read_record
 from pipeline.common.storage import Store, sha256_bytes, sha256_file
 from pipeline.config import NetworkConfig
 
@@ -18,12 +18,6 @@ Precision = Literal["fp32", "tf32", "fp16"]
 ComputePrecision = Literal["fp32", "fp16"]
 Output = Literal["uint8", "float"]
 RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
-
-
-class Record(BaseModel):
-    """A part of a card. Unknown keys are refused: they come from a newer version or another tool."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Port(Record):
@@ -107,7 +101,7 @@ class Card(Record):
     source: Source
     versions: dict[str, str]
     """Of the packages that took part in the export."""
-    parity: list[Parity] = []
+    parity: list[Parity] = Field(default_factory=list)
     engine: Engine | None = None
 
     @property
@@ -155,22 +149,12 @@ def read_card(model: str) -> Card:
     if not store.exists(name):
         raise DataError(f"{model}: no such file")
     try:
-        values = json.loads(store.read(card_name(name)))
-        version = values.get("version") if isinstance(values, dict) else None
-        if version != VERSION:
-            raise DataError(f"{where}: version {version!r}; this program reads version {VERSION}")
-        card = Card.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(
-            f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}; export the model again"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); export the model again") from None
+        content = store.read(card_name(name))
     except DataError as error:
         if store.exists(card_name(name)):
             raise
         raise DataError(f"{where}: {model} has no card beside it ({error}); export it with dcgan-export") from None
+    card = read_record(Card, content, where, version=VERSION, hint="export the model again")
     if card.file != name:
         raise DataError(f"{where}: is the card of {card.file}, not of {name}; export the model again")
     if (card.engine is not None) != name.endswith(".plan"):

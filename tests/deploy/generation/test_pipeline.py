@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from deploy.generation.pipeline import PIECE_IMAGES, cut, needed_blocks, produce
+from deploy.generation.pipeline import PIECE_IMAGES, cut, generate_shards, needed_blocks
 from deploy.generation.plan import Plan, ShardRange, default_shard_images
 from pipeline.common.errors import TryAgainError
 from pipeline.data.dataset import Encoding, Shard
@@ -62,7 +62,7 @@ def run(
         pieces, entry = writer.finish(f"{shard.start}.tar")
         shards[shard.start] = b"".join(pieces), entry
 
-    produce(sampler or Numbered(plan), plan, plan.shards(), finish, encoders=2, stop=stop or threading.Event())
+    generate_shards(sampler or Numbered(plan), plan, plan.shards(), finish, encoders=2, stop=stop or threading.Event())
     return dict(sorted(shards.items()))
 
 
@@ -114,7 +114,7 @@ def test_an_error_in_writing_ends_everything() -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        produce(sampler, work, work.shards(), finish, encoders=1, stop=threading.Event())
+        generate_shards(sampler, work, work.shards(), finish, encoders=1, stop=threading.Event())
     assert sampler.blocks < 15_000
 
 
@@ -123,7 +123,7 @@ def test_a_slow_disk_bounds_what_is_in_memory() -> None:
     sampler, stop, release = Numbered(work), threading.Event(), threading.Event()
     halted = threading.Timer(1.0, lambda: (stop.set(), release.set()))
     halted.start()
-    produce(sampler, work, work.shards(), lambda shard, writer: release.wait(), encoders=1, stop=stop)
+    generate_shards(sampler, work, work.shards(), lambda shard, writer: release.wait(), encoders=1, stop=stop)
     assert 4 <= sampler.blocks < 12  # the shards that are being written, and those in hand
 
 
@@ -148,12 +148,14 @@ def test_on_a_cpu_the_sampler_rests_while_the_encoders_work() -> None:
         def finish(shard: ShardRange, writer: ShardWriter, shards: dict[int, bytes] = shards) -> None:
             shards[shard.start] = b"".join(writer.finish("x.tar")[0])
 
-        def made(images: int, lags: list[int] = lags) -> None:
+        def report_images(images: int, lags: list[int] = lags) -> None:
             nonlocal done
             done += images
             lags.append(sampler.blocks * BLOCK - done)
 
-        produce(sampler, work, work.shards(), finish, encoders=2, stop=threading.Event(), made=made)
+        generate_shards(
+            sampler, work, work.shards(), finish, encoders=2, stop=threading.Event(), report_images=report_images
+        )
         if device == "cpu":  # both encoders had a piece, and nothing was sampled before they had given them back
             assert max(lags) < 2 * PIECE_IMAGES
     assert finished["cpu"] == finished["none"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from export.format.card import ComputePrecision, Precision, read_card
 from export.format.driver import driver_version
 from export.samplers.base import Sampler
-from export.samplers.open import CHECKPOINT_BACKENDS, ONNX_BACKENDS, PLAN_BACKENDS, open_sampler
+from export.samplers.open import CHECKPOINT_BACKENDS, ENGINE_BACKENDS, ONNX_BACKENDS, open_sampler
 from pipeline.checkpoints.reference import load_generator
 from pipeline.common.errors import DataError, UnavailableError, UsageError, UserError
 from pipeline.config import NetworkConfig
@@ -56,7 +56,7 @@ def choose_cases(
             halves = CHECKPOINT_BACKENDS[1:]  # eager in fp16 would be channels_last: as trained is float32
             candidates += [Case(f"{backend} fp16", ckpt, backend, network, "fp16", device) for backend in halves]
     for model in models:
-        known = PLAN_BACKENDS if model.endswith(".plan") else ONNX_BACKENDS
+        known = ENGINE_BACKENDS if model.endswith(".plan") else ONNX_BACKENDS
         suffix = f" {Path(model).stem}" if len(models) > 1 else ""
         card = read_card(model)
         for backend in known:

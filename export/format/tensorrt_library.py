@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX as libraries: importing them, their log, and the GPU and system they are tied to."""
+"""TensorRT and TensorRT-RTX as libraries: their import and log, and the GPU and system that engines depend on."""
 
 import importlib
 import platform
@@ -11,11 +11,11 @@ from pipeline.common.errors import UnavailableError
 
 MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
-"""What TensorRT-RTX 1.7 builds for when it is not told a GPU. Turing (7.5) would need a plan of its own."""
+"""The compute capabilities that TensorRT-RTX 1.7 builds for by default. Turing (7.5) would need its own engine."""
 
 
 def load_module(runtime: RuntimeName) -> Any:
-    """Import TensorRT or TensorRT-RTX. Raises UnavailableError that names the package to install."""
+    """Import TensorRT or TensorRT-RTX. Raises UnavailableError with the package to install."""
     try:
         return importlib.import_module(MODULES[runtime])
     except (ImportError, OSError, RuntimeError) as error:
@@ -53,7 +53,7 @@ def make_logger(trt: Any) -> Any:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that PyTorch would use."""
+    """The GPU that PyTorch uses."""
 
     name: str
     compute_capability: str
@@ -72,5 +72,5 @@ def this_gpu() -> Gpu:
 
 
 def system() -> str:
-    """Return operating system and processor, as plans are tied to them."""
+    """Return operating system and processor, for example Linux-x86_64."""
     return f"{platform.system()}-{platform.machine()}"

@@ -20,19 +20,19 @@ BATCH_ON_GPU = 256
 class Sampler(ABC):
     """A generator ready to run.
 
-    Whatever the number of z, the device sees blocks of exactly `batch` rows, the last one padded: images of
-    the same model, backend, device and batch size are byte-equal however a range of them is cut, as long as
-    image i is row i mod `batch` of its block. `sample_range` sees to that.
+    The device always sees blocks of exactly `batch` rows of z; the last one is padded. `sample_range` keeps image i
+    in row i mod `batch` of its block. So the same model, backend, device and batch size give the same bytes, however
+    a range of images is cut.
     """
 
     backend: str
-    """Name of the backend that was chosen."""
+    """Name of the backend."""
     device: str
     """`cpu`, or the name of the GPU."""
     provider: str
-    """What really runs the graph, such as CPUExecutionProvider."""
+    """What runs the graph inside the backend, for example CPUExecutionProvider."""
     works_ahead = False
-    """Whether `stream` has several blocks in flight."""
+    """Whether `stream` keeps several blocks in flight."""
 
     def __init__(self, network: NetworkConfig, batch: int, model_sha256: str) -> None:
         self.batch = batch
@@ -44,12 +44,12 @@ class Sampler(ABC):
 
     @abstractmethod
     def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return the images (batch, H, W, C) of exactly `batch` rows of z."""
+        """Return the images uint8 (batch, H, W, C) of exactly `batch` rows of z, an array of their own."""
 
     def stream(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.uint8]]:
-        """Yield the images of each block of at most `batch` rows of z; arrays of their own, free to be kept.
+        """Yield the images of each block of at most `batch` rows of z, in arrays that the caller may keep.
 
-        On a GPU the device works ahead of the consumer, so that copies and arithmetic overlap.
+        A GPU works ahead of the consumer, so that copies and arithmetic overlap.
         """
         for z in blocks:
             yield self._run(self._pad(z))[: len(z)]
@@ -64,7 +64,7 @@ class Sampler(ABC):
     def sample_range(
         self, seed: int, start: int, count: int, purpose: Purpose = Purpose.SAMPLE
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield (index of the first image, images) over [start, start + count), a block at a time.
+        """Yield (index of the first image, images) over [start, start + count), one block at a time.
 
         Image i is always row i mod `batch` of block i // `batch`, whatever the range.
         """
@@ -81,10 +81,10 @@ class Sampler(ABC):
             yield first + low, images[low:high]
 
     def time_launches(self, count: int) -> list[float]:
-        """Return the seconds that the device takes for a block, without copies, `count` times; empty on the CPU."""
+        """Return `count` times that the device took for a block, in seconds, without copies; none on the CPU."""
         return []
 
-    def close(self) -> None:  # noqa: B027  most backends hold nothing that needs closing
+    def close(self) -> None:  # noqa: B027  most backends have nothing to close
         """Free the device memory and threads that the sampler holds."""
 
     def __enter__(self) -> Self:

@@ -7,10 +7,13 @@ from export.samplers.base import BATCH_ON_CPU, BATCH_ON_GPU, Sampler
 from pipeline.common.errors import UnavailableError, UsageError
 from pipeline.common.machine import available_threads
 
-# What runs which kind of model, quickest first where both run on the CPU (benchmarks/sampling.py).
+# The backends of each kind of model; those of the CPU in the order of their speed (benchmarks/sampling.py).
 CHECKPOINT_BACKENDS = ("eager", "channels_last", "compiled", "cuda-graphs")
 ONNX_BACKENDS = ("openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt")
-PLAN_BACKENDS = ("tensorrt",)
+ENGINE_BACKENDS = ("tensorrt",)
+
+# The kinds, as errors name them.
+CHECKPOINT, ONNX_FILE, ENGINE = "a checkpoint", "an ONNX file", "a TensorRT engine"
 
 
 def open_sampler(
@@ -21,12 +24,13 @@ def open_sampler(
     threads: int | None = None,
     precision: ComputePrecision = "fp32",
 ) -> Sampler:
-    """Open `model` for sampling: a `.onnx` or `.plan` with its card, or any form of `--ckpt`; path or URL.
+    """Open `model` for sampling: an ONNX file or an engine with its card, or any form of `--ckpt`; path or URL.
 
-    `batch` is the fixed block size, `threads` the CPU's, by default one a core; `precision` is that of a
-    checkpoint's arithmetic (other models have their own). PyTorch backends use a CUDA device if there is one.
+    `batch` is the fixed block size, by default 256 on a GPU and 64 on the CPU, at most the model's largest. `threads`
+    are those of the CPU, by default one for each core. `precision` is that of a checkpoint's arithmetic; other models
+    bring their own. PyTorch backends use a CUDA device if there is one.
 
-    Raises UsageError for a backend that cannot run this kind of model or a batch that it does not take,
+    Raises UsageError for a backend that cannot run this kind of model and for a batch that the model does not take,
     DataError for a model that does not match its card, UnavailableError when a library or device is missing.
     """
     if batch is not None and batch < 1:
@@ -34,12 +38,12 @@ def open_sampler(
     threads = threads or available_threads()
     kind, known = _kind_of(model)
     if backend not in ("auto", *known):
-        raise UsageError(f"--backend {backend} cannot run {model}, a {kind}: expected auto, {', '.join(known)}")
-    if kind == "checkpoint":
+        raise UsageError(f"--backend {backend} cannot run {model}, {kind}: expected auto, {', '.join(known)}")
+    if kind == CHECKPOINT:
         from export.samplers.torch import open_checkpoint
 
         return open_checkpoint(model, backend, batch, threads, precision)
-    if kind == "plan":
+    if kind == ENGINE:
         card, data = read_model(model)
     else:
         from export.format.onnx_file import load_checked
@@ -47,10 +51,10 @@ def open_sampler(
         card, data = load_checked(model)
     if batch is not None and batch > card.max_batch:
         raise UsageError(f"--batch {batch}: {model} takes at most {card.max_batch} images; export it with --max-batch")
-    if kind == "plan":
-        from export.samplers.tensorrt import open_plan
+    if kind == ENGINE:
+        from export.samplers.tensorrt import open_engine
 
-        return open_plan(model, card, data, min(batch or BATCH_ON_GPU, card.max_batch))
+        return open_engine(model, card, data, min(batch or BATCH_ON_GPU, card.max_batch))
     from export.samplers.onnx import open_onnx
 
     backend = best_onnx_backend() if backend == "auto" else backend
@@ -59,16 +63,16 @@ def open_sampler(
 
 
 def _kind_of(model: str) -> tuple[str, tuple[str, ...]]:
-    """Return what `model` is, by its name, and the backends that run it."""
+    """Return the kind of `model`, by its name, and the backends that run it."""
     if not model.endswith(SUFFIXES):
-        return "checkpoint", CHECKPOINT_BACKENDS
-    return ("plan", PLAN_BACKENDS) if model.endswith(".plan") else ("ONNX file", ONNX_BACKENDS)
+        return CHECKPOINT, CHECKPOINT_BACKENDS
+    return (ENGINE, ENGINE_BACKENDS) if model.endswith(".plan") else (ONNX_FILE, ONNX_BACKENDS)
 
 
 def best_onnx_backend() -> str:
-    """Return the quickest backend for an ONNX file here: by device and installed libraries, never by a timing.
+    """Return the fastest backend for an ONNX file here, by device and installed libraries, never by a timing.
 
-    So it is the same on every machine of a job that was installed alike.
+    So all machines of a job choose alike if they are installed alike.
     """
     from export.format.driver import driver_version
 
@@ -81,7 +85,7 @@ def best_onnx_backend() -> str:
 
 
 def cpu_onnx_backends() -> list[str]:
-    """Return the backends that run an ONNX file on the CPU and are installed, the quickest first."""
+    """Return the installed backends that run an ONNX file on the CPU, the fastest first."""
     found = [name for name in ONNX_BACKENDS if "-" not in name and importlib.util.find_spec(name)]
     if not found:
         raise UnavailableError("running an ONNX file needs OpenVINO or ONNX Runtime: pip install openvino onnxruntime")

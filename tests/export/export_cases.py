@@ -62,7 +62,7 @@ HOPPER = Engine(
     onnx="model.onnx",
     onnx_sha256="0" * 64,
 )
-"""What a plan of another machine is tied to."""
+"""What an engine of another machine is tied to."""
 
 SMALL = NetworkConfig(width=8, image_size=32)
 MAX_BATCH = 16

@@ -141,7 +141,7 @@ def test_nothing_in_nothing_out(exported: Export) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("model", {"backend": "eager"}, "cannot run .*model.onnx, a ONNX file: expected auto, openvino"),
+        ("model", {"backend": "eager"}, "cannot run .*model.onnx, an ONNX file: expected auto, openvino"),
         ("checkpoint", {"backend": "openvino"}, "a checkpoint: expected auto, eager"),
         ("model", {"backend": "nonsense"}, "nonsense"),
         ("model", {"batch": 17}, "takes at most 16 images"),

@@ -23,7 +23,7 @@ def gpu_check() -> ModuleType:
     return module
 
 
-@pytest.mark.skipif(driver_version() is not None, reason="tells what happens without an NVIDIA driver")
+@pytest.mark.skipif(driver_version() is not None, reason="needs a machine without an NVIDIA driver")
 def test_it_explains_itself_without_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, SCRIPT, tmp_path / "out"], cwd=tmp_path, capture_output=True, text=True, check=False

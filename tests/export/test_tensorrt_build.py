@@ -13,7 +13,7 @@ from export_cases import HOPPER, SMALL, Cli, Export, make_generator
 from export.builders.engine import export_engine, rebuild
 from export.builders.onnx_model import build
 from export.builders.tensorrt import BuildOptions, build_engine, profiles
-from export.format.card import Card, Source, ports, read_card
+from export.format.card import Card, ComputePrecision, Source, ports, read_card
 from export.format.driver import driver_version
 from export.format.tensorrt_library import load_module, make_logger
 from export.samplers.tensorrt import Here, compare
@@ -23,10 +23,10 @@ from pipeline.common.storage import sha256_bytes
 from pipeline.config import NetworkConfig, load_config, preset_names
 
 RTX = BuildOptions("tensorrt-rtx")
-no_gpu = pytest.mark.skipif(driver_version() is not None, reason="tells what happens without an NVIDIA driver")
+no_gpu = pytest.mark.skipif(driver_version() is not None, reason="needs a machine without an NVIDIA driver")
 
 
-def onnx_of(config: NetworkConfig, precision: str = "fp32") -> tuple[Card, bytes]:
+def onnx_of(config: NetworkConfig, precision: ComputePrecision = "fp32") -> tuple[Card, bytes]:
     """Return a card and graph of a generator of this architecture, without the parity gate."""
     loaded = LoadedGenerator(make_generator(config), config, "test", "0" * 64, None, "raw")
     data = build(loaded, precision, "uint8", 256)
@@ -67,7 +67,7 @@ def test_every_preset_builds(preset: str, config: NetworkConfig) -> None:
 
 @pytest.mark.parametrize("upsampling", ["transposed", "bilinear"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_family_builds(upsampling: str, precision: str) -> None:
+def test_the_family_builds(upsampling: str, precision: ComputePrecision) -> None:
     config = NetworkConfig.model_validate({"width": 8, "upsampling": upsampling, "channels": 1, "image_size": 32})
     card, data = onnx_of(config, precision)
     serialized, _ = build_engine("model", card, data, RTX)

@@ -1,4 +1,4 @@
-"""Encoder processes give what encoding here gives, and leave nothing behind."""
+"""Encoder processes return what encoding in this process returns, and no process outlives the work."""
 
 import os
 import signal

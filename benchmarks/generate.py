@@ -1,11 +1,10 @@
-"""Whether the sampler ever waits for encoding and writing, and what 100,000 images a second would need.
+"""Whether the sampler waits for encoding and writing, and what 100,000 images a second would need.
 
     python benchmarks/generate.py [--rounds 15]
 
-With a null sampler, which hands out images made before, generation may be limited by encoding and writing alone:
-its rate is compared with both ceilings, measured in the same rounds. With the real sampler the rate is compared
-with the sampler alone. Everything takes turns; medians over the rounds of each round's ratios; "again" is the A/A
-control.
+A null sampler returns images that were made before, so encoding and writing alone limit generation: its rate is
+compared with the rates of encoding alone and of writing alone. The rate with the real sampler is compared with the
+sampler alone. All arms take turns; results are medians of the rounds' ratios. "again" is the A/A control.
 """
 
 import argparse
@@ -23,10 +22,11 @@ import numpy as np
 from hardware import describe
 from numpy.typing import NDArray
 
-from deploy.generation.manifest import Maker, finish_shard
-from deploy.generation.pipeline import PIECE_IMAGES, WRITERS, block_latents, produce
+from deploy.generation.manifest import Provenance, finish_shard
+from deploy.generation.pipeline import PIECE_IMAGES, WRITERS, block_latents, generate_shards
 from deploy.generation.plan import Plan, ShardRange
-from export.samplers.base import Sampler, open_sampler
+from export.samplers.base import Sampler
+from export.samplers.open import open_sampler
 from pipeline.common.imaging import Format, Pixels, encode
 from pipeline.common.storage import Store, write_atomic
 from pipeline.data.dataset import Encoding, open_dataset
@@ -35,13 +35,13 @@ from pipeline.data.shard_writer import Pieces, ShardWriter
 
 BLOCK, ENCODERS, QUALITY = 64, 2, 90
 BULK: dict[Encoding, int] = {"packed": 16384, "jpg": 65536, "webp": 4096}
-"""Images of a turn with the null sampler: enough that starting the encoders does not count."""
+"""Images of a turn with the null sampler: enough that the start of the encoders does not count."""
 FEW = 8192
 """The same with the real sampler, which is much slower."""
 SHARD_IMAGES = 1024
 """Half of dcgan-generate's default for packed, so that a turn has several."""
-MAKER = Maker(device="cpu", provider="benchmark", versions={})
-BARS = {
+PROVENANCE = Provenance(device="cpu", provider="benchmark", versions={})
+TARGETS = {
     "packed, null sampler / ceiling": 0.8,
     "jpg, null sampler / ceiling": 0.8,
     "webp, null sampler / ceiling": 0.8,
@@ -51,7 +51,7 @@ BARS = {
 
 
 class NullSampler:
-    """Hands out images that are there already, as a GPU would."""
+    """Returns images that exist already, as a fast GPU would."""
 
     device = "none"
 
@@ -65,7 +65,7 @@ class NullSampler:
 
 
 def main() -> None:
-    """Measure, judge, write benchmarks/results/generate.{json,md}."""
+    """Measure, compare with the targets, and write benchmarks/results/generate.{json,md}."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--work", type=Path, default=Path("/tmp/dcgan-benchmark-generate"))
@@ -96,7 +96,7 @@ def main() -> None:
                 f"{encoding}, null sampler": (count, null),
                 f"{encoding}, null sampler again": (count, null),
             }
-            if f"{encoding}, real sampler / sampler alone" in BARS:
+            if f"{encoding}, real sampler / sampler alone" in TARGETS:
                 arms[f"{encoding}, real sampler"] = (FEW, partial(generate, sampler, encoding, FEW))
             if encoding != "packed":
                 bulk = np.concatenate([images] * (count // len(images)))
@@ -126,10 +126,10 @@ def seconds_to_generate(source: NullSampler | Sampler, plan: Plan, out: Path) ->
     store = Store(out)
 
     def finish(shard: ShardRange, writer: ShardWriter) -> None:
-        finish_shard(store, plan, shard, writer, MAKER)
+        finish_shard(store, plan, shard, writer, PROVENANCE)
 
     began = time.perf_counter()
-    produce(
+    generate_shards(
         source,
         plan,
         plan.shards(),
@@ -241,7 +241,7 @@ def cpu_work(images: Pixels) -> dict[str, dict[str, float]]:
 
 
 def report(rates: dict[str, list[float]], work: dict[str, dict[str, float]], sampler: Sampler) -> None:
-    """Judge the bars and write the results."""
+    """Compare the rates with the targets and write the results."""
     median = {name: statistics.median(values) for name, values in rates.items()}
 
     def ratio(one: str, others: list[str]) -> float:
@@ -269,7 +269,7 @@ def report(rates: dict[str, list[float]], work: dict[str, dict[str, float]], sam
         "sampler": f"{sampler.backend}, width 64, 64 pixels, batch {BLOCK}",
         "images_a_second": {name: round(value) for name, value in median.items()},
         "ratios": {
-            name: {"value": round(value, 3), "bar": BARS[name], "met": value >= BARS[name]}
+            name: {"value": round(value, 3), "bar": TARGETS[name], "met": value >= TARGETS[name]}
             for name, value in ratios.items()
         },
         "control": {name: round(value, 3) for name, value in control.items()},
@@ -281,8 +281,8 @@ def report(rates: dict[str, list[float]], work: dict[str, dict[str, float]], sam
     (folder / "generate.json").write_text(json.dumps(result, indent=1) + "\n")
     lines = ["# Generation: does the sampler wait?", "", "| arm | images/s |", "|---|---|"]
     lines += [f"| {name} | {value:,.0f} |" for name, value in median.items()]
-    lines += ["", "| ratio, median of rounds | value | bar |", "|---|---|---|"]
-    lines += [f"| {name} | {value:.2f} | {BARS[name]} |" for name, value in ratios.items()]
+    lines += ["", "| ratio, median of rounds | value | target |", "|---|---|---|"]
+    lines += [f"| {name} | {value:.2f} | {TARGETS[name]} |" for name, value in ratios.items()]
     lines += [f"| {name} (control) | {value:.2f} | |" for name, value in control.items()]
     lines += [
         "",

@@ -1,11 +1,11 @@
-"""One command for a person with an NVIDIA GPU: parity, benchmark, a training smoke test, one file to send back.
+"""The check of a machine with an NVIDIA GPU: parity, benchmark, a training smoke test, one result file.
 
     make gpu-check                                  installs what it needs into .venv first
     python benchmarks/gpu_check.py [OUT]
 
-Runs tests/gpu, builds the engines that this machine can build, measures every backend (docs/export.md has the
-protocol), trains a tiny run on the GPU for some seconds, and writes OUT/gpu_check.json. Its "result" is "passed" only
-when nothing was left out; "incomplete" (69) when a library was missing or a test was skipped; "failed" (1).
+Runs tests/gpu, builds the engines that this machine can build, measures every backend (docs/export.md describes
+how), trains a tiny run on the GPU for some seconds, and writes OUT/gpu_check.json. Its "result" is "passed" only when
+nothing was left out, "incomplete" (exit code 69) when a library was missing or a test was skipped, "failed" (1) else.
 """
 
 import json
@@ -20,8 +20,8 @@ from xml.etree import ElementTree
 
 import torch
 
-from export.builders.tensorrt import RTX_CAPABILITIES, this_gpu
 from export.format.driver import driver_version
+from export.format.tensorrt_library import RTX_CAPABILITIES, this_gpu
 from pipeline.common.errors import UnavailableError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,23 +42,23 @@ with torch.no_grad():
 Path(sys.argv[2]).write_bytes(serialize(generator.eval(), config, "raw", 0))
 """
 NOT_FOR_THIS_MACHINE = "not possible:"
-"""How tests/gpu begin the reason of a skip that no installation would change."""
+"""Start of the reason of a skip in tests/gpu that no installation would change."""
 
 Step = dict[str, Any]
 
 
 def main() -> int:
-    """Run all steps, also after one has failed; write the result file."""
+    """Run all steps, even after one has failed, and write the result file."""
     try:
         gpu = this_gpu()
     except UnavailableError as error:
         print(f"error: gpu-check has nothing to check: {error}", file=sys.stderr)
         return error.exit_code
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "gpu-check").resolve()
-    for name in (*PRESETS, "run"):  # what an earlier check left would pass for this one's
+    for name in (*PRESETS, "run"):  # the files of an earlier check would pass for this one's
         shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    # A process for each TensorRT: their Python modules may not share one.
+    # One process for each TensorRT, because their Python modules cannot share one.
     steps = [tests(out, "tests", "not tensorrt-rtx")]
     if gpu.compute_capability in RTX_CAPABILITIES:
         steps.append(tests(out, "tests of TensorRT-RTX", "tensorrt-rtx"))
@@ -86,15 +86,15 @@ def main() -> int:
 
 
 def check_preset(folder: Path, preset: str) -> list[Step]:
-    """Export a preset's generator, build its engines, measure all of it."""
+    """Export a preset's generator, build its engines, and measure all of them."""
     export = [sys.executable, "-m", "export.cli"]
     folder.mkdir()
     weights = str(folder / "generator.safetensors")
     steps = [step(f"{preset} weights", [sys.executable, "-c", PRESET_WEIGHTS, preset, weights])]
     steps.append(step(f"{preset} onnx", [*export, "onnx", "--ckpt", weights, "--out", str(folder)]))
     for precision in ("fp32", "tf32", "fp16"):
-        plan = ["--precision", precision, "--name", f"engine_{precision}.plan"]
-        trt = [*export, "trt", "--ckpt", weights, "--out", str(folder), *plan]
+        options = ["--precision", precision, "--name", f"engine_{precision}.plan"]
+        trt = [*export, "trt", "--ckpt", weights, "--out", str(folder), *options]
         steps.append(step(f"{preset} trt {precision}", trt))
     bench = [*export, "bench", "--ckpt", weights, "--out", str(folder / "bench")]
     for model in (folder / "model.onnx", *sorted(folder.glob("*.plan"))):
@@ -106,7 +106,7 @@ def check_preset(folder: Path, preset: str) -> list[Step]:
 
 
 def tests(out: Path, name: str, chosen: str) -> Step:
-    """Run the tests of tests/gpu that `chosen` (pytest -k) names, and count what they skipped."""
+    """Run the tests of tests/gpu that match `chosen` (pytest -k), and count the skipped ones."""
     report = out / "tests.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-rs", "tests/gpu", "-k", chosen, f"--junitxml={report}"]
@@ -114,7 +114,7 @@ def tests(out: Path, name: str, chosen: str) -> Step:
 
 
 def counted(result: Step, junit: str) -> Step:
-    """Return a step with the numbers of its tests; it is incomplete where one that could run here did not."""
+    """Return a step with its numbers of tests. It is incomplete if a test was skipped that could run here."""
     cases = ElementTree.fromstring(junit).iter("testcase")
     skips = [case.find("skipped") for case in cases]
     reasons = [skip.get("message", "") for skip in skips if skip is not None]
@@ -125,13 +125,13 @@ def counted(result: Step, junit: str) -> Step:
 
 
 def verdict(steps: list[Step]) -> str:
-    """Return passed only if every step has passed; a failure outweighs what is missing."""
+    """Return failed if a step failed, else incomplete if one is incomplete, else passed."""
     results = {each["result"] for each in steps}
     return next(result for result in ("failed", "incomplete", "passed") if result in results)
 
 
 def training(out: Path) -> list[str]:
-    """Return the command that trains the demo preset on the bundled faces for some batches, in bf16, on the GPU."""
+    """Return the command that trains the demo preset on the bundled faces for 25,600 images, in bf16, on the GPU."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "bf16", "--dynamo_backend", "no"]
     cadence = ["schedule.total_images=25600", "schedule.checkpoint_every_images=12800"]
@@ -140,7 +140,7 @@ def training(out: Path) -> list[str]:
 
 
 def step(name: str, command: list[str]) -> Step:
-    """Run one step, showing its output, and return how it went with the end of what it said."""
+    """Run one step, print its output, and return its result and its last 40 lines."""
     print(f"\n== {name}: {' '.join(command)[:300]}", flush=True)
     began = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

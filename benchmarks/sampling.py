@@ -1,10 +1,11 @@
-"""How fast a generator samples on this CPU, every backend in turn; whether `auto` is the one to pick.
+"""How fast each backend samples on this CPU, and whether `auto` chooses the fastest.
 
     python benchmarks/sampling.py
 
 Width 64, 64x64 pixels, float32, images in host memory as uint8. Baseline: eager PyTorch in inference mode. All
-backends take turns in random order, 15 rounds, medians of the rounds' ratios; "eager, again" is the A/A control.
-Writes benchmarks/results/sampling.{json,png}; ends with 1 when a bar is missed.
+backends take turns in random order for 15 rounds; results are medians of the rounds' ratios. "eager, again" is the
+A/A control.
+Writes benchmarks/results/sampling.{json,png}; exits with 1 when a target is missed.
 """
 
 import argparse
@@ -18,12 +19,13 @@ from typing import Any
 import torch
 from hardware import describe  # benchmarks/hardware.py
 
-from export.benchmark.cases import BASELINE, CONTROL, Subject, choose_subjects
-from export.benchmark.report import describe_limits, draw, make_rows
-from export.benchmark.roofline import Ceiling
-from export.benchmark.run import Effort, Limits, Timing, measure, measure_limits
+from export.benchmark.cases import BASELINE, CONTROL, Case, choose_cases
+from export.benchmark.report import describe_rooflines, draw, make_rows
+from export.benchmark.roofline import Roofline, Rooflines
+from export.benchmark.run import measure, measure_rooflines
+from export.benchmark.timing import MeasurementSettings, Timings
 from export.builders.onnx_model import export_onnx
-from export.samplers.base import open_sampler
+from export.samplers.open import open_sampler
 from pipeline.checkpoints.weights import serialize
 from pipeline.common.machine import available_threads
 from pipeline.config import NetworkConfig
@@ -31,12 +33,12 @@ from pipeline.model.networks import build_generator, initialize
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = [1, 8, 64, 256]
-AT_LEAST_TIMES_EAGER = {1: 2.4, 64: 1.4, 256: 1.4}
+LEAST_TIMES_EAGER = {1: 2.4, 64: 1.4, 256: 1.4}
 WITHIN_OF_BEST = 0.95
 
 
 def main() -> None:
-    """Make a generator, measure, write the result, judge it."""
+    """Make a generator, measure it, write the result, and compare it with the targets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--turn-seconds", type=float, default=0.3)
@@ -48,12 +50,14 @@ def main() -> None:
         model = str(Path(folder) / card.file)
         with open_sampler(model) as sampler:
             auto = sampler.backend
-        subjects, left_out = choose_subjects(str(checkpoint), [model], [], quick=False)
-        before = measure_limits(subjects)
-        timings, too_large = measure(subjects, BATCHES, Effort(options.rounds, options.turn_seconds, 3), threads)
-        limits = best(before, measure_limits(subjects))
-    rows = make_rows(subjects, timings, limits)
-    verdicts = judge(timings, subjects, auto)
+        cases, left_out = choose_cases(str(checkpoint), [model], [], quick=False)
+        before = measure_rooflines(cases)
+        timings, too_large = measure(
+            cases, BATCHES, MeasurementSettings(options.rounds, options.turn_seconds, 3), threads
+        )
+        rooflines = best(before, measure_rooflines(cases))
+    rows = make_rows(cases, timings, rooflines)
+    verdicts = check_targets(timings, cases, auto)
     content = {
         "title": "Sampling on a CPU, width 64, 64x64",
         **describe("onnxruntime", "openvino"),
@@ -62,7 +66,7 @@ def main() -> None:
         "auto": auto,
         "verdicts": verdicts,
         "rows": rows,
-        "ceilings": describe_limits(limits),
+        "ceilings": describe_rooflines(rooflines),
         "left_out": left_out | too_large,
         "parity": [proven.model_dump() for proven in card.parity],
     }
@@ -72,7 +76,7 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['batch']:4} {row['backend']:14} {row['images_per_second']:8,.0f}/s  x{row['times_eager']:.2f}  "
-            f"p50 {row['p50_ms']:8.2f} ms  p99 {row['p99_ms']:8.2f} ms  {row['percent_of_compute']:3} % of the ceiling"
+            f"p50 {row['p50_ms']:8.2f} ms  p99 {row['p99_ms']:8.2f} ms  {row['percent_of_compute']:3} % of the roofline"
         )
     for verdict in verdicts:
         print(("held   " if verdict["held"] else "MISSED ") + verdict["claim"] + f": {verdict['measured']:.2f}")
@@ -92,10 +96,10 @@ def write_generator(folder: Path) -> Path:
     return path
 
 
-def best(one: Limits, other: Limits) -> Limits:
-    """Return the higher of two measurements of each ceiling: what else the machine does only lowers them."""
+def best(one: Rooflines, other: Rooflines) -> Rooflines:
+    """Return the higher of two measurements of each roofline, because other load can only lower them."""
     return {
-        key: Ceiling(
+        key: Roofline(
             max(one[key].flops_per_second, other[key].flops_per_second),
             max(one[key].copy_bytes_per_second, other[key].copy_bytes_per_second),
         )
@@ -103,19 +107,19 @@ def best(one: Limits, other: Limits) -> Limits:
     }
 
 
-def judge(timings: dict[tuple[str, int], Timing], subjects: list[Subject], auto: str) -> list[dict[str, Any]]:
-    """Compare `auto` with its bars, round by round: medians of ratios, not ratios of medians."""
+def check_targets(timings: Timings, cases: list[Case], auto: str) -> list[dict[str, Any]]:
+    """Compare `auto` with its targets by medians of the rounds' ratios, not by ratios of medians."""
 
     def ratio(one: str, other: str, batch: int) -> float:
         pairs = zip(timings[one, batch].rates, timings[other, batch].rates, strict=True)
         return statistics.median(a / b for a, b in pairs)
 
-    others = [subject.label for subject in subjects if subject.label not in (auto, CONTROL)]
+    others = [case.label for case in cases if case.label not in (auto, CONTROL)]
     verdicts: list[dict[str, Any]] = []
-    for batch, bar in AT_LEAST_TIMES_EAGER.items():
+    for batch, target in LEAST_TIMES_EAGER.items():
         measured = ratio(auto, BASELINE, batch)
-        claim = f"auto ({auto}) at batch {batch} is at least {bar} times eager"
-        verdicts.append({"claim": claim, "measured": round(measured, 3), "held": measured >= bar})
+        claim = f"auto ({auto}) at batch {batch} is at least {target} times eager"
+        verdicts.append({"claim": claim, "measured": round(measured, 3), "held": measured >= target})
     for batch in BATCHES:
         rival = min(others, key=lambda label: ratio(auto, label, batch))
         measured = ratio(auto, rival, batch)

@@ -1,1 +1,1 @@
-"""Running at scale: launching, generating, watching."""
+"""Running at scale: launching, generation, monitoring."""

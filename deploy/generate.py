@@ -1,10 +1,10 @@
-"""dcgan-generate: a model makes any number of images, into shards that training and evaluation can read.
+"""dcgan-generate: sample any number of images from a model, into shards that training and evaluation can read.
 
     dcgan-generate --model model.onnx --count 1000000 --out samples/
     dcgan-generate --model model.onnx --count 1000000 --out s3://bucket/samples --part 3/20
     dcgan-generate merge s3://bucket/samples
 
-Image i depends on the model, the seed and i alone. Interrupted, the same command goes on.
+Image i depends on the model, the seed and i alone. An interrupted command resumes when it is run again.
 """
 
 import signal
@@ -32,7 +32,7 @@ app = plain_app()
 
 
 class Format(StrEnum):
-    """How the images are kept."""
+    """Choices of --format."""
 
     webp = "webp"
     jpg = "jpg"
@@ -43,32 +43,33 @@ class Format(StrEnum):
 @app.callback(invoke_without_command=True)
 def generate(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="model.onnx, an engine, or anything --ckpt accepts.")] = "",
+    model: Annotated[str, typer.Option(help="A .onnx file, a TensorRT engine (.plan), or any form of --ckpt.")] = "",
     count: Annotated[int, typer.Option(help="Images to make.")] = 0,
     out: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) for the shards.")] = "",
     start: Annotated[int, typer.Option(help="Index of the first image.")] = 0,
-    seed: Annotated[int, typer.Option(help="Another seed gives other images.")] = 0,
-    format: Annotated[Format, typer.Option(help="packed is uncompressed uint8 blocks.")] = Format.webp,
-    quality: Annotated[int, typer.Option(help="Of jpg and webp, 1 to 100; webp loses nothing at 100.")] = 90,
+    seed: Annotated[int, typer.Option(help="Seed of the latents.")] = 0,
+    format: Annotated[Format, typer.Option(help="Encoding; packed is uncompressed uint8.")] = Format.webp,
+    quality: Annotated[int, typer.Option(help="Quality of jpg and webp, 1 to 100; webp is lossless at 100.")] = 90,
     part: Annotated[
-        str | None, typer.Option(help="i/N: make the i-th of N parts of the shards; N: i is JOB_COMPLETION_INDEX.")
+        str | None, typer.Option(help="i/N makes part i of N, from 0; N alone takes i from JOB_COMPLETION_INDEX.")
     ] = None,
     shard_images: Annotated[
-        int | None, typer.Option(help="Images in a shard. Default: the power of two that stays under 32 MB.")
+        int | None, typer.Option(help="Images in a shard. Default: the largest power of two that stays under 32 MB.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, onnxruntime, eager, channels_last, compiled, ...")] = "auto",
-    batch: Annotated[int | None, typer.Option(help="Images at a time. Default: what suits the device.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, openvino, onnxruntime, eager, compiled, ...")] = "auto",
+    batch: Annotated[int | None, typer.Option(help="Images in a block. Default: 256 on a GPU, 64 on the CPU.")] = None,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Build an engine of another machine again from the ONNX file beside it.")
+        bool,
+        typer.Option("--rebuild", help="Rebuild an engine that does not fit here, from the ONNX file beside it."),
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads of a sampler on the CPU. Default: all cores.")] = None,
-    encoders: Annotated[int | None, typer.Option(help="Processes that encode. Default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of a sampler on the CPU. Default: one a core.")] = None,
+    encoders: Annotated[int | None, typer.Option(help="Processes that encode. Default: one a core.")] = None,
     metrics_port: MetricsPort = None,
     metrics_address: MetricsAddress = "127.0.0.1",
     push_gateway: PushGateway = None,
     version: Version = False,
 ) -> None:
-    """Make images START to START + COUNT of a model; or `merge` parts that were made apart."""
+    """Sample images START to START + COUNT - 1 from a model. `merge` joins the parts of several runs."""
     if context.invoked_subcommand is not None:
         return
     for name, value in (("--model", model), ("--count", count), ("--out", out)):
@@ -119,14 +120,14 @@ def generate(
 
 @app.command()
 def merge(
-    out: Annotated[str, typer.Argument(help="The --out of the parts.")],
+    out: Annotated[str, typer.Argument(help="The --out that the parts share.")],
     quick: Annotated[
-        bool, typer.Option(help="Trust the hashes in the records instead of reading every shard.")
+        bool, typer.Option(help="Trust the records; do not read every shard and compare its hash.")
     ] = False,
 ) -> None:
-    """Check that all parts are there, whole and of one model; write manifest.json and dataset.json; tidy up.
+    """Verify every shard, write manifest.json and dataset.json, and remove the files that are no longer needed.
 
-    The part that ends last has written both already: run this when no part runs any more, to be sure.
+    The part that finishes last has written both files already. Run this when no part runs any more, to verify them.
     """
     from deploy.generation.manifest import MANIFEST, merge
     from pipeline.common.storage import Store
@@ -140,7 +141,7 @@ def merge(
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point of dcgan-generate."""
     run_command(app)
 
 
@@ -158,10 +159,10 @@ def _generate(
     telemetry: "Telemetry",
     choices: dict[str, Any],
 ) -> None:
-    """Make this part's shards and, when no other part is missing, the manifest."""
+    """Make the shards of this part, and merge if no shard of another part is missing."""
     from deploy.generation.manifest import begin, finish_shard, merge, missing, unfinished
-    from deploy.generation.pipeline import produce
-    from export.samplers.base import open_sampler
+    from deploy.generation.pipeline import generate_shards
+    from export.samplers.open import open_sampler
     from pipeline.common.progress import Progress
     from pipeline.common.storage import Store
 
@@ -187,41 +188,44 @@ def _generate(
         telemetry.set("dcgan_generate_target_images", total)
         telemetry.add("dcgan_generate_skipped_images_total", total - left)
         telemetry.set("dcgan_generate_last_shard_timestamp_seconds", time.time())
-        maker = _maker(sampler)
+        provenance = _provenance(sampler)
         finished: list[int] = []
 
         def finish(shard: Any, writer: Any) -> None:
-            record = finish_shard(store, plan, shard, writer, maker)
+            record = finish_shard(store, plan, shard, writer, provenance)
             finished.append(shard.images)
             telemetry.add("dcgan_generate_written_bytes_total", record.shard.bytes)
             telemetry.set("dcgan_generate_last_shard_timestamp_seconds", time.time())
 
-        def made(images: int) -> None:
+        def report_time(phase: str, seconds: float) -> None:
+            telemetry.add("dcgan_generate_phase_seconds_total", seconds, phase=phase)
+
+        def report_images(images: int) -> None:
             progress.advance(images)
             telemetry.add("dcgan_generate_images_total", images)
 
         what = f"part {part}" if part.count > 1 else "generating"
         began = time.monotonic()
         with Progress(what, total, done=total - left) as progress:
-            produce(
+            generate_shards(
                 sampler,
                 plan,
                 todo,
                 finish,
                 encoders=encoders,
                 stop=stop,
-                spent=lambda phase, seconds: telemetry.add("dcgan_generate_phase_seconds_total", seconds, phase=phase),
-                made=made,
+                report_time=report_time,
+                report_images=report_images,
             )
     if sum(finished) < left:
-        raise Stopped(f"{store.location}: what is finished is kept; run the same command again to go on")
+        raise Stopped(f"{store.location}: finished shards are kept; run the same command again to resume")
     if not missing(store, plan):
-        merge(store)  # nothing is tidied away: another try at the same part may be writing
+        merge(store)  # does not tidy: a retry of the same part may still be writing
     _report(store, plan, left, time.monotonic() - began)
 
 
 def _plan(sampler: "Sampler", choices: dict[str, Any]) -> "Plan":
-    """Return what `sampler` and the command line's choices decide."""
+    """Return the plan that `sampler` and the options make."""
     from deploy.generation.plan import Plan, default_shard_images
 
     image_bytes = sampler.image_size**2 * sampler.channels
@@ -241,12 +245,12 @@ def _plan(sampler: "Sampler", choices: dict[str, Any]) -> "Plan":
     )
 
 
-def _maker(sampler: "Sampler") -> Any:
-    """Return what the records say about this process."""
-    from deploy.generation.manifest import Maker
+def _provenance(sampler: "Sampler") -> Any:
+    """Return what the records of this process's shards say about it."""
+    from deploy.generation.manifest import Provenance
     from pipeline.common.machine import versions
 
-    return Maker(
+    return Provenance(
         device=sampler.device,
         provider=sampler.provider,
         versions=versions("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "pillow", "simplejpeg"),
@@ -254,27 +258,27 @@ def _maker(sampler: "Sampler") -> Any:
 
 
 def _report(store: "Store", plan: "Plan", images: int, seconds: float) -> None:
-    """Say what is there now."""
+    """Print what this process made and whether the generation is finished."""
     from deploy.generation.manifest import MANIFEST, read_manifest
 
     made = (
         f"{images:,} images in {seconds:.1f} s ({images / seconds:,.0f} a second)" if images else "nothing left to do"
     )
     if read_manifest(store) is not None:
-        print(f"{made}; all {plan.count:,} are there: {store.path(MANIFEST)}")
+        print(f"{made}; all {plan.count:,} images are finished: {store.path(MANIFEST)}")
     else:
         print(f"{made}; other parts are not finished yet: {store.location}")
 
 
 @contextmanager
 def _stop_on_signals() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM and Ctrl-C set; a second one ends the program at once."""
+    """Yield an event that SIGTERM and Ctrl-C set. A second signal ends the program at once."""
     stop = threading.Event()
     interrupted = threading.Event()
 
     def note(number: int, frame: object) -> None:
         signal.signal(number, previous[signal.Signals(number)])
-        print("stopping: shards being written are finished first", file=sys.stderr, flush=True)
+        print("stopping after the shards that are being written", file=sys.stderr, flush=True)
         if number == signal.SIGINT:
             interrupted.set()
         stop.set()

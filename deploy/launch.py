@@ -1,14 +1,14 @@
-"""dcgan-launch: what containers start. Runs the trainer's processes, passes signals on, returns the trainer's code.
+"""dcgan-launch: the program of containers. Runs the trainer's processes, forwards signals, returns the exit code.
 
     dcgan-launch train --data DIR --out RUN       a process for each GPU, or one; `train` is pipeline/train.py
     dcgan-launch --processes 2 train ...          two on this machine
-    dcgan-launch --nodes 4 train ...              one of four machines; rank and address are found
+    dcgan-launch --nodes 4 train ...              one of four machines; finds its rank and the address
     dcgan-launch dcgan-generate ...               any other command: one process
 
-`accelerate launch` and torchrun turn a trainer's exit code 65 into 1 under a traceback, lose or delay SIGTERM,
-and as a container's first process ignore it; none of that can be configured away. So this starts the
-processes itself, with the environment that they would set: the trainer's own `Accelerator()` reads RANK,
-WORLD_SIZE, MASTER_ADDR ..., and ACCELERATE_MIXED_PRECISION, ACCELERATE_USE_CPU and its like as ever.
+`accelerate launch` and torchrun turn a trainer's exit code 65 into 1 under a traceback. They lose or delay SIGTERM,
+and ignore it as a container's first process. No option changes that, so this program starts the processes itself, in
+the environment that accelerate would set: the trainer's `Accelerator()` reads RANK, WORLD_SIZE, MASTER_ADDR, ...,
+ACCELERATE_MIXED_PRECISION and ACCELERATE_USE_CPU as usual.
 """
 
 import ctypes
@@ -27,8 +27,8 @@ from pipeline.common.command_line import HELP_OPTIONS, Version, plain_app, run_c
 from pipeline.common.errors import UsageError
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-SAVED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # the codes of a trainer that was stopped and has saved
-OURS = (2, 65, 69, 75, 78)  # codes that say more than "killed" or "failed"
+SAVED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of a trainer that saved after a signal
+OURS = (2, 65, 69, 75, 78)  # exit codes of our programs, which say more than "killed" or "failed"
 
 app = plain_app()
 
@@ -36,26 +36,26 @@ app = plain_app()
 @app.command(context_settings={**HELP_OPTIONS, "allow_interspersed_args": False})
 def launch(
     command: Annotated[
-        list[str], typer.Argument(help="train, a .py file (run by Python, N times), or a command (run once).")
+        list[str], typer.Argument(help="train, a .py file (both run as N processes), or any other command (run once).")
     ],
     processes: Annotated[int | None, typer.Option(help="Processes on this machine. Default: its GPUs, or 1.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines. Default: PET_NNODES, NNODES, or 1.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Number of machines. Default: PET_NNODES, NNODES, or 1.")] = None,
     node_rank: Annotated[
-        int | None, typer.Option(help="Which of them this is. Default: PET_NODE_RANK, ..., JOB_COMPLETION_INDEX.")
+        int | None, typer.Option(help="Rank of this machine. Default: PET_NODE_RANK, ..., JOB_COMPLETION_INDEX.")
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="Host of rank 0. Default: MASTER_ADDR, or pod 0 of this Indexed Job.")
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port of rank 0. Default: MASTER_PORT, or 29500.")] = None,
     mixed_precision: Annotated[
-        str | None, typer.Option("--mixed-precision", "--mixed_precision", help="no, bf16 or fp16, as accelerate's.")
+        str | None, typer.Option("--mixed-precision", "--mixed_precision", help="no, bf16 or fp16, as in accelerate.")
     ] = None,
     grace_seconds: Annotated[
-        int, typer.Option(min=1, help="When a process fails, the others are asked to end, and killed after so long.")
+        int, typer.Option(min=1, help="After one process fails, the others get SIGTERM, and SIGKILL after this time.")
     ] = 30,
     version: Version = False,
 ) -> None:
-    """Run COMMAND as one or many processes; exit with its code."""
+    """Run COMMAND as one or more processes, and exit with its code."""
     from deploy.topology import Topology, count_gpus, discover
     from pipeline.common.machine import available_cores
 
@@ -71,8 +71,8 @@ def launch(
         raise UsageError(f"--mixed-precision {mixed_precision}: expected no, bf16 or fp16")
     shared = {"ACCELERATE_MIXED_PRECISION": mixed_precision} if mixed_precision else {}
     if topology.world_size > 1 and not count_gpus():
-        shared["ACCELERATE_USE_CPU"] = os.environ.get("ACCELERATE_USE_CPU", "true")  # without it each runs alone
-    # Left alone, every process takes as many threads as the machine has cores, whatever the container's limit.
+        shared["ACCELERATE_USE_CPU"] = os.environ.get("ACCELERATE_USE_CPU", "true")  # else each trains alone
+    # By default every process takes a thread for each core of the machine, whatever the container's limit.
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // topology.processes)))
     arguments = [*([sys.executable] if distributed else []), program, *rest]
     if topology.nodes > 1:
@@ -87,12 +87,12 @@ def launch(
 
 
 def supervise(arguments: list[str], environments: list[dict[str, str]], grace_seconds: int) -> int:
-    """Run one process for each environment until all have ended, and return the code that tells why.
+    """Run one process for each environment until all have exited, and return the code that explains most.
 
-    Also does what is asked of a container's first process: passes signals on and reaps orphans.
+    This also does the duty of a container's first process: it forwards signals and reaps orphans.
     """
     running: dict[int, int] = {}  # process id -> local rank
-    ended: list[int] = []  # codes in the order of ending
+    ended: list[int] = []  # exit codes in the order of exit
 
     def forward(number: int, frame: object) -> None:
         for process in running:
@@ -105,7 +105,7 @@ def supervise(arguments: list[str], environments: list[dict[str, str]], grace_se
     for number in FORWARDED:
         signal.signal(number, forward)
     signal.signal(signal.SIGALRM, kill)
-    # A signal must not come between the start of a process and its entry into the table.
+    # No signal may arrive between the start of a process and its entry in `running`.
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     for rank, environment in enumerate(environments):
         running[_start(arguments, environment)] = rank
@@ -113,12 +113,12 @@ def supervise(arguments: list[str], environments: list[dict[str, str]], grace_se
     while running:
         process, status = os.waitpid(-1, 0)
         if process not in running:
-            continue  # an orphan that was handed to us as the first process
+            continue  # an orphan, which the kernel gives to the first process
         rank = running.pop(process)
         code = os.waitstatus_to_exitcode(status)
         ended.append(code if code >= 0 else 128 - code)
         if ended[-1] not in (0, *SAVED) and running:
-            print(f"dcgan-launch: process {rank} ended with code {ended[-1]}; ending the others", file=sys.stderr)
+            print(f"dcgan-launch: process {rank} exited with code {ended[-1]}; stopping the others", file=sys.stderr)
             forward(signal.SIGTERM, None)
             signal.alarm(grace_seconds)
     signal.alarm(0)
@@ -126,29 +126,29 @@ def supervise(arguments: list[str], environments: list[dict[str, str]], grace_se
 
 
 def exit_code(ended: list[int]) -> int:
-    """Return the code that explains most: one of ours, else the first that is not 0.
+    """Return the code that explains most: the first of ours, else the first that is not 0.
 
-    Where one process fails, its peers fail a little later, and less to the point.
+    When one process fails, its peers fail a little later, with codes that explain less.
     """
     failed = [code for code in ended if code]
     return next((code for code in failed if code in OURS), failed[0] if failed else 0)
 
 
 def _start(arguments: list[str], environment: dict[str, str]) -> int:
-    """Start a process in a session of its own, so that Ctrl-C reaches it once: through us. Return its id."""
+    """Start a process in its own session, so that Ctrl-C reaches it once, through us. Return its id."""
     process = os.fork()
     if process:
         return process
-    try:  # in the child: nothing but what is safe between fork and exec
+    try:  # in the child: only what is safe between fork and exec
         os.setsid()
-        with suppress(OSError, AttributeError):  # Linux: should we be killed outright, be stopped as well
+        with suppress(OSError, AttributeError):  # Linux: SIGTERM for the child if we are killed
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)
         for number in (*FORWARDED, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         os.execvpe(arguments[0], arguments, environment)
     finally:
-        os._exit(126)  # the exec failed: found a moment ago, but not a program
+        os._exit(126)  # the exec failed: the file exists, but is no program
 
 
 def _signal(process: int, number: int) -> None:
@@ -157,7 +157,7 @@ def _signal(process: int, number: int) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point of dcgan-launch."""
     run_command(app)
 
 

@@ -1,4 +1,4 @@
-"""Which machine this is among how many: read from options and from what schedulers put into the environment."""
+"""The topology of a run: machines, processes and rank, from options and from the variables that schedulers set."""
 
 import ctypes
 import re
@@ -11,8 +11,9 @@ from pipeline.common.errors import ConfigConflict, UsageError
 
 PORT = 29500
 
-# Names under which schedulers say the same thing; the first that is set counts. Kubeflow Trainer's PET_*, torchrun's
-# own, the PyTorchJob operator's RANK and WORLD_SIZE (of machines, there), an Indexed Job's completion index.
+# The variables of each value, by scheduler: Kubeflow Trainer sets PET_*, torchrun its own names, the PyTorchJob
+# operator RANK and WORLD_SIZE (which count machines there), an Indexed Job its completion index. The first one that
+# is set counts.
 _NAMES = {
     "nodes": ("PET_NNODES", "NNODES", "WORLD_SIZE"),
     "node_rank": ("PET_NODE_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "JOB_COMPLETION_INDEX"),
@@ -24,25 +25,25 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Topology:
-    """Where the processes of one machine stand among all."""
+    """The place of one machine and its processes among all."""
 
     nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     node_rank: int = 0
-    """Which of them this is."""
+    """Rank of this machine, from 0."""
     processes: int = 1
     """Processes on each machine."""
     address: str = "127.0.0.1"
-    """Where rank 0 listens."""
+    """Host of rank 0."""
     port: int = PORT
 
     @property
     def world_size(self) -> int:
-        """Processes on all machines together."""
+        """Number of processes on all machines."""
         return self.nodes * self.processes
 
     def environment(self, local_rank: int) -> dict[str, str]:
-        """Return the variables by which torch.distributed and accelerate know a process; none if it is alone."""
+        """Return the variables that torch.distributed and accelerate read in a process; none if it is the only one."""
         if self.world_size == 1:
             return {}
         return {
@@ -57,14 +58,14 @@ class Topology:
 
 
 def free_port() -> int:
-    """Return a port of this machine on which nothing listens now."""
+    """Return a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def count_gpus() -> int:
-    """Return the NVIDIA GPUs that this process may use, asked of the driver: importing torch takes seconds."""
+    """Return the number of NVIDIA GPUs that this process may use. Asks the driver: importing torch takes seconds."""
     with suppress(OSError):
         driver = ctypes.CDLL("libcuda.so.1")
         count = ctypes.c_int(0)
@@ -85,8 +86,8 @@ def discover(
     Raises UsageError for a value that is not a number, ConfigConflict when the numbers contradict each other.
     """
     if "LOCAL_RANK" in environment:
-        raise ConfigConflict("LOCAL_RANK is set: this runs inside another launcher already; start the trainer itself")
-    found: dict[str, tuple[str, str]] = {}  # what -> (value, where it was found)
+        raise ConfigConflict("LOCAL_RANK is set: another launcher runs this already; start the trainer itself")
+    found: dict[str, tuple[str, str]] = {}  # value's name -> (value, option or variable)
     for what, names in _NAMES.items():
         if options.get(what) is not None:
             found[what] = str(options[what]), f"--{what.replace('_', '-')}"
@@ -96,7 +97,7 @@ def discover(
 
     def number(what: str, default: int, low: int) -> int:
         value, where = found.get(what, (str(default), ""))
-        if what == "processes" and value in ("auto", "gpu", "cpu"):  # torchrun's words
+        if what == "processes" and value in ("auto", "gpu", "cpu"):  # torchrun accepts these words
             return max(1, gpus) if value != "cpu" else 1
         if not value.isdigit() or int(value) < low:
             raise UsageError(f"{where}={value}: expected a whole number from {low}")

@@ -1,4 +1,4 @@
-"""dcgan-export: a checkpoint becomes an ONNX file or an engine, proven equal and measured."""
+"""dcgan-export: exports a checkpoint to an ONNX file or a TensorRT engine, with measured parity and speed."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from pipeline.common.command_line import command_group, run_command
 
-app = command_group(help="Turn a checkpoint into an ONNX file or a TensorRT engine, proven equal and measured.")
+app = command_group(help="Export a checkpoint to an ONNX file or a TensorRT engine, with measured parity and speed.")
 
 
 class PrecisionOption(StrEnum):
@@ -43,26 +43,28 @@ class OutputOption(StrEnum):
 Ckpt = Annotated[
     str, typer.Option(help="A run, a checkpoint, or a weights file (.safetensors, netG_epoch_N.pth); path or URL.")
 ]
-OptionalCkpt = Annotated[str | None, typer.Option(help="The weights it was made from, if they have moved.")]
+OptionalCkpt = Annotated[str | None, typer.Option(help="The weights that the model was made from, if they have moved.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 ParityImages = Annotated[int, typer.Option(min=1, help="Images compared with PyTorch at the largest batch.")]
-MaxBatch = Annotated[int, typer.Option(help="Largest batch that the file will ever be asked for.")]
-Model = Annotated[str, typer.Argument(help="A .onnx or .plan with its card beside it.")]
+MaxBatch = Annotated[int, typer.Option(help="Largest batch that the file accepts.")]
+Model = Annotated[str, typer.Argument(help="A .onnx file or a .plan engine, with its card beside it.")]
 
 
 @app.command()
 def onnx(
     ckpt: Ckpt,
     out: Out,
-    name: Annotated[str, typer.Option(help="File name; the card gets the same with .json.")] = "model.onnx",
-    precision: Annotated[PrecisionOption, typer.Option(help="Of weights and arithmetic.")] = PrecisionOption.FP32,
+    name: Annotated[str, typer.Option(help="File name; the card has the same name with .json.")] = "model.onnx",
+    precision: Annotated[
+        PrecisionOption, typer.Option(help="Precision of weights and arithmetic.")
+    ] = PrecisionOption.FP32,
     output: Annotated[
-        OutputOption, typer.Option(help="uint8 NHWC made in the graph, or the network's float NCHW in [-1, 1].")
+        OutputOption, typer.Option(help="uint8: NHWC, made in the graph; float: NCHW in [-1, 1].")
     ] = OutputOption.UINT8,
     max_batch: MaxBatch = 256,
     parity_images: ParityImages = 10_000,
 ) -> None:
-    """Export a generator to one ONNX file with a dynamic batch; fails unless its images equal PyTorch's."""
+    """Export a generator to one ONNX file with a dynamic batch. Fails unless its images equal PyTorch's."""
     from export.builders.onnx_model import export_onnx
     from export.builders.parity import describe
 
@@ -82,34 +84,32 @@ def onnx(
 
 @app.command()
 def trt(
-    ckpt: Annotated[
-        str, typer.Option(help="A run, a checkpoint, a weights file, or a .onnx with its card; the ONNX file is made.")
-    ],
+    ckpt: Annotated[str, typer.Option(help="A run, a checkpoint, a weights file, or a .onnx file with its card.")],
     out: Out,
-    name: Annotated[str, typer.Option(help="File name; the card gets the same with .json.")] = "engine.plan",
+    name: Annotated[str, typer.Option(help="File name; the card has the same name with .json.")] = "engine.plan",
     runtime: Annotated[
-        RuntimeOption, typer.Option(help="tensorrt builds on the GPU it is for; tensorrt-rtx needs none to build.")
+        RuntimeOption, typer.Option(help="tensorrt builds for the GPU here; tensorrt-rtx builds without a GPU.")
     ] = RuntimeOption.TENSORRT,
-    precision: Annotated[EnginePrecisionOption, typer.Option(help="tf32: float32 with TF32 products.")] = (
-        EnginePrecisionOption.FP32
-    ),
+    precision: Annotated[
+        EnginePrecisionOption, typer.Option(help="Precision of the arithmetic; tf32 is float32 with TF32 products.")
+    ] = (EnginePrecisionOption.FP32),
     output: Annotated[
         OutputOption | None,
-        typer.Option(help="uint8 NHWC made in the graph (the default), or the network's float NCHW in [-1, 1]."),
+        typer.Option(help="uint8 (default): NHWC, made in the graph; float: NCHW in [-1, 1]."),
     ] = None,
-    max_batch: Annotated[
-        int | None, typer.Option(help="Largest batch that the file will ever be asked for; 256 by default.")
+    max_batch: Annotated[int | None, typer.Option(help="Largest batch that the file accepts. Default: 256.")] = None,
+    optimization_level: Annotated[int, typer.Option(min=0, max=5, help="0 builds fastest, 5 searches longest.")] = 3,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps kernel timings for later builds.")
     ] = None,
-    optimization_level: Annotated[int, typer.Option(min=0, max=5, help="0 builds quickly, 5 searches longest.")] = 3,
-    timing_cache: Annotated[Path | None, typer.Option(help="Folder of measured kernels for quicker builds.")] = None,
     parity_images: ParityImages = 10_000,
 ) -> None:
-    """Build a TensorRT or TensorRT-RTX engine; where it can run, it is compared with PyTorch before it is kept."""
-    from export.builders.engine import export_plan
+    """Build a TensorRT or TensorRT-RTX engine. If it can run here, it is compared with PyTorch before it is written."""
+    from export.builders.engine import export_engine
     from export.builders.parity import describe
     from export.builders.tensorrt import BuildOptions
 
-    card = export_plan(
+    card = export_engine(
         ckpt,
         out,
         name=name,
@@ -127,16 +127,16 @@ def trt(
     for proven in card.parity:
         typer.echo(describe(proven))
     if not card.parity:
-        typer.echo(f"not run: no GPU here that it runs on; on one that does: dcgan-export verify {out / card.file}")
+        typer.echo(f"parity not measured: no GPU here runs it; on one that does: dcgan-export verify {out / card.file}")
 
 
 @app.command()
 def triton(
-    model: Annotated[str, typer.Option(help="A .onnx or .plan with its card beside it.")],
-    out: Annotated[Path, typer.Option(help="The model repository, served with tritonserver --model-repository.")],
-    name: Annotated[str, typer.Option(help="Of the model in the repository.")] = "dcgan",
-    instances: Annotated[int, typer.Option(help="Copies that run at the same time, on each GPU.")] = 1,
-    queue_delay_microseconds: Annotated[int, typer.Option(help="How long a request may wait for others.")] = 500,
+    model: Annotated[str, typer.Option(help="A .onnx file or a .plan engine, with its card beside it.")],
+    out: Annotated[Path, typer.Option(help="The model repository, for tritonserver --model-repository.")],
+    name: Annotated[str, typer.Option(help="Name of the model in the repository.")] = "dcgan",
+    instances: Annotated[int, typer.Option(help="Instances of the model on each GPU.")] = 1,
+    queue_delay_microseconds: Annotated[int, typer.Option(help="Longest wait of a request for its batch.")] = 500,
 ) -> None:
     """Write a Triton model repository with dynamic batching and warm-up, checked against the model's card."""
     from export.builders.triton import check_config, export_repository
@@ -147,22 +147,22 @@ def triton(
     )
     card = read_card(model)
     checked = check_config(path.read_text(), card)
-    how = "parsed by Triton's schema, equal to the card" if checked else "not parsed: pip install tritonclient grpcio"
+    how = "parsed by Triton's schema, equal to the card" if checked else "not checked: pip install tritonclient grpcio"
     typer.echo(f"wrote {path} ({how}) and {path.parent / '1'}")
     if card.engine:
-        typer.echo(f"serve it with a Triton image that has TensorRT {card.engine.version}, on {card.engine.gpu}")
+        typer.echo(f"serve it on {card.engine.gpu}, with a Triton image that has TensorRT {card.engine.version}")
 
 
 @app.command()
 def verify(model: Model, ckpt: OptionalCkpt = None, parity_images: ParityImages = 10_000) -> None:
-    """Check an exported file again: its card, its hash, its graph, and its images against PyTorch's."""
+    """Verify an exported file: its card, its hash, its graph, and its images against PyTorch's."""
     from export.builders.parity import describe
 
     if model.endswith(".plan"):
-        from export.builders.engine import verify_plan
+        from export.builders.engine import verify_engine
 
-        card, proven = verify_plan(model, reference=ckpt, images=parity_images)
-        what = "this machine is the one it was built for"
+        card, proven = verify_engine(model, reference=ckpt, images=parity_images)
+        what = "the engine fits this machine"
     else:
         from export.builders.onnx_model import verify_onnx
 
@@ -175,10 +175,10 @@ def verify(model: Model, ckpt: OptionalCkpt = None, parity_images: ParityImages 
 
 @app.command()
 def publish(
-    model: Annotated[str, typer.Option(help="A .onnx or .plan with its card beside it; path or URL.")],
-    to: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) that gets both.")],
+    model: Annotated[str, typer.Option(help="A .onnx file or a .plan engine, with its card beside it; path or URL.")],
+    to: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) to copy both into.")],
 ) -> None:
-    """Copy a model and its card, checked against each other, to where other machines can read them."""
+    """Copy a model and its card to a folder or bucket, after checking them against each other."""
     from export.format.card import copy_model
 
     card = copy_model(model, to)
@@ -187,7 +187,7 @@ def publish(
 
 @app.command()
 def inspect(model: Model) -> None:
-    """Print what a file takes, makes, was made from, and how equal it was proven."""
+    """Print input, output, source, versions and parity of an exported file."""
     from export.builders.inspection import describe_model
 
     for line in describe_model(model):
@@ -197,17 +197,20 @@ def inspect(model: Model) -> None:
 @app.command()
 def bench(
     out: Out,
-    ckpt: Annotated[str | None, typer.Option(help="The weights; enables the PyTorch backends.")] = None,
+    ckpt: Annotated[str | None, typer.Option(help="A checkpoint to measure in the PyTorch backends.")] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="A .onnx or .plan to measure; repeatable. Made from --ckpt by default.")
+        list[str] | None,
+        typer.Option(help="A .onnx or .plan to measure; repeatable. Default: exported from --ckpt."),
     ] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Only these backends; repeatable.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes; repeatable. 1, 8, 64, 256.")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds; medians are over these.")] = 15,
+    backend: Annotated[list[str] | None, typer.Option(help="Measure only this backend; repeatable.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size; repeatable. Default: 1, 8, 64, 256.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds; results are medians over them.")] = 15,
     quick: Annotated[bool, typer.Option("--quick", help="Few short rounds: a first impression in seconds.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core.")] = None,
 ) -> None:
-    """Measure every backend that runs here, interleaved, against this device's own ceilings."""
+    """Measure every backend that runs here, in interleaved rounds, against the device's roofline."""
     from export.benchmark.run import run_benchmark
 
     run_benchmark(

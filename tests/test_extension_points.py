@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export.samplers.open import open_sampler
 from support import train_command
 
 from export.builders.onnx_model import export_onnx
+from export.samplers.open import open_sampler
 from pipeline.checkpoints.reference import load_discriminator, load_generator
 from pipeline.common.randomness import Purpose
 from pipeline.evaluation.paper.features import run_features
@@ -79,7 +79,7 @@ def test_features_and_forget_look_into_it(run: Path, faces32: Path, tmp_path: Pa
         boxes=boxes,
         attribute=None,
         region=None,
-        classifier=None,
+        classifier_file=None,
         data=None,
         samples=16,
         strength=1.0,

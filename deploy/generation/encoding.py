@@ -1,7 +1,7 @@
-"""Processes that encode: in threads, the interpreter's lock lets one core at a time build tars and JSON.
+"""Processes that encode images. In threads, the interpreter's lock would let one core at a time build tars and JSON.
 
-Images go to a process, and the members of the shard come back, through memory that both share; a pipe carries
-the rest. The memory has no name: the 64 MB of a container's /dev/shm are not touched.
+Images go to a process, and the members of the shard come back, through shared memory; a pipe carries the rest. The
+memory has no name, so it does not use the 64 MB of a container's /dev/shm.
 """
 
 import ctypes
@@ -24,34 +24,34 @@ from pipeline.common.imaging import Format, Pixels, encode
 from pipeline.data.shard_writer import Members, ShardWriter
 
 MEMBER_BYTES = 3 * 1024
-"""Room for the headers, the .json and the padding of an image, and for a file a little larger than its pixels."""
+"""Space for an image's headers, .json and padding, and for a file a little larger than its pixels."""
 SLOTS = 2
-"""Pieces that a process may hold: one that it encodes, and one more, so that it never waits."""
+"""Pieces that a process may hold: the one that it encodes, and the next one, so that it never waits."""
 KEPT_BYTES = 32 << 20
-"""Freed memory that a process keeps."""
+"""Freed memory that a process keeps instead of returning it to the kernel."""
 KILLED = (
-    "an encoder process was killed, most likely for want of memory. "
-    "Run the same command again, with fewer --encoders: it goes on"
+    "an encoder process was killed, most likely because memory ran out; "
+    "run the same command again, with fewer --encoders, to resume"
 )
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Images of one shard, on their way to an encoder."""
+    """Consecutive images of one shard, sent to an encoder."""
 
     slot: int
     prefix: str
-    """The shard's."""
+    """Prefix of the shard's members."""
     number: int
-    """Of the first image in the shard."""
+    """Position of the first image in the shard."""
     index: int
-    """Of the first image in the generation."""
+    """Index of the first image in the generation."""
     shape: tuple[int, ...]
     """(n, size, size, channels)."""
 
 
 class Encoders:
-    """`count` processes that take pieces of at most `images` images in turn, so that they come back in order."""
+    """`count` processes that take pieces of at most `images` images in turn, so that results come back in order."""
 
     def __init__(self, count: int, format: Format, quality: int | None, *, images: int, image_bytes: int) -> None:
         keep_freed_memory()
@@ -82,9 +82,9 @@ class Encoders:
         return bool(self.waiting) and self._all[self._got % len(self._all)].connection.poll()
 
     def put(self, images: list[Pixels], prefix: str, number: int, index: int) -> None:
-        """Have `images` encoded, blocks (n, size, size, channels) that may change afterwards.
+        """Send `images` to an encoder: blocks (n, size, size, channels) uint8, which may change afterwards.
 
-        The first of them is number `number` of the shard with that prefix, and number `index` of the generation.
+        The first image is at position `number` of the shard with that prefix, and has index `index` in the generation.
         Raises TryAgainError when the process was killed.
         """
         assert not self.full
@@ -94,9 +94,9 @@ class Encoders:
         self._put += 1
 
     def get(self) -> tuple[Members, float]:
-        """Return the shard's members for the oldest piece, and the seconds that it took to make them.
+        """Return the shard's members of the oldest piece, and the seconds that encoding took.
 
-        Raises what went wrong there, and TryAgainError when the process was killed.
+        Raises the encoder's own error, or TryAgainError when the process was killed.
         """
         turn, place = divmod(self._got, len(self._all))
         self._got += 1
@@ -150,20 +150,20 @@ class _Encoder:
 
 
 def _pixels(memory: memoryview, room: int, piece: Piece) -> Pixels:
-    """Return a piece's images where they lie."""
+    """Return a piece's images as a view of the shared memory."""
     count = int(np.prod(piece.shape))
     return np.frombuffer(memory, np.uint8, count, piece.slot * room).reshape(piece.shape)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: to ask the kernel again for every piece's memory costs as much as its tar does."""
+    """Make glibc keep freed memory: to ask the kernel for it again costs as much as building a piece's tar."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-1, KEPT_BYTES)  # M_TRIM_THRESHOLD
         mallopt(-3, KEPT_BYTES)  # M_MMAP_THRESHOLD
 
 
 def _nameless_memory() -> int:
-    """Return the descriptor of an empty file without a name, in memory where the system can do that."""
+    """Return the descriptor of an empty, unnamed file; it is in memory where the system supports that."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("dcgan-encoder")
     with tempfile.TemporaryFile() as file:
@@ -171,7 +171,7 @@ def _nameless_memory() -> int:
 
 
 class _Handle:
-    """A file descriptor on its way to a new process."""
+    """A file descriptor that can be sent to a new process."""
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
@@ -185,8 +185,8 @@ def _detach(handle: Any) -> int:
 
 
 def _serve(connection: Connection, handle: int, room: int, format: Format, quality: int | None) -> None:
-    """Encode until the other end is closed, by whatever end of the parent."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's affair: what it has begun is finished
+    """Encode pieces until the parent closes the pipe or dies."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles these, and lets pieces in progress finish
         signal.signal(number, signal.SIG_IGN)
     keep_freed_memory()
     memory = memoryview(mmap.mmap(handle, SLOTS * room))
@@ -203,7 +203,7 @@ def _serve(connection: Connection, handle: int, room: int, format: Format, quali
             keys = [f"{index:012d}" for index in range(piece.index, piece.index + len(images))]
             writer.add_all((encode(image, format, **options) for image in images), keys)
             members = writer.members(piece.number)
-            if members.length <= room:  # else, which is hardly possible, it goes through the pipe
+            if members.length <= room:  # else, which hardly ever happens, they go through the pipe
                 begin = piece.slot * room
                 memory[begin : begin + members.length] = b"".join(members.pieces)
                 members = replace(members, pieces=[])

@@ -1,22 +1,23 @@
-"""What is finished of a generation, and the merging of its parts into one data set with a manifest.
+"""The files of a generation: a record of each finished shard, and the manifest and data set that they merge into.
 
-    OUT/records/plan.json                 what is being made; written first, the same by every part
-    OUT/records/000000004096.json         one for each finished shard, written after it
-    OUT/samples-000000004096-1f2e3d.tar   the shards; the name holds their SHA-256
-    OUT/manifest.json, OUT/dataset.json   written when all is there, last
+    OUT/records/plan.json                 the plan; every part writes the same one before its first shard
+    OUT/records/000000004096.json         the record of one finished shard, written after the shard
+    OUT/samples-000000004096-1f2e3d.tar   a shard; its name holds the start of its SHA-256
+    OUT/manifest.json, OUT/dataset.json   written last, when every shard is finished
 
-A shard's name follows from its content, so two writers of the same shard never overwrite each other's
-work: their bytes are equal, or their names differ and the record decides which of the two counts.
+A shard's name follows from its content, so two writers of one shard never overwrite each other's work: either
+their bytes are equal, or their names differ and the record decides which of the two counts.
 """
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel
 
 from deploy.generation.plan import Plan, ShardRange
 from pipeline.common.errors import ConfigConflict, DataError, TryAgainError
+from pipeline.common.records import Record, read_record
 from pipeline.common.storage import Store, sha256_bytes
 from pipeline.data.dataset import DATASET_FILE, Dataset, Shard, open_dataset
 from pipeline.data.shard_writer import ShardWriter
@@ -27,36 +28,30 @@ PLAN = f"{RECORDS}/plan.json"
 PREFIX = "samples-"
 READERS = 16
 
-Model = TypeVar("Model", bound=BaseModel)
+T = TypeVar("T", bound=Record)
 
 
-class Entry(BaseModel):
-    """A part of the manifest or of a record."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Maker(Entry):
-    """What made a shard. Machines may differ: then their images differ by 1 LSB at most."""
+class Provenance(Record):
+    """What made a shard. Shards of one generation may differ in it; their images then differ by 1 LSB at most."""
 
     device: str
     provider: str
     versions: dict[str, str]
-    """Of the packages that sampled and encoded."""
+    """Versions of the packages that sampled and encoded."""
 
 
-class Record(Entry):
-    """A finished shard."""
+class FinishedShard(Record):
+    """The record of a finished shard."""
 
     plan_sha256: str
     start: int
     """Index of its first image."""
     shard: Shard
-    made_by: Maker
+    made_by: Provenance
 
 
-class ManifestShard(Entry):
-    """A shard in the manifest. Where its images lie inside is in dataset.json."""
+class ManifestShard(Record):
+    """A shard in the manifest. dataset.json says where its images lie inside."""
 
     name: str
     start: int
@@ -64,16 +59,16 @@ class ManifestShard(Entry):
     bytes: int
     sha256: str
     made_by: int
-    """Position in the manifest's `made_by`."""
+    """Index into the manifest's `made_by`."""
 
 
-class Manifest(Entry):
-    """The content of manifest.json: where every image of a finished generation came from."""
+class Manifest(Record):
+    """The content of manifest.json: what made every image of a finished generation."""
 
     plan: Plan
     images: int
     bytes: int
-    made_by: list[Maker]
+    made_by: list[Provenance]
     shards: list[ManifestShard]
 
 
@@ -85,8 +80,8 @@ def record_name(shard: ShardRange) -> str:
 def begin(store: Store, plan: Plan) -> bool:
     """Claim the folder for `plan` and return whether the generation is finished already.
 
-    What killed writers left half-written is removed. Raises ConfigConflict, with the difference, when another
-    generation lives there.
+    Removes files that killed writers left half-written. Raises ConfigConflict when the folder holds another
+    generation, with the difference, or another data set.
     """
     manifest = read_manifest(store)
     found = manifest.plan if manifest else read_plan(store)
@@ -98,7 +93,7 @@ def begin(store: Store, plan: Plan) -> bool:
         ours, theirs = plan.model_dump(), found.model_dump()
         difference = ", ".join(f"{key} {theirs[key]} != {ours[key]}" for key in ours if ours[key] != theirs[key])
         raise ConfigConflict(
-            f"{store.location}: holds another generation ({difference}); repeat its options, or choose another --out"
+            f"{store.location}: holds another generation ({difference}); use the same options, or choose another --out"
         )
     for folder in ("", RECORDS):
         store.remove_abandoned(folder)
@@ -115,25 +110,27 @@ def read_manifest(store: Store) -> Manifest | None:
     return _read(store, MANIFEST, Manifest) if store.exists(MANIFEST) and store.exists(DATASET_FILE) else None
 
 
-def finish_shard(store: Store, plan: Plan, shard: ShardRange, writer: ShardWriter, maker: Maker) -> Record:
-    """Write a shard, then its record. Safe to repeat, and for two writers at once."""
-    data, entry = writer.finish("unnamed.tar")
-    entry = entry.model_copy(update={"name": f"{PREFIX}{shard.prefix}-{entry.sha256[:12]}.tar"})
-    store.write(entry.name, data)
-    record = Record(plan_sha256=plan.sha256(), start=shard.start, shard=entry, made_by=maker)
+def finish_shard(
+    store: Store, plan: Plan, shard: ShardRange, writer: ShardWriter, provenance: Provenance
+) -> FinishedShard:
+    """Write a shard, then its record. It is safe to repeat this, and for two writers to do it at once."""
+    data, written = writer.finish("unnamed.tar")
+    written = written.model_copy(update={"name": f"{PREFIX}{shard.prefix}-{written.sha256[:12]}.tar"})
+    store.write(written.name, data)
+    record = FinishedShard(plan_sha256=plan.sha256(), start=shard.start, shard=written, made_by=provenance)
     store.write(record_name(shard), _json(record))
     return record
 
 
 def unfinished(store: Store, plan: Plan, shards: Iterable[ShardRange]) -> list[ShardRange]:
-    """Return those of `shards` that have no record, or whose file is not what the record says."""
+    """Return those of `shards` that have no record, or whose file differs from its record."""
     present = set(store.names(RECORDS))
 
     def finished(shard: ShardRange) -> bool:
         if f"{shard.prefix}.json" not in present:
             return False
         try:
-            record = _read(store, record_name(shard), Record)
+            record = _read(store, record_name(shard), FinishedShard)
             return record.plan_sha256 == plan.sha256() and _intact(store, record.shard)
         except DataError:
             return False
@@ -144,18 +141,18 @@ def unfinished(store: Store, plan: Plan, shards: Iterable[ShardRange]) -> list[S
 
 
 def missing(store: Store, plan: Plan) -> list[ShardRange]:
-    """Return the shards that have no record yet; cheap, whatever the size of the images."""
+    """Return the shards that have no record yet. Lists names only; reads no shard."""
     present = set(store.names(RECORDS))
     return [shard for shard in plan.shards() if f"{shard.prefix}.json" not in present]
 
 
 def merge(store: Store, *, verify: bool = False, tidy: bool = False) -> Manifest:
-    """Make one data set of all parts: write manifest.json, then dataset.json. Safe to repeat, and for two at once.
+    """Merge all parts into one data set: write manifest.json, then dataset.json.
 
-    With `verify` every shard is read and its SHA-256 compared. With `tidy` what is not needed any more is
-    removed; only for when no part runs any more.
+    `verify` reads every shard and compares its SHA-256. `tidy` removes the records and stray shards, which is safe
+    only when no part runs any more. It is safe to repeat a merge, and for two processes to merge at once.
 
-    Raises TryAgainError while parts are missing, DataError when a part does not belong or is damaged.
+    Raises TryAgainError while shards are missing, DataError when one belongs to another generation or is damaged.
     """
     manifest = read_manifest(store)
     if manifest is not None:
@@ -163,11 +160,11 @@ def merge(store: Store, *, verify: bool = False, tidy: bool = False) -> Manifest
     else:
         plan = read_plan(store)
         if plan is None:
-            raise DataError(f"{store.location}: no generation here; expected the --out of dcgan-generate")
+            raise DataError(f"{store.location}: holds no generation; expected the --out of dcgan-generate")
         if lacking := missing(store, plan):
             raise TryAgainError(
-                f"{store.location}: {len(lacking)} of {len(plan.shards())} shards are not there yet, the first with "
-                f"images {lacking[0].start} to {lacking[0].end - 1}; let every part finish, or run it again"
+                f"{store.location}: {len(lacking)} of {len(plan.shards())} shards are missing, the first with "
+                f"images {lacking[0].start} to {lacking[0].end - 1}; wait for every part, or run it again"
             )
         manifest, dataset = _assemble(store, plan)
     if verify:
@@ -180,16 +177,16 @@ def merge(store: Store, *, verify: bool = False, tidy: bool = False) -> Manifest
 
 
 def _assemble(store: Store, plan: Plan) -> tuple[Manifest, Dataset]:
-    """Return the manifest and the data set that the records make."""
+    """Return the manifest and the data set that the records add up to."""
     with ThreadPoolExecutor(READERS) as pool:
-        records = list(pool.map(lambda shard: _read(store, record_name(shard), Record), plan.shards()))
+        records = list(pool.map(lambda shard: _read(store, record_name(shard), FinishedShard), plan.shards()))
     for shard, record in zip(plan.shards(), records, strict=True):
         if record.plan_sha256 != plan.sha256() or record.start != shard.start or record.shard.images != shard.images:
             raise DataError(
                 f"{store.path(record_name(shard))}: belongs to another generation (another model or range); "
                 "delete it and run its part again"
             )
-    makers = list(dict.fromkeys(record.made_by.model_dump_json() for record in records))
+    made_by = list(dict.fromkeys(record.made_by.model_dump_json() for record in records))
     shards = [
         ManifestShard(
             name=record.shard.name,
@@ -197,7 +194,7 @@ def _assemble(store: Store, plan: Plan) -> tuple[Manifest, Dataset]:
             images=record.shard.images,
             bytes=record.shard.bytes,
             sha256=record.shard.sha256,
-            made_by=makers.index(record.made_by.model_dump_json()),
+            made_by=made_by.index(record.made_by.model_dump_json()),
         )
         for record in records
     ]
@@ -206,7 +203,7 @@ def _assemble(store: Store, plan: Plan) -> tuple[Manifest, Dataset]:
         plan=plan,
         images=plan.count,
         bytes=total,
-        made_by=[Maker.model_validate_json(maker) for maker in makers],
+        made_by=[Provenance.model_validate_json(provenance) for provenance in made_by],
         shards=shards,
     )
     dataset = Dataset(
@@ -222,18 +219,20 @@ def _assemble(store: Store, plan: Plan) -> tuple[Manifest, Dataset]:
 
 
 def _verify(manifest: Manifest, dataset: Dataset) -> None:
-    """Read every shard. Where one is missing or damaged, open the generation again for it and raise DataError."""
+    """Read every shard. If one is missing or damaged, make the generation unfinished again and raise DataError."""
     store = dataset.store
     with ThreadPoolExecutor(READERS) as pool:
         intact = list(pool.map(lambda shard: _intact(store, shard), manifest.shards))
     if all(intact):
         return
     store.write(PLAN, _json(manifest.plan, 1))
-    for good, shard, entry in zip(intact, manifest.shards, dataset.shards, strict=True):
+    for good, shard, stored in zip(intact, manifest.shards, dataset.shards, strict=True):
         name = f"{RECORDS}/{shard.start:012d}.json"
         if good:
-            maker = manifest.made_by[shard.made_by]
-            record = Record(plan_sha256=manifest.plan.sha256(), start=shard.start, shard=entry, made_by=maker)
+            provenance = manifest.made_by[shard.made_by]
+            record = FinishedShard(
+                plan_sha256=manifest.plan.sha256(), start=shard.start, shard=stored, made_by=provenance
+            )
             store.write(name, _json(record))
         else:
             store.delete(name)
@@ -242,7 +241,7 @@ def _verify(manifest: Manifest, dataset: Dataset) -> None:
     first = manifest.shards[intact.index(False)]
     raise DataError(
         f"{store.path(first.name)}: missing or damaged, and {intact.count(False) - 1} others; "
-        "run dcgan-generate as before: it makes these again and keeps the rest"
+        "run dcgan-generate again with the same options: it makes these again and keeps the rest"
     )
 
 
@@ -255,7 +254,7 @@ def _intact(store: Store, shard: Shard | ManifestShard) -> bool:
 
 
 def _tidy(store: Store, manifest: Manifest) -> None:
-    """Remove the records, and shards that no manifest names: left by a part that was killed and made elsewhere."""
+    """Remove the records, and the shards that the manifest does not name: a killed part left them."""
     wanted = {shard.name for shard in manifest.shards}
     for name in store.names():
         if name.lstrip(".").startswith(PREFIX) and name not in wanted:
@@ -267,11 +266,5 @@ def _json(value: BaseModel, indent: int | None = None) -> bytes:
     return (value.model_dump_json(indent=indent) + "\n").encode()
 
 
-def _read(store: Store, name: str, model: type[Model]) -> Model:
-    try:
-        return model.model_validate_json(store.read(name))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(
-            f"{store.path(name)}: {'.'.join(map(str, first['loc']))}: {first['msg']}; written by another version?"
-        ) from None
+def _read(store: Store, name: str, kind: type[T]) -> T:
+    return read_record(kind, store.read(name), store.path(name), hint="written by another version?")

@@ -1,7 +1,7 @@
-"""Sampling, encoding and writing at the same time, so that a GPU never waits for the other two.
+"""The generation pipeline: sampling, encoding and writing overlap, so that a GPU never waits for the other two.
 
-The caller's thread runs the sampler and sorts images into their shards; processes encode, a pool of threads hashes
-and writes. A GPU works ahead meanwhile. What is on the way is bounded, so memory is too.
+The caller's thread runs the sampler and puts images into their shards. Processes encode. A pool of threads hashes
+and writes. The number of images in flight is bounded, and so is memory.
 """
 
 import threading
@@ -24,16 +24,20 @@ from pipeline.data.shard_writer import Members, ShardWriter
 from pipeline.model.latents import latents
 
 WRITERS = 4
-"""Shards that are written at a time."""
+"""Shards written at the same time."""
 PIECE_IMAGES = 256
-"""Images that an encoder takes at a time, or a few more."""
+"""Images in a piece, the unit of encoding; the last blocks put in may make it a little larger."""
 
 Finish = Callable[[ShardRange, ShardWriter], None]
-Spent = Callable[[str, float], None]
+"""Stores a full shard."""
+ReportTime = Callable[[str, float], None]
+"""Told the phase (sample, encode or write) and its seconds."""
+ReportImages = Callable[[int], None]
+"""Told how many more images are in shards."""
 
 
 class SampleStream(Protocol):
-    """The part of export.samplers.base.Sampler that is needed here."""
+    """The part of export.samplers.base.Sampler that the pipeline uses."""
 
     device: str
 
@@ -42,7 +46,7 @@ class SampleStream(Protocol):
         ...
 
 
-def produce(
+def generate_shards(
     sampler: SampleStream,
     plan: Plan,
     shards: Sequence[ShardRange],
@@ -50,47 +54,47 @@ def produce(
     *,
     encoders: int,
     stop: threading.Event,
-    spent: Spent = lambda phase, seconds: None,
-    made: Callable[[int], None] = lambda images: None,
+    report_time: ReportTime = lambda phase, seconds: None,
+    report_images: ReportImages = lambda images: None,
 ) -> None:
     """Make the images of `shards` (ascending) and hand each full shard to `finish`, which runs in a thread.
 
-    When `stop` is set, the shard in hand is given up, those being written are finished, and this returns.
-    `spent(phase, seconds)` is told the time of every piece of work (sample, encode, write), from several
-    threads; `made(images)` how many images were put into shards. The first error of any of them is raised.
+    Once `stop` is set, this drops the unfinished shard, finishes those that are being written, and returns.
+    `report_time` is called from several threads. The first error of sampling, encoding or writing is raised.
     """
-    # On a CPU the encoders have the sampler's cores. It rests then: both at once are slower, because the threads of
-    # a sampler wait for each other wherever one of them gives way.
-    rest = sampler.device == "cpu"
-    with _Assembly(plan, finish, encoders, rest, spent, made) as assembly:
+    # On a CPU, encoders and sampler share the cores, and both at once are slower than in turns: the threads of a
+    # sampler wait for each other whenever one of them loses its core.
+    in_turns = sampler.device == "cpu"
+    with _ShardAssembler(plan, finish, encoders, in_turns, report_time, report_images) as assembler:
         firsts = [block * plan.block_images for block in needed_blocks(shards, plan.block_images)]
         blocks = sampler.stream(block_latents(plan, first) for first in firsts)
         began = time.perf_counter()
         for first, images in zip(firsts, blocks, strict=True):
-            spent("sample", time.perf_counter() - began)
+            report_time("sample", time.perf_counter() - began)
             if stop.is_set():
                 break
             for shard, part in cut(shards, first, images):
-                assembly.add(shard, part)
+                assembler.add(shard, part)
             began = time.perf_counter()
         else:
-            assembly.collect(all=True)
-        assembly.wait()
+            assembler.collect(all=True)
+        assembler.wait()
 
 
-class _Assembly:
-    """Has pieces encoded, puts them into shards in order, and writes full shards in a pool of threads."""
+class _ShardAssembler:
+    """Sends pieces to the encoders, puts the results into shards in order, and writes full shards in threads."""
 
     def __init__(
         self,
         plan: Plan,
         finish: Finish,
         encoders: int,
-        rest: bool,
-        spent: Spent,
-        made: Callable[[int], None],
+        in_turns: bool,
+        report_time: ReportTime,
+        report_images: ReportImages,
     ) -> None:
-        self._plan, self._finish, self._rest, self._spent, self._made = plan, finish, rest, spent, made
+        self._plan, self._finish, self._in_turns = plan, finish, in_turns
+        self._report_time, self._report_images = report_time, report_images
         image_bytes = plan.image_size**2 * plan.channels
         self._encoders = (
             None
@@ -99,12 +103,12 @@ class _Assembly:
         )
         self._writing = ThreadPoolExecutor(WRITERS, "writer")
         self._written: deque[Future[None]] = deque()
-        self._open: list[Pixels] = []  # to be the next piece
+        self._open: list[Pixels] = []  # blocks of the next piece
         self._open_images = 0
-        self._given = 0  # images of the newest shard in pieces
-        self._owners: deque[ShardRange] = deque()  # of the pieces with the encoders
-        self._parts: list[list[Pixels] | Members] = []  # of the shard in hand
-        self._have = 0
+        self._given = 0  # images of the newest shard that are in pieces already
+        self._owners: deque[ShardRange] = deque()  # the shard of each piece that is with the encoders
+        self._parts: list[list[Pixels] | Members] = []  # of the unfinished shard
+        self._have = 0  # images in these
 
     def __enter__(self) -> Self:
         return self
@@ -114,12 +118,12 @@ class _Assembly:
     ) -> None:
         try:
             self._writing.shutdown(cancel_futures=True)
-        finally:  # a second Ctrl-C comes here too: the encoders end only when their pipes are closed
+        finally:  # after a second Ctrl-C too: the encoders exit only when their pipes are closed
             if self._encoders is not None:
                 self._encoders.__exit__(kind, error, traceback)
 
     def add(self, shard: ShardRange, images: Pixels) -> None:
-        """Take the next images; waits while too much is on the way."""
+        """Take the next images of `shard`. Waits while too many are in flight."""
         self._open.append(images)
         self._open_images += len(images)
         last = self._given + self._open_images == shard.images
@@ -130,15 +134,15 @@ class _Assembly:
         else:
             self._encoders.put(self._open, shard.prefix, self._given, shard.start + self._given)
             self._owners.append(shard)
-            self.collect(all=self._rest and self._encoders.busy)
+            self.collect(all=self._in_turns and self._encoders.busy)
         self._given = 0 if last else self._given + self._open_images
         self._open, self._open_images = [], 0
 
     def collect(self, all: bool = False) -> None:
-        """Put into their shards the pieces that are encoded, and wait for one if no encoder is free; or for all."""
+        """Put encoded pieces into their shards. Waits for one piece if no encoder is free, or with `all` for all."""
         while self._encoders and self._encoders.waiting and (all or self._encoders.ready or self._encoders.full):
             members, seconds = self._encoders.get()
-            self._spent("encode", seconds)
+            self._report_time("encode", seconds)
             self._put(self._owners.popleft(), members, members.images)
 
     def wait(self) -> None:
@@ -147,10 +151,10 @@ class _Assembly:
             self._written.popleft().result()
 
     def _put(self, shard: ShardRange, part: list[Pixels] | Members, images: int) -> None:
-        """Add the next part to the shard in hand, and have the shard written when it is full."""
+        """Add the next part to the unfinished shard, and send the shard to a writer when it is full."""
         self._parts.append(part)
         self._have += images
-        self._made(images)
+        self._report_images(images)
         if self._have == shard.images:
             while len(self._written) >= WRITERS:
                 self._written.popleft().result()
@@ -159,7 +163,7 @@ class _Assembly:
 
     def _write(self, shard: ShardRange, parts: Sequence[list[Pixels] | Members]) -> None:
         began = time.perf_counter()
-        writer = ShardWriter(shard.prefix, self._plan.format, [], limit_bytes=None)  # the plan says how many images
+        writer = ShardWriter(shard.prefix, self._plan.format, [], limit_bytes=None)  # the plan limits the images
         for part in parts:
             if isinstance(part, Members):
                 writer.add_members(part)
@@ -168,16 +172,19 @@ class _Assembly:
                 first = shard.start + writer.images
                 writer.add_all(images, [f"{index:012d}" for index in range(first, first + len(images))])
         self._finish(shard, writer)
-        self._spent("write", time.perf_counter() - began)
+        self._report_time("write", time.perf_counter() - began)
 
 
 def block_latents(plan: Plan, first: int) -> NDArray[np.float32]:
-    """Return z of the whole block that begins at image `first`: blocks are never cut, so no cut of a range shows."""
+    """Return z of the whole block that begins at image `first`.
+
+    Blocks are always whole, so an image does not depend on the range that it was made in.
+    """
     return latents(plan.seed, Purpose.SAMPLE, first, plan.block_images, plan.latent_dim, plan.latent_distribution)
 
 
 def needed_blocks(shards: Sequence[ShardRange], block_images: int) -> Iterator[int]:
-    """Yield the numbers of the sampler's blocks that hold any image of `shards` (ascending), each once."""
+    """Yield once each the index of every block that holds an image of `shards` (ascending)."""
     after = 0
     for shard in shards:
         end = (shard.end - 1) // block_images + 1
@@ -186,7 +193,10 @@ def needed_blocks(shards: Sequence[ShardRange], block_images: int) -> Iterator[i
 
 
 def cut(shards: Sequence[ShardRange], first: int, images: Pixels) -> Iterator[tuple[ShardRange, Pixels]]:
-    """Yield (shard, images) for the parts of a block that `shards` (ascending) need."""
+    """Yield (shard, images) for each shard of `shards` (ascending) that needs images of this block, piece by piece.
+
+    `first` is the index of the block's first image.
+    """
     for position in range(bisect_right(shards, first, key=lambda shard: shard.end), len(shards)):
         shard = shards[position]
         low, high = max(shard.start, first), min(shard.end, first + len(images))

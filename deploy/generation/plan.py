@@ -1,56 +1,56 @@
-"""What one generation is: which images, from which model, cut into which shards."""
+"""The plan of a generation: which images, from which model, in which shards."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from pipeline.common.records import Record
 from pipeline.common.storage import sha256_bytes
 from pipeline.data.dataset import Encoding
 from pipeline.model.latents import Distribution
 
 SHARD_BYTES = 32_000_000
-# Bytes of an encoded image over those of its pixels, and of its tar headers and key. Generous: 32 MB is a limit.
+# Bytes of an encoded image over those of its pixels, and bytes of its tar headers and key. Both are upper estimates,
+# because 32 MB is a limit.
 _ENCODED_SHARE = {"packed": 1.0, "png": 1.0, "webp": 0.3, "jpg": 0.3}
 _OVERHEAD_BYTES = {"packed": 24, "png": 2048, "webp": 2048, "jpg": 2048}
 
 
-class Plan(BaseModel):
-    """Everything that decides the bytes of a generation, but for the device. Parts of different plans never mix."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+class Plan(Record):
+    """Everything that decides the bytes of a generation, except the device. Parts of different plans never merge."""
 
     version: Literal[1] = 1
     model_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Of the model file that made the images."""
+    """Hash of the model file that made the images."""
     backend: str
-    """What ran the model. Backends agree within 1 LSB, not to the bit."""
+    """The backend that ran the model. Backends agree within 1 LSB, not to the bit."""
     block_images: int = Field(ge=1)
-    """Images that the device sees at once, in blocks that begin at multiples of it."""
+    """Images in a block that the device computes at once. Blocks begin at multiples of it."""
     seed: int = Field(ge=0, lt=2**64)
     purpose: Literal["sample"] = "sample"
-    """Which latents: those of Purpose.SAMPLE."""
+    """The latents are those of Purpose.SAMPLE."""
     start: int = Field(ge=0)
     """Index of the first image."""
     count: int = Field(ge=1)
-    """Images in all."""
+    """Images in all parts together."""
     latent_dim: int
     latent_distribution: Distribution
     image_size: int
     channels: Literal[1, 3]
     format: Encoding
     quality: int | None
-    """Of jpg and webp; null for formats that lose nothing."""
+    """Quality of jpg and webp; null for packed and png."""
     shard_images: int = Field(ge=1)
-    """Shards begin at multiples of it."""
+    """Images in a full shard. Shards begin at multiples of it."""
 
     def sha256(self) -> str:
-        """Return the hash by which parts know that they belong together."""
+        """Return the hash that all parts of one generation share."""
         return sha256_bytes(self.model_dump_json().encode())
 
     def shards(self) -> list["ShardRange"]:
-        """Return the shards in order. They lie on multiples of `shard_images`, wherever the range begins."""
+        """Return the shards in order. Each but the first begins at a multiple of `shard_images`."""
         return list(self._shards())
 
     def _shards(self) -> Iterator["ShardRange"]:
@@ -73,11 +73,11 @@ class ShardRange:
 
     @property
     def prefix(self) -> str:
-        """What the names of its members begin with."""
+        """The first part of its members' names."""
         return f"{self.start:012d}"
 
 
 def default_shard_images(image_bytes: int, encoding: Encoding) -> int:
-    """Return the largest power of two of images that stays under SHARD_BYTES, from bytes of a decoded image."""
+    """Return the largest power of two of images, `image_bytes` each when decoded, that stays under SHARD_BYTES."""
     expected = _ENCODED_SHARE[encoding] * image_bytes + _OVERHEAD_BYTES[encoding]
     return 1 << (int(SHARD_BYTES / expected).bit_length() - 1)

@@ -1,1 +1,1 @@
-"""Grafana: dashboards as code, and how it finds them."""
+"""Grafana: dashboards as code, and their provisioning."""

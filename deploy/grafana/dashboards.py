@@ -1,6 +1,6 @@
 """The Grafana dashboards as code: `python -m deploy.grafana.dashboards` writes training.json and generation.json.
 
-Rows are the questions that people have about a run. tests/metrics asks a real Prometheus every query.
+Each row answers one question about a run. tests/metrics sends every query to a real Prometheus.
 """
 
 import json
@@ -12,7 +12,7 @@ from deploy.grafana.panels import Dashboard, Panel, stat, to_json
 FOLDER = Path(__file__).parent
 
 RUN = '{run=~"$run"}'
-SERVED = '{run=~"$run", instance!=""}'  # without what a Pushgateway keeps: its jump at the end is no rate
+SERVED = '{run=~"$run", instance!=""}'  # excludes pushed values: their jump at the end is no rate
 LEFT = f"max(dcgan_train_target_images{RUN}) - max(dcgan_train_seen_images{RUN})"
 RATE = f"max(rate(dcgan_train_images_total{SERVED}[$__rate_interval]))"
 OF_A_RUN = f"on (job, instance) group_left (run) dcgan_train_info{SERVED}"
@@ -23,10 +23,10 @@ TRAINING = Dashboard(
     title="DCGAN training",
     runs="label_values(dcgan_train_info, run)",
     rows={
-        "How far is it, and how long still?": [
+        "How far is it, and how long will it take?": [
             stat("Seen", f"max(dcgan_train_seen_images{RUN}) / max(dcgan_train_target_images{RUN})", "percentunit"),
             stat(
-                "Time left", f"({LEFT}) / max(run:dcgan_train_images:rate10m{RUN})", "s", about="At the present rate."
+                "Time left", f"({LEFT}) / max(run:dcgan_train_images:rate10m{RUN})", "s", about="At the current rate."
             ),
             stat("Images a second", RATE),
             stat("Processes", f"max(dcgan_train_processes{RUN})"),
@@ -45,7 +45,7 @@ TRAINING = Dashboard(
                     f"max by (run) (rate(dcgan_train_images_total{SERVED}[$__rate_interval]))": "{{run}}",
                     f"run:dcgan_train_images:rate10m{RUN}": "{{run}}, 10 minutes",
                 },
-                about="With everything that holds training up: grids, evaluations, checkpoints.",
+                about="Includes the time of grids, evaluations and checkpoints.",
             ),
             Panel(
                 "Where the time goes",
@@ -53,7 +53,7 @@ TRAINING = Dashboard(
                 "percentunit",
                 bounds=(0, 1),
                 stacked=True,
-                about="data_wait above 30 %: the data cannot keep up (DcganDataWait).",
+                about="data_wait above 30 %: the loader cannot keep up (DcganDataWait).",
             ),
             Panel(
                 "Duration of a step",
@@ -63,7 +63,7 @@ TRAINING = Dashboard(
                     for q, name in ((0.5, "median"), (0.95, "95th percentile"))
                 },
                 "s",
-                about="The host's time, waiting for images included. A GPU may still be at work.",
+                about="Time on the host, including the wait for images. A GPU may still be working.",
             ),
         ],
         "Is it learning?": [
@@ -72,7 +72,7 @@ TRAINING = Dashboard(
                 {f"max by (batch) (dcgan_train_discriminator_output{RUN})": "{{batch}}"},
                 "percentunit",
                 bounds=(0, 1),
-                about="How surely D takes images for real. Both at 0.5: D has no opinion; 1 and 0: it has won.",
+                about="D's probability that an image is real. Both at 0.5: D cannot tell. 1 and 0: D has won.",
             ),
             Panel("Losses", {f"max by (network) (dcgan_train_loss{RUN})": "{{network}}"}),
             Panel(
@@ -89,7 +89,7 @@ TRAINING = Dashboard(
                 "percentunit",
                 red_below=0.2,
                 bounds=(0, 1),
-                about="How much a pixel varies over a fake batch, relative to a real one.",
+                about="Variation of a pixel over a fake batch, relative to a real batch.",
             ),
             Panel(
                 "Sliced Wasserstein distance",
@@ -100,10 +100,10 @@ TRAINING = Dashboard(
                 "MS-SSIM between samples",
                 {'max by (metric) (dcgan_train_quality{run=~"$run", metric=~"ms_ssim.*"})': "{{metric}}"},
                 bounds=(0, 1),
-                about="How alike two samples are. Far above that of real images: samples repeat.",
+                about="Similarity of two samples. Far above that of real images, samples repeat.",
             ),
         ],
-        "Is it stuck, and what would be lost?": [
+        "Is it stuck, and what work would be lost?": [
             Panel(
                 "Since the last step",
                 {f"time() - max by (run) (dcgan_train_last_step_timestamp_seconds{RUN})": "{{run}}"},
@@ -115,27 +115,27 @@ TRAINING = Dashboard(
                 {f"time() - max by (run) (dcgan_train_checkpoint_timestamp_seconds{RUN})": "{{run}}"},
                 "s",
                 red_above=3600,
-                about="The work that would be lost now.",
+                about="The work that would be lost if the run died now.",
             ),
             Panel(
                 "Faults",
                 {
-                    f"max by (run) (dcgan_train_nonfinite_steps_total{RUN})": "updates left out for NaN",
+                    f"max by (run) (dcgan_train_nonfinite_steps_total{RUN})": "updates skipped for NaN",
                     f"max by (run) (dcgan_train_mirror_failures_total{RUN})": "checkpoints not mirrored",
-                    f"max by (run) (dcgan_train_restarts{RUN})": "starts again",
+                    f"max by (run) (dcgan_train_restarts{RUN})": "restarts",
                 },
             ),
             Panel(
                 "Time of a checkpoint",
                 {f"max by (run) (dcgan_train_checkpoint_duration_seconds{RUN})": "{{run}}"},
                 "s",
-                about="For so long it held up training.",
+                about="Time that training waited for it.",
             ),
             Panel(
                 "Memory",
                 {f"process_resident_memory_bytes * {OF_A_RUN}": "{{instance}}"},
                 "bytes",
-                about="Resident, of local rank 0 on every node. GPU memory: see the DCGM exporter.",
+                about="Resident memory of local rank 0 on every node. For GPU memory see the DCGM exporter.",
             ),
             Panel(
                 "CPU",
@@ -148,9 +148,9 @@ TRAINING = Dashboard(
 
 
 def part_panels(program: Literal["generate", "build"], noun: str) -> list[Panel]:
-    """Return the panels that generating and building have in common: how far, how fast, how healthy.
+    """Return the panels that generation and data set builds share: progress, speed and health.
 
-    Parts that were pushed count once, and those made by an earlier start count as well.
+    A part that was also pushed counts once. Images that an earlier start made count as well.
     """
     done = f"dcgan_{program}_images_total{RUN} + dcgan_{program}_skipped_images_total{RUN}"
     if program == "build":
@@ -161,7 +161,7 @@ def part_panels(program: Literal["generate", "build"], noun: str) -> list[Panel]
     recent = f"sum(part:dcgan_{program}_images:rate10m{RUN})"
     return [
         stat(f"{noun} done", f"{done} / {target}", "percentunit"),
-        stat("Time left", f"({target} - {done}) / {recent}", "s", about="At the present rate."),
+        stat("Time left", f"({target} - {done}) / {recent}", "s", about="At the current rate."),
         stat("Images a second", rate),
         stat("Parts", f"count(max by (run, part) (dcgan_{program}_target_images{RUN}))"),
         stat("Failed parts", f"sum(max by (run, part) (dcgan_{program}_part_failed{RUN}))", red_above=1),
@@ -196,12 +196,12 @@ GENERATION = Dashboard(
         "Generation": [
             *part_panels("generate", "Samples"),
             Panel(
-                "What the threads do",
+                "Busy threads by phase",
                 {
                     "sum by (phase) (max by (run, part, phase) "
                     f"(rate(dcgan_generate_phase_seconds_total{SERVED}[$__rate_interval])))": "{{phase}}"
                 },
-                about="Threads at work in each phase. sample near 1: the model sets the pace.",
+                about="Average number of busy threads. sample near 1: the model limits the rate.",
             ),
             Panel(
                 "Bytes an image",
@@ -215,12 +215,12 @@ GENERATION = Dashboard(
                 "Refused models",
                 {f"max by (run) (dcgan_generate_model_refused{RUN})": "{{run}}"},
                 red_above=1,
-                about="1 when the model was damaged, or made for another device or version.",
+                about="1 if the model was damaged, or made for another device or version.",
             ),
             Panel(
                 "Skipped",
                 {f"max by (run, part) (dcgan_generate_skipped_images_total{RUN})": "{{run}} {{part}}"},
-                about="Images that an earlier start had made.",
+                about="Images that an earlier start made.",
             ),
         ],
         "Data sets": [
@@ -228,7 +228,7 @@ GENERATION = Dashboard(
             Panel(
                 "Refused pictures",
                 {f"max by (run, part) (dcgan_build_refused_images_total{RUN})": "{{run}} {{part}}"},
-                about="Cannot be used. refused.txt beside the data set names them.",
+                about="Pictures that cannot be used. refused.txt beside the data set lists them.",
             ),
         ],
     },
@@ -238,7 +238,7 @@ DASHBOARDS = {"training.json": TRAINING, "generation.json": GENERATION}
 
 
 def main() -> None:
-    """Write the files."""
+    """Write the dashboards."""
     for name, dashboard in DASHBOARDS.items():
         (FOLDER / name).write_text(json.dumps(to_json(dashboard), indent=1) + "\n")
 

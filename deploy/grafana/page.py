@@ -1,4 +1,4 @@
-"""Draws the dashboards as one web page, from the same JSON and the same Prometheus, where there is no Grafana."""
+"""Draws the dashboards as a web page without Grafana, from the same JSON files and the same Prometheus."""
 
 import json
 import math
@@ -39,7 +39,7 @@ svg { width: 100%; height: auto; }
 
 
 class Prometheus(Protocol):
-    """What is asked of deploy.prometheus.servers.Monitoring."""
+    """The part of deploy.prometheus.servers.Monitoring that the page uses."""
 
     def query(self, expr: str) -> Any:
         """Return the series of an expression now."""
@@ -51,7 +51,7 @@ class Prometheus(Protocol):
 
 
 def fill_in(expr: str, *, scrape_seconds: float) -> str:
-    """Return an expression as Grafana sends it: with all runs, and its interval for rates."""
+    """Return an expression as Grafana sends it: for all runs, with the interval of rates filled in."""
     return expr.replace("$__rate_interval", f"{max(4 * scrape_seconds, 1):.0f}s").replace("$run", ".*")
 
 
@@ -70,7 +70,7 @@ def render(name: str, prometheus: Prometheus, *, scrape_seconds: float, window_s
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH_SECONDS}">
 <title>{escape(dashboard["title"])}</title><style>{STYLE}</style>
-<nav>{links} <span>The last {window_seconds / 60:.0f} minutes, which the time axes count.</span></nav>
+<nav>{links} <span>The last {window_seconds / 60:.0f} minutes; time axes are in minutes.</span></nav>
 <main>{"".join(body)}</div></main></html>"""
 
 

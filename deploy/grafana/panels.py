@@ -1,4 +1,4 @@
-"""What a dashboard consists of, and how Grafana wants it written."""
+"""Panels and dashboards, and their JSON in Grafana's format."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,7 +9,7 @@ COLUMNS = 24
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: `queries` maps PromQL to what the legend says."""
+    """One panel. `queries` maps PromQL to the text of the legend."""
 
     title: str
     queries: dict[str, str]
@@ -20,7 +20,7 @@ class Panel:
     red_above: float | None = None
     red_below: float | None = None
     bounds: tuple[float, float] | None = None
-    """What the vertical axis shows at least."""
+    """Smallest range of the vertical axis."""
     stacked: bool = False
     logarithmic: bool = False
 

@@ -1,1 +1,1 @@
-"""Prometheus: what it scrapes, its rules and alerts, and a demo of them on one machine."""
+"""Prometheus: its configuration, rules and alerts, and a demo on one machine."""

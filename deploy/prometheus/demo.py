@@ -1,7 +1,7 @@
-"""See the metrics at work: `python -m deploy.prometheus.demo` (make metrics-demo). Ctrl-C ends it.
+"""A demo of the metrics on one machine: `python -m deploy.prometheus.demo` (make metrics-demo). Ctrl-C stops it.
 
-Starts Prometheus, builds a data set from the bundled faces, trains a small GAN in two processes and generates
-samples from its checkpoints, over and over, and draws the dashboards at http://127.0.0.1:8900.
+Starts Prometheus, builds a data set from the bundled faces, trains a small GAN in two processes, generates samples
+from its checkpoints again and again, and draws the dashboards at http://127.0.0.1:8900.
 """
 
 import os
@@ -38,8 +38,8 @@ PORTS = {"train": 9105, "generate": 9106, "build": 9107}
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything; emptied first.")] = Path("build/metrics-demo"),
-    data: Annotated[str, typer.Option(help="Data set that is built anew and trained on.")] = "data/faces",
+    out: Annotated[Path, typer.Option(help="Folder for all files; emptied first.")] = Path("build/metrics-demo"),
+    data: Annotated[str, typer.Option(help="Data set to build shards from and train on.")] = "data/faces",
     port: Annotated[int, typer.Option(help="Port of the page with the dashboards.")] = 8900,
     prometheus_port: Annotated[int, typer.Option(help="Port of Prometheus; 0 lets the system choose.")] = 9190,
 ) -> None:
@@ -47,7 +47,7 @@ def demo(
     from deploy.prometheus.servers import Monitoring
 
     if out.exists() and not (out / "prometheus").is_dir() and any(out.iterdir()):
-        raise UsageError(f"--out {out}: not empty, and no demo of ours; choose another folder")
+        raise UsageError(f"--out {out}: not empty, and not the folder of an earlier demo; choose another")
     shutil.rmtree(out, ignore_errors=True)
     folder = out / "prometheus"
     folder.mkdir(parents=True)
@@ -98,14 +98,14 @@ def _page(monitoring: object, port: int) -> ThreadingHTTPServer:
 
 
 def _work(out: Path, data: str, gateway: str) -> None:
-    """Build, train, and generate again and again while training goes on; then wait for Ctrl-C."""
+    """Build, then train, and generate again and again until training ends; then wait for Ctrl-C."""
 
     def metrics(program: str) -> list[str]:
         return ["--metrics-port", str(PORTS[program]), "--push-gateway", gateway]
 
     shards, run = str(out / "data"), out / "run"
     if code := _run("dcgan-data", "build", "webdataset", data, shards, *metrics("build")):
-        raise UnavailableError(f"dcgan-data ended with code {code}; its own message is above")
+        raise UnavailableError(f"dcgan-data exited with code {code}; its message is above")
     settings = [f"{key}={value}" for key, value in TRAINING.items()]
     command = [str(BIN / "dcgan-launch"), "--processes", "2", "train", "--data", shards, "--out", str(run)]
     trainer = subprocess.Popen(
@@ -133,7 +133,7 @@ def _run(program: str, *options: str) -> int:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Entry point of the demo."""
     run_command(app)
 
 

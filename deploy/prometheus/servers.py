@@ -1,4 +1,4 @@
-"""A Prometheus and a Pushgateway of one's own on loopback, for the demo and the tests. Needs Debian's packages."""
+"""A private Prometheus and Pushgateway on loopback, for the demo and the tests. They come from Debian's packages."""
 
 import json
 import re
@@ -32,9 +32,9 @@ class Series:
 
 
 def shorten(rules: str, minute_seconds: int) -> str:
-    """Return the rules with all times scaled, so that a minute of theirs takes `minute_seconds`.
+    """Return the rules with all times scaled, so that a minute in them takes `minute_seconds`.
 
-    Times are durations such as [10m] and `for: 1h`, and thresholds written as a number of minutes, `10 * 60`.
+    This scales durations such as [10m] and `for: 1h`, and thresholds in minutes such as `10 * 60`.
     """
 
     def scaled(match: re.Match[str]) -> str:
@@ -53,7 +53,7 @@ def find_programs() -> list[str]:
 
 
 class Monitoring:
-    """Both servers, with this folder's configuration, their files under `folder`. Use it as a context manager."""
+    """Context manager that runs both servers with this package's configuration; their files lie under `folder`."""
 
     def __init__(
         self, folder: Path, *, port: int = 0, gateway_port: int = 0, scrape: str = "5s", minute_seconds: int = 60
@@ -67,14 +67,14 @@ class Monitoring:
     def __enter__(self) -> Self:
         prometheus, gateway = find_programs()
         targets = self.folder / "targets"
-        shutil.rmtree(targets, ignore_errors=True)  # what an earlier start has left
+        shutil.rmtree(targets, ignore_errors=True)  # files of an earlier start
         targets.mkdir(parents=True)
         config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": self._scrape, "evaluation_interval": self._scrape}
         config["scrape_configs"][1]["static_configs"] = [{"targets": [self.gateway]}]
         (self.folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         (self.folder / "rules.yml").write_text(shorten((FOLDER / "rules.yml").read_text(), self._minute_seconds))
-        # Debian's Pushgateway would share what it keeps with every other one on this machine.
+        # By default, all Pushgateways of Debian on this machine share one file of kept values.
         self._start(gateway, f"--web.listen-address={self.gateway}", "--persistence.file=pushed")
         self._start(
             prometheus,
@@ -95,24 +95,24 @@ class Monitoring:
         self._stop()
 
     def watch(self, name: str, port: int) -> None:
-        """Scrape 127.0.0.1:`port` from now on."""
+        """Start to scrape 127.0.0.1:`port`."""
         path = self.folder / "targets" / f"{name}.json"
         path.with_suffix(".tmp").write_text(json.dumps([{"targets": [f"127.0.0.1:{port}"]}]))
         path.with_suffix(".tmp").rename(path)
 
     def unwatch(self, name: str) -> None:
-        """Scrape it no longer."""
+        """Stop scraping the target `name`."""
         (self.folder / "targets" / f"{name}.json").unlink(missing_ok=True)
 
     def query(self, expr: str) -> list[Series]:
-        """Return what PromQL `expr` is now."""
+        """Return the current value of PromQL `expr`."""
         answer = self._get("query", query=expr)
         if answer["resultType"] == "scalar":
             return [Series({}, [_point(answer["result"])])]
         return [Series(item["metric"], [_point(item["value"])]) for item in answer["result"]]
 
     def query_range(self, expr: str, start: float, end: float, step: float) -> list[Series]:
-        """Return what PromQL `expr` was from `start` to `end` (Unix times), every `step` seconds."""
+        """Return the values of PromQL `expr` from `start` to `end` (Unix times), every `step` seconds."""
         answer = self._get("query_range", query=expr, start=str(start), end=str(end), step=str(step))
         return [Series(item["metric"], [_point(value) for value in item["values"]]) for item in answer["result"]]
 
@@ -132,7 +132,7 @@ class Monitoring:
     def _start(self, *command: str) -> None:
         name = Path(command[0]).name
         with (self.folder / f"{name}.log").open("wb") as log:
-            # In a session of their own: Ctrl-C is for the programs that still push their last values.
+            # In their own session, so that Ctrl-C does not stop them before the programs have pushed their last values.
             self._processes.append(
                 subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
             )
@@ -157,7 +157,7 @@ class Monitoring:
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on."""
+    """Return a free port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,11 +1,12 @@
-"""What a benchmark can measure here: every backend that runs, and why the others do not."""
+"""The cases of a benchmark: every model and backend that runs here, and why the others do not."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.format.card import ComputePrecision, Precision, read_card
 from export.format.driver import driver_version
-from export.samplers.base import CHECKPOINT_BACKENDS, ONNX_BACKENDS, PLAN_BACKENDS, Sampler, open_sampler
+from export.samplers.base import Sampler
+from export.samplers.open import CHECKPOINT_BACKENDS, ENGINE_BACKENDS, ONNX_BACKENDS, open_sampler
 from pipeline.checkpoints.reference import load_generator
 from pipeline.common.errors import DataError, UnavailableError, UsageError, UserError
 from pipeline.config import NetworkConfig
@@ -15,15 +16,15 @@ CONTROL = "eager, again"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One thing to measure: a model under a backend."""
+class Case:
+    """One case to measure: a model in a backend."""
 
     label: str
     model: str
     backend: str
     network: NetworkConfig
     precision: Precision = "fp32"
-    """Of the arithmetic."""
+    """Of the arithmetic, which may differ from the model's."""
     device: str = "cpu"
     """cpu or cuda."""
 
@@ -35,61 +36,64 @@ class Subject:
 
     @property
     def checkpoint_precision(self) -> ComputePrecision:
-        """What a checkpoint has to be told; other models have their own."""
+        """The precision to open a checkpoint in; other models bring their own."""
         return "fp16" if self.precision == "fp16" else "fp32"
 
 
-def choose_subjects(
+def choose_cases(
     ckpt: str | None, models: list[str], backends: list[str], *, quick: bool
-) -> tuple[list[Subject], dict[str, str]]:
-    """Return what can be measured here, and why the rest cannot."""
-    candidates: list[Subject] = []
+) -> tuple[list[Case], dict[str, str]]:
+    """Return the cases that run here, and the reason for each that does not, by its label.
+
+    Raises UsageError for an unknown backend, and DataError or UnavailableError when no case runs.
+    """
+    candidates: list[Case] = []
     device = "cuda" if _has_cuda() else "cpu"
     if ckpt is not None:
         network = load_generator(ckpt).config
-        candidates += [Subject(backend, ckpt, backend, network, "fp32", device) for backend in CHECKPOINT_BACKENDS]
-        if device == "cuda":  # PyTorch's CPU kernels for fp16 are for completeness, not for speed
-            halves = CHECKPOINT_BACKENDS[1:]  # in fp16 eager is channels_last: the network as trained is float32
-            candidates += [Subject(f"{backend} fp16", ckpt, backend, network, "fp16", device) for backend in halves]
+        candidates += [Case(backend, ckpt, backend, network, "fp32", device) for backend in CHECKPOINT_BACKENDS]
+        if device == "cuda":  # on the CPU, PyTorch's fp16 kernels are slower than fp32
+            halves = CHECKPOINT_BACKENDS[1:]  # eager in fp16 would be channels_last: as trained is float32
+            candidates += [Case(f"{backend} fp16", ckpt, backend, network, "fp16", device) for backend in halves]
     for model in models:
-        known = PLAN_BACKENDS if model.endswith(".plan") else ONNX_BACKENDS
+        known = ENGINE_BACKENDS if model.endswith(".plan") else ONNX_BACKENDS
         suffix = f" {Path(model).stem}" if len(models) > 1 else ""
         card = read_card(model)
         for backend in known:
             arithmetic = _arithmetic(backend, card.precision)
             device = "cuda" if model.endswith(".plan") or "-" in backend else "cpu"
-            candidates.append(Subject(f"{backend}{suffix}", model, backend, card.network, arithmetic, device))
-    if unknown := set(backends) - {subject.backend for subject in candidates}:
-        have = ", ".join(dict.fromkeys(subject.backend for subject in candidates))
+            candidates.append(Case(f"{backend}{suffix}", model, backend, card.network, arithmetic, device))
+    if unknown := set(backends) - {case.backend for case in candidates}:
+        have = ", ".join(dict.fromkeys(case.backend for case in candidates))
         raise UsageError(f"--backend {', '.join(sorted(unknown))}: expected one of {have}")
-    subjects: list[Subject] = []
+    cases: list[Case] = []
     left_out: dict[str, str] = {}
-    refusal: type[UserError] = DataError  # the code of nothing at all: every model is bad, or the machine is
-    for subject in candidates:
-        if backends and subject.backend not in backends:
+    refusal: type[UserError] = DataError  # exit code when no case runs: DataError only if every model is bad
+    for case in candidates:
+        if backends and case.backend not in backends:
             continue
-        if quick and subject.backend == "compiled" and not backends:
-            left_out[subject.label] = "--quick does not wait for the compiler; name it with --backend compiled"
+        if quick and case.backend == "compiled" and not backends:
+            left_out[case.label] = "--quick does not wait for the compiler; name it with --backend compiled"
             continue
         try:
-            subject.open(None, None).close()
+            case.open(None, None).close()
         except (UnavailableError, DataError) as error:
-            left_out[subject.label] = str(error)
+            left_out[case.label] = str(error)
             refusal = UnavailableError if isinstance(error, UnavailableError) else refusal
         else:
-            subjects.append(subject)
-    if not subjects:
+            cases.append(case)
+    if not cases:
         raise refusal(f"no backend can run: {'; '.join(f'{k}: {v}' for k, v in left_out.items())}")
-    subjects += [replace(subject, label=CONTROL) for subject in subjects if subject.label == BASELINE]
-    return subjects, left_out
+    cases += [replace(case, label=CONTROL) for case in cases if case.label == BASELINE]
+    return cases, left_out
 
 
 def _arithmetic(backend: str, precision: Precision) -> Precision:
-    """Return what a model of `precision` is computed in."""
+    """Return the precision in which `backend` computes a model of `precision`."""
     if backend in ("openvino", "onnxruntime"):
-        return "fp32"  # neither has fp16 convolutions for the CPU: they convert
+        return "fp32"  # neither has fp16 convolutions for the CPU: both convert
     if backend == "onnxruntime-tensorrt" and precision == "fp32":
-        return "tf32"  # export.samplers.onnx: it cannot be told otherwise
+        return "tf32"  # export.samplers.onnx: this provider cannot switch TF32 off
     return precision
 
 

@@ -1,4 +1,4 @@
-"""How long the first images take and how much memory they need, measured in a process of its own.
+"""Time and peak memory of a fresh process until its first images.
 
 python -m export.benchmark.cold_start '{"model": "model.onnx", "backend": "openvino", "batch": 64}' cpu
 """
@@ -16,7 +16,7 @@ SECONDS_AT_MOST = 300
 def measure(
     model: str, backend: str, batch: int, threads: int | None, precision: str, on_gpu: bool
 ) -> dict[str, float] | None:
-    """Return "cold_start_seconds", "peak_bytes" and, on a GPU, "device_bytes" of a fresh process; None if it fails."""
+    """Return "cold_start_seconds", "peak_bytes" and, on a GPU, "device_bytes" of a fresh process; None on failure."""
     options = {"model": model, "backend": backend, "batch": batch, "threads": threads, "precision": precision}
     command = [sys.executable, "-m", "export.benchmark.cold_start", json.dumps(options), "gpu" if on_gpu else "cpu"]
     began = time.perf_counter()
@@ -29,14 +29,14 @@ def measure(
 
 
 def main(options: dict[str, Any], device: str) -> None:
-    """Open a sampler, make one block, print the peak memory of the process and what it took of the GPU's.
+    """Open a sampler, make one block, and print the peak memory of this process, on the host and on the GPU.
 
-    The GPU's is the difference to before, so neither the process that measures nor others' memory count; nor
-    does the CUDA context of this process, some hundred MB that every backend needs.
+    GPU memory is the difference to before the sampler was opened. So it excludes other processes and the CUDA context
+    of this one, some hundred MB that every backend needs.
     """
     import numpy as np
 
-    from export.samplers.base import open_sampler
+    from export.samplers.open import open_sampler
 
     free = _free_on_gpu() if device == "gpu" else 0
     with open_sampler(**options) as sampler:
@@ -55,7 +55,7 @@ def _free_on_gpu() -> int:
 
 
 def _peak_bytes() -> int:
-    """Return the most memory that this program held. `getrusage` would count the process that started it."""
+    """Return the peak memory of this program. `getrusage` would include the process that started it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
 

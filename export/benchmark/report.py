@@ -1,25 +1,25 @@
-"""The outcome of a benchmark as a table on the terminal, as JSON, and as a picture."""
+"""The results of a benchmark: a table on the terminal, a JSON file and a bar chart."""
 
 import dataclasses
 import datetime
+import json
 import os
 import platform
 import statistics
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from export.benchmark.cases import BASELINE, Case
+from export.benchmark.roofline import ImageCost, Rooflines, cost_of
+from export.benchmark.timing import MeasurementSettings, Timings
 from export.format.driver import driver_version
 from pipeline.common.machine import versions
 from pipeline.common.storage import atomic_path, write_atomic
-
-if TYPE_CHECKING:
-    from export.benchmark.cases import Subject
-    from export.benchmark.roofline import Work
-    from export.benchmark.run import Effort, Limits, Timing
-    from pipeline.config import NetworkConfig
+from pipeline.config import NetworkConfig
+from pipeline.model.networks import build_generator
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13")
@@ -27,29 +27,27 @@ PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "
 
 def write_report(
     out: Path,
-    subjects: "list[Subject]",
-    timings: "dict[tuple[str, int], Timing]",
+    cases: list[Case],
+    timings: Timings,
     extras: dict[str, dict[str, float | None]],
     left_out: dict[str, str],
-    limits: "Limits",
-    effort: "Effort",
+    rooflines: Rooflines,
+    settings: MeasurementSettings,
     threads: int,
 ) -> Row:
     """Write `out`/bench.json and bench.png, print the tables; return the content of bench.json."""
-    import json
-
-    rows = make_rows(subjects, timings, limits)
+    rows = make_rows(cases, timings, rooflines)
     content = {
         "title": "Sampling throughput",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["dcgan-export", *sys.argv[1:]]) if "dcgan-export" in sys.argv[0] else " ".join(sys.argv),
         "hardware": hardware(threads),
         "versions": versions(*PACKAGES),
-        "rounds": effort.rounds,
+        "rounds": settings.rounds,
         "rows": rows,
         "backends": [{"backend": label, **values} for label, values in extras.items()],
         "left_out": left_out,
-        "ceilings": describe_limits(limits),
+        "ceilings": describe_rooflines(rooflines),
     }
     write_atomic(out / "bench.json", json.dumps(content, indent=1) + "\n")
     draw(rows, out / "bench.png")
@@ -57,30 +55,28 @@ def write_report(
     return content
 
 
-def make_rows(subjects: "list[Subject]", timings: "dict[tuple[str, int], Timing]", limits: "Limits") -> list[Row]:
-    """Return one row a batch size and backend, judged by the ceiling of its own device and arithmetic.
+def make_rows(cases: list[Case], timings: Timings, rooflines: Rooflines) -> list[Row]:
+    """Return one row for each batch size and backend, as a share of the roofline of its own device and arithmetic.
 
-    Ratios are medians of the rounds' ratios to eager PyTorch; none for another network than it ran.
+    A ratio is the median of the rounds' ratios to eager PyTorch, and None where eager ran another network.
     """
-    from export.benchmark.cases import BASELINE
-
-    by_label = {subject.label: subject for subject in subjects}
-    work = {network: _work(network) for network in {subject.network for subject in subjects}}
+    by_label = {case.label: case for case in cases}
+    costs = {network: _cost_of_network(network) for network in {case.network for case in cases}}
     rows = []
     for (label, batch), timing in sorted(timings.items(), key=lambda item: item[0][1]):
-        subject = by_label[label]
-        cost, limit = work[subject.network], limits[subject.device, subject.precision]
+        case = by_label[label]
+        cost, roofline = costs[case.network], rooflines[case.device, case.precision]
         rate = statistics.median(timing.rates)
         baseline = timings.get((BASELINE, batch))
-        if baseline and by_label[BASELINE].network != subject.network:
+        if baseline and by_label[BASELINE].network != case.network:
             baseline = None
         ratios = [one / other for one, other in zip(timing.rates, baseline.rates, strict=True)] if baseline else []
-        value_bytes = 2 if subject.precision == "fp16" else 4
+        value_bytes = 2 if case.precision == "fp16" else 4
         flops, traffic = rate * cost.flops_per_image, rate * cost.bytes_per_image(batch, value_bytes)
         row: Row = {
             "backend": label,
-            "device": subject.device,
-            "precision": subject.precision,
+            "device": case.device,
+            "precision": case.precision,
             "batch": batch,
             "images_per_second": round(rate, 1),
             "times_eager": round(statistics.median(ratios), 2) if ratios else None,
@@ -88,9 +84,9 @@ def make_rows(subjects: "list[Subject]", timings: "dict[tuple[str, int], Timing]
             "p99_ms": _percentile_ms(timing.latencies, 99),
             "flops_per_image": cost.flops_per_image,
             "gflops_per_second": round(flops / 1e9, 1),
-            "percent_of_compute": round(100 * flops / limit.flops_per_second),
+            "percent_of_compute": round(100 * flops / roofline.flops_per_second),
             "gbytes_per_second": round(traffic / 1e9, 2),
-            "percent_of_memory": round(100 * traffic / limit.copy_bytes_per_second),
+            "percent_of_memory": round(100 * traffic / roofline.copy_bytes_per_second),
         }
         if timing.device_seconds:
             row["device_p50_ms"] = _percentile_ms(timing.device_seconds, 50)
@@ -103,19 +99,16 @@ def _percentile_ms(seconds: list[float], percent: int) -> float:
     return round(1e3 * float(np.percentile(seconds, percent)), 4)
 
 
-def _work(network: "NetworkConfig") -> "Work":
-    """Count the work of an image; the architecture alone decides it."""
-    from export.benchmark.roofline import work_of
-    from pipeline.model.networks import build_generator
-
-    return work_of(build_generator(network).eval())
+def _cost_of_network(network: NetworkConfig) -> ImageCost:
+    """Count the cost of an image; it depends on the architecture alone."""
+    return cost_of(build_generator(network).eval())
 
 
-def describe_limits(limits: "Limits") -> list[Row]:
-    """Return the ceilings as JSON."""
+def describe_rooflines(rooflines: Rooflines) -> list[Row]:
+    """Return the rooflines as JSON."""
     return [
-        {"device": device, "precision": precision, **dataclasses.asdict(ceiling)}
-        for (device, precision), ceiling in limits.items()
+        {"device": device, "precision": precision, **dataclasses.asdict(roofline)}
+        for (device, precision), roofline in rooflines.items()
     ]
 
 
@@ -137,11 +130,11 @@ def hardware(threads: int) -> dict[str, str]:
 
 
 def print_tables(content: Row, out: Path) -> None:
-    """Print the rows as people read them."""
+    """Print the rows as tables for people."""
     from rich.console import Console
     from rich.table import Table
 
-    # Piped output has no width of its own; wide enough that no cell is cut.
+    # Piped output has no width of its own; 120 columns cut no cell.
     console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table(title=f"{content['title']} on {', '.join(content['hardware'].values())}")
     on_gpu = any("device_p50_ms" in row for row in content["rows"])
@@ -154,9 +147,9 @@ def print_tables(content: Row, out: Path) -> None:
         "p99 ms",
         *(["launch p50", "p99"] if on_gpu else []),
         "GFLOP/s",
-        "of limit",
+        "of peak",
         "GB/s",
-        "of limit",
+        "of peak",
     ]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "backend" else "right")
@@ -191,7 +184,7 @@ def _once_table(backends: list[Row]) -> Any:
     from rich.table import Table
 
     on_gpu = any("device_bytes" in row for row in backends)
-    table = Table(title="A fresh process until its first images; into JPEG files")
+    table = Table(title="Cold start of a fresh process, and the rate into JPEG files")
     for heading in (
         "backend",
         "cold start s",
@@ -221,7 +214,7 @@ def _megabytes(value: float | None) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw images/s by batch size, a group of bars a batch."""
+    """Draw images/s as one group of bars for each batch size."""
     from matplotlib.figure import Figure
 
     labels = list(dict.fromkeys(row["backend"] for row in rows))

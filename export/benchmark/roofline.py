@@ -1,4 +1,4 @@
-"""What this device could do at most, measured beside the benchmark, and what one image asks of it."""
+"""The roofline of a device, measured beside the benchmark, and what one image costs at least."""
 
 import time
 from collections.abc import Callable
@@ -17,11 +17,11 @@ CPU_COPY_BYTES, GPU_COPY_BYTES = 1 << 28, 1 << 30
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the arithmetic of one image and one block costs at least."""
+class ImageCost:
+    """The least arithmetic and memory traffic of one image."""
 
     flops_per_image: int
-    """A multiplication and an addition count as two."""
+    """A multiplication with its addition counts as two."""
     values_per_image: int
     """Values of the feature maps, each written once and read once."""
     weights: int
@@ -32,8 +32,8 @@ class Work:
         return value_bytes * (2 * self.values_per_image + self.weights / batch)
 
 
-def work_of(generator: Generator) -> Work:
-    """Count the work of `generator`, BatchNorm folded."""
+def cost_of(generator: Generator) -> ImageCost:
+    """Count what one image of `generator` costs, with BatchNorm folded."""
     folded = generator.folded()
     values = 0
 
@@ -47,29 +47,33 @@ def work_of(generator: Generator) -> Work:
             module.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         folded(torch.zeros(1, generator.config.latent_dim))
-    return Work(counter.get_total_flops(), values, sum(weight.numel() for weight in folded.parameters()))
+    return ImageCost(counter.get_total_flops(), values, sum(weight.numel() for weight in folded.parameters()))
 
 
 @dataclass(frozen=True)
-class Ceiling:
-    """What a device does at most in one kind of arithmetic."""
+class Roofline:
+    """The peak rates of a device in one precision."""
 
     flops_per_second: float
-    """Of a large square matrix product in that precision."""
+    """Measured with a large square matrix product in that precision."""
     copy_bytes_per_second: float
-    """Bytes read and written by a copy too large for the caches."""
+    """Bytes read and written, measured with a copy too large for the caches."""
 
 
-def measure(device: str, precision: Precision) -> Ceiling:
-    """Measure the ceiling of `device` (cpu or cuda) for arithmetic in `precision`; the best of several tries."""
-    return Ceiling(matrix_flops_per_second(device, precision), copy_bytes_per_second(device))
+Rooflines = dict[tuple[str, Precision], Roofline]
+"""By device (cpu or cuda) and precision of the arithmetic."""
+
+
+def measure(device: str, precision: Precision) -> Roofline:
+    """Measure the roofline of `device` (cpu or cuda) in `precision`; each rate is the best of several tries."""
+    return Roofline(matrix_flops_per_second(device, precision), copy_bytes_per_second(device))
 
 
 def matrix_flops_per_second(device: str, precision: Precision) -> float:
     """Return the FLOP/s of a large square matrix product.
 
-    On the CPU the better of two libraries: PyTorch multiplies with MKL, which is half as quick as it could be on
-    other makers' processors, and convolves (a 1x1 convolution is the same product) with oneDNN.
+    On the CPU this is the better of two libraries. PyTorch multiplies matrices with MKL, which reaches half its speed
+    on processors that are not Intel's; it convolves with oneDNN, and a 1x1 convolution is the same product.
     """
     size = CPU_MATRIX if device == "cpu" else GPU_MATRIX
     dtype = torch.float16 if precision == "fp16" else torch.float32
@@ -97,7 +101,7 @@ def copy_bytes_per_second(device: str) -> float:
 
 
 def _seconds(action: Callable[[], object], device: str, repeats: int = 4) -> float:
-    """Return the shortest time of `action`, once for warming up and then `repeats` times: a ceiling is the best."""
+    """Return the shortest time of `repeats` runs of `action`, after one run to warm up: a roofline is the best rate."""
     times = []
     for _ in range(repeats + 1):
         _wait(device)

@@ -1,4 +1,4 @@
-"""Throughput and latency of every backend that runs here, in interleaved rounds, against the device's ceilings."""
+"""The benchmark: throughput and latency of every backend that runs here, in interleaved rounds."""
 
 import random
 import tempfile
@@ -6,16 +6,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from export.benchmark import cold_start
-from export.benchmark import roofline as ceilings
-from export.benchmark.cases import CONTROL, Subject, choose_subjects
-from export.format.card import Precision, read_card
+from export.benchmark import cold_start, roofline
+from export.benchmark.cases import CONTROL, Case, choose_cases
+from export.benchmark.report import write_report
+from export.benchmark.roofline import Rooflines
+from export.benchmark.timing import MeasurementSettings, Timing, Timings
+from export.format.card import read_card
 from export.format.driver import driver_version
 from export.samplers.base import Sampler
 from pipeline.common.errors import DataError, UnavailableError, UsageError
@@ -25,33 +26,8 @@ from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose
 from pipeline.model.latents import latents
 
-Limits = dict[tuple[str, Precision], ceilings.Ceiling]
-"""By device (cpu or cuda) and precision of the arithmetic."""
 SETTLE_SECONDS = 0.02
-"""Pause before each turn: threads that still spin for the last backend would be charged to the next."""
-
-
-@dataclass
-class Timing:
-    """Times of one subject at one batch size."""
-
-    rates: list[float] = field(default_factory=list)
-    """Images/s of each round, images in host memory."""
-    latencies: list[float] = field(default_factory=list)
-    """Seconds of single blocks."""
-    device_seconds: list[float] = field(default_factory=list)
-    """Seconds of single launches by CUDA events, without copies."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure."""
-
-    rounds: int
-    turn_seconds: float
-    """Of one subject in one round."""
-    warm_up: int
-    """Blocks before the first turn."""
+"""Pause before each turn: threads of the last backend that still spin would slow the next one."""
 
 
 def run_benchmark(
@@ -69,50 +45,50 @@ def run_benchmark(
 
     Without `models` an ONNX file is made from `ckpt` for the time of the benchmark.
     """
-    from export.benchmark.report import write_report
-
     if ckpt is None and not models:
         raise UsageError("nothing to measure: give --ckpt, --model, or both")
     threads = threads or available_threads()
-    out.mkdir(parents=True, exist_ok=True)  # a path that cannot be written is told before the work
-    effort = Effort(5, 0.1, 2) if quick else Effort(rounds, 0.3, 200 if driver_version() else 5)
+    out.mkdir(parents=True, exist_ok=True)  # an --out that cannot be written is refused before the work
+    settings = MeasurementSettings(rounds, turn_seconds=0.3, warm_up_blocks=200 if driver_version() else 5)
+    if quick:
+        settings = MeasurementSettings(rounds=5, turn_seconds=0.1, warm_up_blocks=2)
     with _models(ckpt, models, max(batches)) as files:
-        subjects, left_out = choose_subjects(ckpt, files, backends, quick=quick)
-        timings, too_large = measure(subjects, sorted(set(batches)), effort, threads)
-        once = [] if quick else [subject for subject in subjects if subject.label != CONTROL]
-        extras = {subject.label: _once(subject, threads) for subject in once}
-    return write_report(out, subjects, timings, extras, left_out | too_large, measure_limits(subjects), effort, threads)
+        cases, left_out = choose_cases(ckpt, files, backends, quick=quick)
+        timings, too_large = measure(cases, sorted(set(batches)), settings, threads)
+        measured_once = [] if quick else [case for case in cases if case.label != CONTROL]
+        extras = {case.label: _once(case, threads) for case in measured_once}
+    return write_report(out, cases, timings, extras, left_out | too_large, measure_rooflines(cases), settings, threads)
 
 
-def measure_limits(subjects: list[Subject]) -> Limits:
-    """Return the ceiling of every device and precision among `subjects`, measured now."""
-    kinds = sorted({(subject.device, subject.precision) for subject in subjects})
-    return {(device, precision): ceilings.measure(device, precision) for device, precision in kinds}
+def measure_rooflines(cases: list[Case]) -> Rooflines:
+    """Measure the roofline of every device and precision among `cases`."""
+    kinds = sorted({(case.device, case.precision) for case in cases})
+    return {(device, precision): roofline.measure(device, precision) for device, precision in kinds}
 
 
 def measure(
-    subjects: list[Subject], batches: list[int], effort: Effort, threads: int
-) -> tuple[dict[tuple[str, int], Timing], dict[str, str]]:
-    """Return the timings of every subject at every batch size that it takes, and why it does not take the others."""
-    timings: dict[tuple[str, int], Timing] = {}
+    cases: list[Case], batches: list[int], settings: MeasurementSettings, threads: int
+) -> tuple[Timings, dict[str, str]]:
+    """Return the timings of every case at every batch size that it takes, and why it refuses the others."""
+    timings: Timings = {}
     left_out: dict[str, str] = {}
     order = random.Random(0)
-    with Progress("benchmark", len(batches) * effort.rounds, "rounds") as progress:
+    with Progress("benchmark", len(batches) * settings.rounds, "rounds") as progress:
         for batch in batches:
             with ExitStack() as stack:
                 samplers: dict[str, Sampler] = {}
-                for subject in subjects:
+                for case in cases:
                     try:
-                        sampler = stack.enter_context(subject.open(batch, threads))
-                        for _ in range(effort.warm_up):
+                        sampler = stack.enter_context(case.open(batch, threads))
+                        for _ in range(settings.warm_up_blocks):
                             sampler.sample(_z(sampler))
                     except (UsageError, DataError, UnavailableError) as error:  # too large for the model or the GPU
-                        left_out[f"{subject.label}, batch {batch}"] = str(error)
+                        left_out[f"{case.label}, batch {batch}"] = str(error)
                     else:
-                        samplers[subject.label], timings[subject.label, batch] = sampler, Timing()
-                for _ in range(effort.rounds):
+                        samplers[case.label], timings[case.label, batch] = sampler, Timing()
+                for _ in range(settings.rounds):
                     for label in order.sample(list(samplers), len(samplers)):
-                        _turn(samplers[label], timings[label, batch], effort.turn_seconds)
+                        _turn(samplers[label], timings[label, batch], settings.turn_seconds)
                     progress.advance(1)
     if not timings:
         raise UsageError(f"nothing could be measured: {'; '.join(f'{k}: {v}' for k, v in left_out.items())}")
@@ -120,17 +96,17 @@ def measure(
 
 
 def _turn(sampler: Sampler, timing: Timing, seconds: float) -> None:
-    """Let one sampler work for about `seconds`."""
+    """Run one sampler for about `seconds`."""
     z = _z(sampler)
     time.sleep(SETTLE_SECONDS)
     began = time.perf_counter()
-    sampler.sample(z)  # wakes its threads and refills the caches, and tells how many blocks fit into the turn
+    sampler.sample(z)  # wakes threads, fills caches, and tells how many blocks fit into the turn
     blocks = max(1, round(seconds / (time.perf_counter() - began)))
     times = [time.perf_counter()]
     for _ in sampler.stream(z for _ in range(blocks)):
         times.append(time.perf_counter())
     timing.rates.append(blocks * sampler.batch / (times[-1] - times[0]))
-    if sampler.works_ahead:  # blocks overlap: their latency has to be measured one at a time
+    if sampler.works_ahead:  # blocks overlap, so their latency is measured one at a time
         for _ in range(min(blocks, 20)):
             began = time.perf_counter()
             sampler.sample(z)
@@ -144,18 +120,18 @@ def _z(sampler: Sampler) -> np.ndarray[Any, np.dtype[np.float32]]:
     return latents(0, Purpose.BENCHMARK, 0, sampler.batch, sampler.latent_dim, sampler.latent_distribution)
 
 
-def _once(subject: Subject, threads: int) -> dict[str, float | None]:
-    """Return what is measured once a subject: cold start, peak memory, and images/s into encoded files."""
-    with subject.open(None, threads) as sampler:
+def _once(case: Case, threads: int) -> dict[str, float | None]:
+    """Return what is measured once for each case: cold start, peak memory, and images/s into JPEG files."""
+    with case.open(None, threads) as sampler:
         batch = sampler.batch
         into_files = _encoded_rate(sampler, threads)
-    on_gpu = subject.device == "cuda"
-    fresh = cold_start.measure(subject.model, subject.backend, batch, threads, subject.checkpoint_precision, on_gpu)
+    on_gpu = case.device == "cuda"
+    fresh = cold_start.measure(case.model, case.backend, batch, threads, case.checkpoint_precision, on_gpu)
     return {"jpg_images_per_second": into_files, **(fresh or {"cold_start_seconds": None, "peak_bytes": None})}
 
 
 def _encoded_rate(sampler: Sampler, threads: int, seconds: float = 1.0) -> float:
-    """Return images/s from z to JPEG files on disk, encoded in threads while the sampler works."""
+    """Return images/s from z to JPEG files on disk; threads encode while the sampler works."""
     z = _z(sampler)
     sampler.sample(z)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(threads) as pool:
@@ -179,7 +155,7 @@ def _until(end: float, make: Callable[[], Any]) -> Iterator[Any]:
 
 @contextmanager
 def _models(ckpt: str | None, models: list[str], max_batch: int) -> Iterator[list[str]]:
-    """Yield the files to measure: those given, or an ONNX file made from the checkpoint for the time being."""
+    """Yield the files to measure: those given, or an ONNX file made from the checkpoint and removed at the end."""
     if models:
         for model in models:
             read_card(model)

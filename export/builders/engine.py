@@ -1,10 +1,10 @@
-"""A checkpoint or an ONNX file becomes a TensorRT plan with its card; and an old plan a new one."""
+"""Builds a TensorRT engine and its card from a checkpoint or an ONNX file, rebuilds one, and verifies one."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.builders.tensorrt import BuildOptions, build_plan, can_run, require_builder
+from export.builders.tensorrt import BuildOptions, build_engine, can_run, require_builder
 from export.format.card import (
     Card,
     ComputePrecision,
@@ -30,7 +30,7 @@ OUTPUT: Output = "uint8"
 MAX_BATCH = 256
 
 
-def export_plan(
+def export_engine(
     reference: str,
     folder: Path,
     *,
@@ -43,18 +43,19 @@ def export_plan(
 ) -> Card:
     """Write `folder`/`name` and its card, from a `.onnx` with its card or any form of --ckpt.
 
-    From a checkpoint the ONNX file is made first, in the same folder, unless it is there; `output` (uint8) and
-    `max_batch` (256) are its. Where the plan can run, it is compared with PyTorch before it is written.
+    From a checkpoint the ONNX file is made first, in the same folder, unless it is there; `output` (default uint8)
+    and `max_batch` (default 256) are the ONNX file's. If the engine can run here, it is compared with PyTorch before
+    it is written.
 
-    Raises UnavailableError when no plan can be built here, DataError when the graph cannot be built or is not
-    equal, UsageError when the options contradict the ONNX file or another plan in the folder.
+    Raises UnavailableError when no engine can be built here, DataError when the graph cannot be built or parity
+    fails, UsageError when the options contradict the ONNX file or another engine in the folder.
     """
     options = replace(options or BuildOptions(), tf32=precision == "tf32")
     if not name.endswith(".plan"):
         raise UsageError(f"--name {name}: expected a name that ends in .plan")
     if options.runtime == "tensorrt-rtx" and options.timing_cache is not None:
-        raise UsageError("--timing-cache: TensorRT-RTX has none, it chooses kernels on the GPU that it later runs on")
-    require_builder(options.runtime)  # told before the minutes of an ONNX export
+        raise UsageError("--timing-cache: TensorRT-RTX has none; it chooses kernels on the GPU that runs the engine")
+    require_builder(options.runtime)  # refuse before the minutes of an ONNX export
     if reference.endswith(".onnx"):
         model, weights = _onnx_beside(reference, folder, name, precision, output, max_batch), None
     else:
@@ -64,43 +65,43 @@ def export_plan(
     return _build(model, folder / name, precision, options, weights, parity_images)
 
 
-def rebuild(plan: str) -> Card:
-    """Build `plan` again for this machine from the ONNX file beside it, with the options in its card."""
-    if is_url(plan := plan.removeprefix("file://")):
+def rebuild(engine: str) -> Card:
+    """Build `engine` again for this machine from the ONNX file beside it, with the options in its card."""
+    if is_url(engine := engine.removeprefix("file://")):
         raise UsageError(
-            f"--rebuild: {plan} is a URL, and an engine is built beside its ONNX file on a disk; copy both there "
-            "with dcgan-export publish"
+            f"--rebuild: {engine} is a URL, and an engine is built on a disk, beside its ONNX file; copy both to "
+            "a folder with dcgan-export publish"
         )
-    card = read_card(plan)
-    assert card.engine is not None, "read_card refuses the card of a plan that names none"
+    card = read_card(engine)
+    assert card.engine is not None, "read_card refuses an engine whose card has no target"
     options = BuildOptions(card.engine.runtime, card.precision == "tf32", card.engine.optimization_level)
     require_builder(options.runtime)
-    _onnx_card(plan, card)
-    path = Path(plan)
+    _onnx_card(engine, card)
+    path = Path(engine)
     return _build(path.with_name(card.engine.onnx), path, card.precision, options, None, PARITY_IMAGES)
 
 
-def rebuild_unless_it_fits(plan: str) -> bool:
-    """Rebuild `plan` if it is damaged or belongs to another machine; return whether that was needed."""
+def rebuild_unless_it_fits(engine: str) -> bool:
+    """Rebuild `engine` if it is damaged or was built for another machine; return whether it was rebuilt."""
     from export.samplers.tensorrt import require_fit
 
-    if not plan.endswith(".plan"):
-        raise UsageError(f"--rebuild: {plan} is not a .plan, only engines are built")
+    if not engine.endswith(".plan"):
+        raise UsageError(f"--rebuild: {engine} is not a .plan, and only engines are built")
     try:
-        card, _ = read_model(plan)
-        require_fit(plan, card)
+        card, _ = read_model(engine)
+        require_fit(engine, card)
     except DataError:
-        rebuild(plan)
+        rebuild(engine)
         return True
     return False
 
 
 def _onnx_beside(
-    reference: str, folder: Path, plan: str, precision: Precision, output: Output | None, max_batch: int | None
+    reference: str, folder: Path, engine: str, precision: Precision, output: Output | None, max_batch: int | None
 ) -> Path:
-    """Return a given ONNX file in `folder`, copied there if need be: a plan is rebuilt from the file beside it.
+    """Copy an ONNX file and its card into `folder`, because an engine is rebuilt from the file beside it.
 
-    Raises UsageError for an option that contradicts it: precision, output and batches are the graph's.
+    Returns the copy. Raises UsageError for an option that contradicts the graph's precision, output or batch.
     """
     card, data = read_model(reference)
     precisions = ("fp16",) if card.precision == "fp16" else ("fp32", "tf32")
@@ -111,12 +112,12 @@ def _onnx_beside(
     ):
         if wanted is not None and wanted != found:
             raise UsageError(
-                f"{option} {wanted}: {reference} has {found}, and a plan has what its graph has; name the checkpoint "
-                "instead, and the ONNX file is made for it"
+                f"{option} {wanted}: {reference} has {found}, and an engine has what its graph has; pass the "
+                "checkpoint as --ckpt instead, to export another graph"
             )
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / card.file
-    require_replaceable(model, card.sha256, replacing=plan)
+    require_replaceable(model, card.sha256, replacing=engine)
     write_atomic(model, data)
     write_card(str(folder), card)
     return model
@@ -125,13 +126,13 @@ def _onnx_beside(
 def _onnx_of(
     reference: str,
     folder: Path,
-    plan: str,
+    engine: str,
     precision: Precision,
     output: Output,
     max_batch: int,
     parity_images: int,
 ) -> Path:
-    """Return the ONNX file of a checkpoint in `folder`: the one that is there if it is the same, else a new one."""
+    """Return the ONNX file of a checkpoint in `folder`: the existing one if it is the same, else a new export."""
     from export.builders.onnx_model import export_onnx
     from pipeline.checkpoints.reference import load_generator
 
@@ -142,7 +143,7 @@ def _onnx_of(
         wanted = (load_generator(reference).sha256, graph, output, max_batch)
         if (card.source.sha256, card.precision, card.output_kind, card.max_batch) == wanted:
             return folder / name
-    require_replaceable(folder / name, None, replacing=plan)
+    require_replaceable(folder / name, None, replacing=engine)
     export_onnx(
         reference,
         folder,
@@ -156,80 +157,85 @@ def _onnx_of(
 
 
 def _build(
-    model: Path, plan: Path, precision: Precision, options: BuildOptions, weights: str | None, parity_images: int
+    model: Path, engine: Path, precision: Precision, options: BuildOptions, weights: str | None, parity_images: int
 ) -> Card:
-    """Build, compare, write the plan, then its card."""
+    """Build an engine, compare it, write it, then write its card."""
     from export.format.onnx_file import load_checked
 
     onnx_card, data = load_checked(str(model))
-    # Found before the minutes of a build, so that nothing is built in vain.
+    # Before the build, which takes minutes: without a reference there is no parity, and the build would be in vain.
     reference = _reference(onnx_card, str(model), weights) if can_run(options.runtime) else None
-    built, engine = build_plan(str(model), onnx_card, data, options)
+    serialized, target = build_engine(str(model), onnx_card, data, options)
     card = onnx_card.model_copy(
         update={
-            "file": plan.name,
-            "sha256": sha256_bytes(built),
-            "bytes": len(built),
+            "file": engine.name,
+            "sha256": sha256_bytes(serialized),
+            "bytes": len(serialized),
             "precision": precision,
             "versions": versions("torch", "onnx", "tensorrt", "tensorrt-rtx-cu13"),
-            "engine": engine,
+            "engine": target,
             "parity": [],
         }
     )
     if reference is not None:
-        card = card.model_copy(update={"parity": check_parity(card, built, str(plan), reference, parity_images)})
-    write_atomic(plan, built)
-    write_card(str(plan.parent), card)
+        card = card.model_copy(update={"parity": check_parity(card, serialized, str(engine), reference, parity_images)})
+    write_atomic(engine, serialized)
+    write_card(str(engine.parent), card)
     return card
 
 
-def verify_plan(plan: str, *, reference: str | None = None, images: int = PARITY_IMAGES) -> tuple[Card, list[Parity]]:
-    """Check card, hash, machine and parity of a plan again. Raises what `tensorrt_runtime.open_plan` raises."""
+def verify_engine(
+    engine: str, *, reference: str | None = None, images: int = PARITY_IMAGES
+) -> tuple[Card, list[Parity]]:
+    """Check card, hash, machine and parity of an engine again. Raises as `open_engine` does."""
     from export.samplers.tensorrt import require_fit
 
-    card, data = read_model(plan)
-    require_fit(plan, card)
-    return card, check_parity(card, data, plan, find_reference(plan, card, reference), images)
+    card, data = read_model(engine)
+    require_fit(engine, card)
+    return card, check_parity(card, data, engine, find_reference(engine, card, reference), images)
 
 
-def find_reference(plan: str, card: Card, weights: str | None) -> "Reference":
-    """Return what a plan is compared with; its card must agree with it and with the ONNX file beside it."""
+def find_reference(engine: str, card: Card, weights: str | None) -> "Reference":
+    """Return the reference that an engine is compared with.
+
+    Raises DataError unless its card agrees with the reference and with the ONNX file beside it.
+    """
     from export.builders import parity
     from export.builders.onnx_model import load_source
 
     assert card.engine is not None
-    model = beside(plan, card.engine.onnx)
+    model = beside(engine, card.engine.onnx)
     store, name = split(model)
     if store.exists(name):
-        return _reference(_onnx_card(plan, card), model, weights)
+        return _reference(_onnx_card(engine, card), model, weights)
     return parity.of_generator(load_source(card, weights).generator)
 
 
-def _onnx_card(plan: str, card: Card) -> Card:
-    """Return the card of the ONNX file beside a plan. Raises DataError unless the plan and its card come from it."""
+def _onnx_card(engine: str, card: Card) -> Card:
+    """Return the card of the ONNX file beside an engine. Raises DataError unless the engine was built from it."""
     from export.format.onnx_file import load_checked
 
     assert card.engine is not None
-    model = beside(plan, card.engine.onnx)
+    model = beside(engine, card.engine.onnx)
     found, _ = load_checked(model)
     if found.sha256 != card.engine.onnx_sha256:
         raise DataError(
-            f"{model}: is not the file that {plan} was built from (SHA-256 {found.sha256[:12]}...); export again"
+            f"{model}: is not the file that {engine} was built from (SHA-256 {found.sha256[:12]}...); export again"
         )
     same = {"network", "input", "output", "max_batch", "source"}
     ours, theirs = card.model_dump(include=same), found.model_dump(include=same)
     ours["precision"], theirs["precision"] = (one.precision.replace("tf32", "fp32") for one in (card, found))
     if wrong := [field for field in ours if ours[field] != theirs[field]]:
         raise DataError(
-            f"{plan}: its card differs from that of {model} in {', '.join(wrong)}: it was edited; export again"
+            f"{engine}: its card differs from that of {model} in {', '.join(wrong)}: it was edited; export again"
         )
     return found
 
 
 def _reference(onnx_card: Card, model: str, weights: str | None) -> "Reference":
-    """Return the generator in PyTorch or, where its weights are gone, the ONNX file, which was proven equal to it.
+    """Return the generator in PyTorch or, without its weights, the ONNX file, whose parity with it was measured.
 
-    Machines that build engines often have only the ONNX file. `weights` that were named must be the right ones.
+    Machines that build engines often have only the ONNX file. If `weights` are given, they must be the right ones.
     """
     from export.builders import parity
     from export.builders.onnx_model import float_runner, load_source
@@ -244,14 +250,14 @@ def _reference(onnx_card: Card, model: str, weights: str | None) -> "Reference":
     return parity.Reference(onnx_card.file, onnx_card.network, run)
 
 
-def check_parity(card: Card, data: bytes, plan: str, reference: "Reference", images: int) -> list[Parity]:
-    """Run the plan beside its reference; return how far they are apart. Raises DataError beyond the bars."""
+def check_parity(card: Card, data: bytes, engine: str, reference: "Reference", images: int) -> list[Parity]:
+    """Compare the engine with its reference; return the differences. Raises DataError beyond the tolerances."""
     from export.builders import parity
-    from export.samplers.tensorrt import TensorRTSampler, open_plan
+    from export.samplers.tensorrt import TensorRTSampler, open_engine
 
     candidate = parity.Candidate(
-        lambda batch: open_plan(plan, card, data, batch),
+        lambda batch: open_engine(engine, card, data, batch),
         lambda sampler, z: sampler.floats(z) if isinstance(sampler, TensorRTSampler) else None,
     )
     measured = parity.measure(reference, [candidate], max_batch=card.max_batch, images=images, precision=card.precision)
-    return parity.require(measured, plan)
+    return parity.require(measured, engine)

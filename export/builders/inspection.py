@@ -1,4 +1,4 @@
-"""What `dcgan-export inspect` prints: an exported file in a screenful."""
+"""`dcgan-export inspect`: describes an exported file in a dozen lines."""
 
 from collections import Counter
 from typing import Any
@@ -8,7 +8,7 @@ from pipeline.common.errors import DataError
 
 
 def describe_model(model: str) -> list[str]:
-    """Return lines about a `.onnx` or `.plan`. Raises DataError when it does not match its card."""
+    """Return lines that describe an ONNX file or an engine. Raises DataError when it does not match its card."""
     card, data = read_model(model)
     rows = {
         "file": f"{model}, {card.bytes:,} bytes, sha256 {card.sha256}",

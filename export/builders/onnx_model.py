@@ -1,10 +1,10 @@
-"""A generator as one ONNX file with a dynamic batch, proven equal before it is written."""
+"""Exports a generator as one ONNX file with a dynamic batch, and verifies one. Parity is measured before writing."""
 
 import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,17 +14,15 @@ from numpy.typing import NDArray
 from export.builders import parity
 from export.format.card import Card, ComputePrecision, Output, Parity, Source, ports, write_card
 from export.format.graph import DeployedGenerator
-from export.format.onnx_file import check_network, load_checked, notes
-from export.samplers.base import Sampler, cpu_onnx_backends
+from export.format.onnx_file import check_network, load_checked, metadata
+from export.samplers.base import Sampler
 from export.samplers.onnx import create_session, open_onnx
-from pipeline.checkpoints.reference import load_generator
+from export.samplers.open import cpu_onnx_backends
+from pipeline.checkpoints.reference import LoadedGenerator, load_generator
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.machine import available_threads, versions
 from pipeline.common.storage import sha256_bytes, write_atomic
 from pipeline.model.networks import Generator
-
-if TYPE_CHECKING:
-    from pipeline.checkpoints.reference import LoadedGenerator
 
 OPSET = 20
 MAX_BATCH = 4096
@@ -40,15 +38,16 @@ def export_onnx(
     max_batch: int = 256,
     parity_images: int = parity.IMAGES,
 ) -> Card:
-    """Write `folder`/`name` and its card from any form of --ckpt. Nothing is written when parity fails.
+    """Write `folder`/`name` and its card from any form of --ckpt. Writes nothing when parity fails.
 
-    Raises DataError when the graph is not equal to the generator within the bars of `export.builders.parity`.
+    Raises DataError when the images differ from the generator's by more than the tolerances of
+    `export.builders.parity`.
     """
     if not 2 <= max_batch <= MAX_BATCH:
         raise UsageError(f"--max-batch {max_batch}: expected 2 to {MAX_BATCH}")
     if not name.endswith(".onnx"):
         raise UsageError(f"--name {name}: expected a name that ends in .onnx")
-    folder.mkdir(parents=True, exist_ok=True)  # a path that cannot be written is told before the work
+    folder.mkdir(parents=True, exist_ok=True)  # an --out that cannot be written is refused before the work
     loaded = load_generator(reference)
     data = build(loaded, precision, output, max_batch)
     z, image = ports(loaded.config, output)
@@ -71,10 +70,10 @@ def export_onnx(
     return card
 
 
-def build(loaded: "LoadedGenerator", precision: ComputePrecision, output: Output, max_batch: int) -> bytes:
-    """Return the checked ONNX graph of a generator, as the bytes of a single file."""
+def build(loaded: LoadedGenerator, precision: ComputePrecision, output: Output, max_batch: int) -> bytes:
+    """Return the ONNX graph of a generator, checked by onnx, as the bytes of one file."""
     network = DeployedGenerator(loaded.generator, precision=precision, output=output)
-    z = torch.zeros(2, loaded.config.latent_dim)  # 2: torch.export takes a batch of 1 for a constant
+    z = torch.zeros(2, loaded.config.latent_dim)  # 2, because torch.export would make a batch of 1 a constant
     with _quiet():
         program = torch.onnx.export(
             network,
@@ -90,20 +89,20 @@ def build(loaded: "LoadedGenerator", precision: ComputePrecision, output: Output
     assert program is not None
     model: Any = program.model_proto
     _strip(model)
-    for key, value in notes(loaded.config, source_of(loaded), precision, max_batch).items():
+    for key, value in metadata(loaded.config, source_of(loaded), precision, max_batch).items():
         model.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(model, full_check=True)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
 
 
-def source_of(loaded: "LoadedGenerator") -> Source:
-    """Return what the card says of the weights."""
+def source_of(loaded: LoadedGenerator) -> Source:
+    """Return the weights as the card describes them."""
     return Source(reference=loaded.source, sha256=loaded.sha256, kind=loaded.kind, images_seen=loaded.images_seen)
 
 
 class _quiet:
-    """Keep the exporter's remarks about its own internals off the terminal."""
+    """Silences the exporter's messages about its own internals."""
 
     def __enter__(self) -> None:
         self._caught = warnings.catch_warnings()
@@ -119,7 +118,7 @@ class _quiet:
 
 
 def _strip(model: Any) -> None:
-    """Remove the exporter's notes (stack traces with local paths): the file then depends on the weights alone."""
+    """Remove the exporter's metadata (stack traces with local paths), so that the file depends on the weights alone."""
     graph = model.graph
     for item in (*graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info, graph):
         item.ClearField("metadata_props")
@@ -129,9 +128,9 @@ def _strip(model: Any) -> None:
 
 
 def check_parity(generator: Generator, card: Card, data: bytes, model: str, images: int) -> list[Parity]:
-    """Run `data` beside `generator` in every CPU backend that is installed; return how far each is apart.
+    """Compare `data` with `generator` in every installed CPU backend; return the differences of each.
 
-    Raises DataError beyond the bars.
+    Raises DataError beyond the tolerances.
     """
     threads = available_threads()
 
@@ -157,7 +156,7 @@ def check_parity(generator: Generator, card: Card, data: bytes, model: str, imag
 def float_runner(
     card: Card, data: bytes, model: str, threads: int
 ) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """Return z -> float images (N, C, H, W) of the same graph: the value just before it becomes uint8."""
+    """Return z -> float images (N, C, H, W) of the same graph, before their conversion to uint8."""
     output = "image"
     if card.output_kind == "uint8":
         proto: Any = onnx.load_from_string(data)
@@ -175,19 +174,19 @@ def float_runner(
 
 
 def verify_onnx(model: str, *, reference: str | None = None, images: int = parity.IMAGES) -> tuple[Card, list[Parity]]:
-    """Check hash, card, graph and parity again. `reference` names the checkpoint if it has moved.
+    """Check hash, card, graph and parity again. `reference` is the checkpoint, if it has moved.
 
-    Raises DataError that says which of them fails.
+    Raises DataError with the check that fails.
     """
     card, data = load_checked(model)
     loaded = load_source(card, reference)
     return card, check_parity(loaded.generator, card, data, model, images)
 
 
-def load_source(card: Card, reference: str | None) -> "LoadedGenerator":
+def load_source(card: Card, reference: str | None) -> LoadedGenerator:
     """Return the generator that `card` was exported from.
 
-    Raises DataError when it is gone, another one, or not what the card says of it.
+    Raises DataError when it is gone, has another hash, or contradicts the card.
     """
     where = reference or card.source.reference
     try:
@@ -196,12 +195,12 @@ def load_source(card: Card, reference: str | None) -> "LoadedGenerator":
         if reference is not None:
             raise
         raise DataError(
-            f"{card.file}: the weights it was made from cannot be read ({error}); name them with --ckpt"
+            f"{card.file}: the weights it was made from cannot be read ({error}); pass them as --ckpt"
         ) from None
     if loaded.sha256 != card.source.sha256:
         raise DataError(
-            f"{loaded.source}: its SHA-256 is {loaded.sha256[:12]}..., {card.file} was made from "
-            f"{card.source.sha256[:12]}...; name the right weights with --ckpt, or export again"
+            f"{loaded.source}: its SHA-256 is {loaded.sha256[:12]}..., but {card.file} was made from "
+            f"{card.source.sha256[:12]}...; pass the right weights as --ckpt, or export again"
         )
     check_network(card.file, card, loaded.config)
     return loaded

@@ -1,4 +1,4 @@
-"""The gate of every export: the file must make the images that the PyTorch generator makes, from the same z."""
+"""Parity: every exported file must make the same images as the PyTorch generator, from the same z."""
 
 import math
 from collections.abc import Callable
@@ -22,22 +22,22 @@ from pipeline.model.latents import latents
 from pipeline.model.networks import Generator
 from pipeline.model.sampling import to_uint8
 
-FLOAT_BARS = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2}
-"""Largest difference allowed of a value in [-1, 1], by precision."""
-UINT8_BAR = 1
-SHARE_BARS = {"fp32": 0.005, "tf32": 0.2, "fp16": 0.2}
-"""Largest share of uint8 values that may be off at all. Seen (32 to 128 pixels, low and high contrast, ONNX Runtime
-and OpenVINO): float32 up to 0.00016, TF32 0.029 to 0.09, fp16 0.021 to 0.1. So TF32 that leaks into float32 is found
-even in a file that tells only its pixels."""
+FLOAT_TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2}
+"""Largest difference of a value in [-1, 1] that passes, by precision."""
+UINT8_TOLERANCE = 1
+SHARE_TOLERANCES = {"fp32": 0.005, "tf32": 0.2, "fp16": 0.2}
+"""Largest share of differing uint8 values that passes. Measured shares (32 to 128 pixels, low and high contrast, ONNX
+Runtime and OpenVINO): float32 up to 0.00016, TF32 0.029 to 0.09, fp16 0.021 to 0.1. So this finds TF32 in place of
+float32 even in a file that outputs uint8 only."""
 IMAGES = 10_000
-SEED = 20_151_119  # any; the day the paper appeared
+SEED = 20_151_119  # arbitrary: the day the paper appeared
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What images are measured by."""
+    """The images that an exported file is compared with."""
 
     name: str
     network: NetworkConfig
@@ -47,17 +47,17 @@ class Reference:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way of running an exported file."""
+    """One way to run an exported file."""
 
     open_at: Callable[[int], Sampler]
     """Block size -> sampler."""
     floats: Callable[[Sampler, Floats], Floats | None] = lambda sampler, z: None
-    """The float images of the same z (N, C, H, W), or None where the file does not tell them."""
+    """Float images (N, C, H, W) of the same z, or None if the file does not output them."""
 
 
 @dataclass
 class Comparison:
-    """Running differences between the reference and a backend."""
+    """Accumulated differences between the reference and one candidate."""
 
     images: int = 0
     max_float_error: float | None = None
@@ -65,11 +65,11 @@ class Comparison:
     pixels: int = 0
     pixels_off: int = 0
     worst: tuple[Pixels, Pixels] | None = None
-    """Reference and result, the image whose sum of pixel differences is largest."""
+    """Reference and result of the image with the largest sum of differences."""
     _worst_sum: int = field(default=-1, repr=False)
 
     def add_floats(self, reference: Floats, result: Floats) -> None:
-        """Compare float images (N, C, H, W). NaN counts as infinitely far."""
+        """Compare float images (N, C, H, W). NaN counts as an infinite difference."""
         error = float(np.max(np.abs(reference - result)))
         self.max_float_error = max(self.max_float_error or 0.0, math.inf if math.isnan(error) else error)
 
@@ -90,16 +90,16 @@ class Comparison:
 def measure(
     reference: Reference, candidates: list[Candidate], *, max_batch: int, images: int = IMAGES, precision: Precision
 ) -> list[tuple[Parity, Comparison]]:
-    """Compare ways of running an exported file with its reference on the same z; the reference runs once for all.
+    """Compare every candidate with the reference on the same z. The reference runs once for all of them.
 
-    Batches 1, 7 and `max_batch` are compared, the last over `images` images.
+    Compares batches of 1, 7 and `max_batch`, the last over `images` images.
     """
     network = reference.network
     compared = [Comparison() for _ in candidates]
     backends = [""] * len(candidates)
-    plan = {1: 1, min(7, max_batch): 1, max_batch: -(-images // max_batch)}  # batch: blocks compared at it
-    with Progress("parity", sum(batch * blocks for batch, blocks in plan.items())) as progress:
-        for batch, blocks in plan.items():
+    blocks_at = {1: 1, min(7, max_batch): 1, max_batch: -(-images // max_batch)}  # blocks compared at each batch size
+    with Progress("parity", sum(batch * blocks for batch, blocks in blocks_at.items())) as progress:
+        for batch, blocks in blocks_at.items():
             with ExitStack() as stack:
                 samplers = [stack.enter_context(candidate.open_at(batch)) for candidate in candidates]
                 backends = [f"{sampler.backend}/{sampler.provider}" for sampler in samplers]
@@ -117,14 +117,14 @@ def measure(
             Parity(
                 reference=reference.name,
                 backend=backend,
-                batches=list(plan),
+                batches=list(blocks_at),
                 images=comparison.images,
                 max_float_error=comparison.max_float_error,
                 max_uint8_error=comparison.max_uint8_error,
                 share_of_pixels_off=comparison.pixels_off / comparison.pixels,
-                float_bar=FLOAT_BARS[precision],
-                uint8_bar=UINT8_BAR,
-                share_bar=SHARE_BARS[precision],
+                float_bar=FLOAT_TOLERANCES[precision],
+                uint8_bar=UINT8_TOLERANCE,
+                share_bar=SHARE_TOLERANCES[precision],
             ),
             comparison,
         )
@@ -133,7 +133,7 @@ def measure(
 
 
 def of_generator(generator: Generator) -> Reference:
-    """Return the network as trained, BatchNorm not folded: what every export is measured by."""
+    """Return the reference of every export: the network as trained, with BatchNorm not folded."""
 
     def run(z: Floats) -> Floats:
         with torch.inference_mode():
@@ -144,11 +144,14 @@ def of_generator(generator: Generator) -> Reference:
 
 
 def require(measured: list[tuple[Parity, Comparison]], model: str) -> list[Parity]:
-    """Return the records. Raise DataError at the first beyond its bars; a picture beside `model` has its worst pair."""
+    """Return the records.
+
+    Raises DataError for the first record beyond its tolerances, and saves its worst pair of images beside `model`.
+    """
     for parity, compared in measured:
         far = []
         if (parity.max_float_error or 0.0) > parity.float_bar:
-            far.append(f"{parity.max_float_error:.2g} in [-1, 1] (at most {parity.float_bar:g} is allowed)")
+            far.append(f"{parity.max_float_error:.2g} in [-1, 1] (at most {parity.float_bar:g})")
         if parity.max_uint8_error > parity.uint8_bar:
             far.append(f"{parity.max_uint8_error} gray levels (at most {parity.uint8_bar})")
         if parity.share_bar is not None and parity.share_of_pixels_off > parity.share_bar:
@@ -159,7 +162,7 @@ def require(measured: list[tuple[Parity, Comparison]], model: str) -> list[Parit
             save_png(picture, _picture(compared, parity.reference))
             raise DataError(
                 f"{model}: differs from {parity.reference} by {' and '.join(far)} over {parity.images} images on "
-                f"{parity.backend}; the worst pair is in {picture}"
+                f"{parity.backend}; {picture} shows the worst pair"
             )
     return [parity for parity, _ in measured]
 
@@ -178,15 +181,15 @@ def _picture(compared: Comparison, name: str) -> Pixels:
 
 
 def describe(parity: Parity) -> str:
-    """Return one line for people."""
+    """Return a record as one line of text."""
     floats = share = ""
     if parity.max_float_error is not None:
-        floats = f"float difference {parity.max_float_error:.1e} (bar {parity.float_bar:g}), "
+        floats = f"float difference {parity.max_float_error:.1e} (at most {parity.float_bar:g}), "
     if parity.share_bar is not None:
-        share = f" (bar {parity.share_bar:.1%})"
-    stand_in = "" if parity.reference == "PyTorch" else f"with {parity.reference}, the weights are gone, "
+        share = f" (at most {parity.share_bar:.1%})"
+    stand_in = "" if parity.reference == "PyTorch" else f"with {parity.reference} in place of the lost weights, "
     return (
         f"parity {stand_in}over {parity.images:,} images at batch {', '.join(map(str, parity.batches))} on "
-        f"{parity.backend}: {floats}uint8 at most {parity.max_uint8_error} (bar {parity.uint8_bar}), "
+        f"{parity.backend}: {floats}uint8 difference {parity.max_uint8_error} (at most {parity.uint8_bar}), "
         f"{parity.share_of_pixels_off:.2%} of the values differ{share}"
     )

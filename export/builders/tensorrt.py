@@ -1,81 +1,60 @@
-"""Building a TensorRT or TensorRT-RTX plan from an ONNX file: one path for 10.13 to 11.x and RTX.
+"""TensorRT's builder: an ONNX graph becomes a serialized engine, by one path for 10.13 to 11.x and TensorRT-RTX.
 
-Strongly typed: the precision is the graph's. Only names that exist in all of these versions are used
-(tests/export/test_tensorrt_names.py checks that against their listings).
+Engines are strongly typed: the precision is the graph's. The code uses only names that exist in all of these
+versions; tests/export/test_tensorrt_names.py checks them against lists of each version's names.
 """
 
 import hashlib
-import importlib
-import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from export.format.card import Card, Engine
+from export.format.card import Card, Engine, RuntimeName
 from export.format.driver import driver_version
+from export.format.tensorrt_library import (
+    RTX_CAPABILITIES,
+    load_module,
+    make_logger,
+    system,
+    this_gpu,
+)
 from pipeline.common.errors import DataError, UnavailableError, UsageError
 from pipeline.common.storage import write_atomic
 
-RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
-MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
-"""What TensorRT-RTX 1.7 builds for when it is not told a GPU. Turing (7.5) would need a plan of its own."""
 BEST_BATCH = 64
-"""The throughput profile's kernels are chosen for blocks of this size."""
+"""TensorRT chooses the kernels of the throughput profile for this batch size."""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a plan is built; all of it is in the card, so that it can be built again."""
+    """How an engine is built. The card records what a rebuild needs."""
 
     runtime: RuntimeName = "tensorrt"
     tf32: bool = False
-    """Let float32 products run as TF32 on tensor cores: quicker, and off by a thousandth."""
+    """Allow TF32 for float32 products on tensor cores: faster, with a relative error of about 1e-3."""
     optimization_level: int = 3
-    """0 builds quickly, 5 searches longest; 3 is TensorRT's default."""
+    """From 0, the fastest build, to 5, the longest search for fast kernels; TensorRT's default is 3."""
     timing_cache: Path | None = None
-    """Folder of measured kernels, which make the next build quicker."""
-
-
-def load_module(runtime: RuntimeName) -> Any:
-    """Import TensorRT or TensorRT-RTX. Raises UnavailableError that names the package to install."""
-    try:
-        return importlib.import_module(MODULES[runtime])
-    except (ImportError, OSError, RuntimeError) as error:
-        detail = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).splitlines()[0]})"
-        raise UnavailableError(
-            f"--runtime {runtime}: the Python package {MODULES[runtime]} cannot be imported{detail}; "
-            f"pip install {package_for(runtime)}"
-        ) from None
-
-
-def package_for(runtime: RuntimeName) -> str:
-    """Return the pip package of `runtime` for the CUDA version of the driver here."""
-    if runtime == "tensorrt-rtx":
-        return "tensorrt-rtx-cu13"
-    driver = driver_version()
-    if driver is None:
-        return "tensorrt-cu13 with a CUDA 13 driver, tensorrt-cu12 with a CUDA 12 driver"
-    return f"tensorrt-cu{driver.split('.')[0]}"
+    """Folder of measured kernel times, which make the next build faster."""
 
 
 def require_builder(runtime: RuntimeName) -> Any:
-    """Return the TensorRT module if plans can be built here, else raise UnavailableError that says what can be done."""
+    """Return the TensorRT module. Raises UnavailableError, with what to do, when no engine can be built here."""
     if runtime == "tensorrt" and driver_version() is None:
         raise UnavailableError(
-            "--runtime tensorrt: no NVIDIA GPU and driver here, and TensorRT builds on the GPU it builds for; "
-            "--runtime tensorrt-rtx builds without one, and dcgan-export onnx makes the file to build from there"
+            "--runtime tensorrt: no NVIDIA GPU and driver here, and TensorRT builds an engine on the GPU that runs it; "
+            "--runtime tensorrt-rtx builds without one, or export an ONNX file with dcgan-export onnx and build there"
         )
     if runtime == "tensorrt":
-        this_gpu()  # the card has to name it: told before the minutes of a build
+        this_gpu()  # the card names the GPU: refuse before the minutes of a build
     return load_module(runtime)
 
 
 def can_run(runtime: RuntimeName) -> bool:
-    """Whether a plan of `runtime` that is built here can also run here: TensorRT-RTX builds without a GPU."""
+    """Return whether an engine of `runtime` can run where it is built, as TensorRT-RTX builds without a GPU."""
     try:
         gpu = this_gpu()
     except UnavailableError:
@@ -84,12 +63,12 @@ def can_run(runtime: RuntimeName) -> bool:
 
 
 def profiles(max_batch: int) -> list[list[int]]:
-    """Return (smallest, best, largest batch) of the two profiles: one image for latency, many for throughput."""
+    """Return [smallest, best, largest batch] of two profiles: 0 for a single image, 1 for throughput."""
     return [[1, 1, 1], [1, min(BEST_BATCH, max_batch), max_batch]]
 
 
-def build_plan(model: str, card: Card, data: bytes, options: BuildOptions) -> tuple[bytes, Engine]:
-    """Return the serialized plan of an ONNX model, and what it is tied to. `model` is named in errors.
+def build_engine(model: str, card: Card, data: bytes, options: BuildOptions) -> tuple[bytes, Engine]:
+    """Return the serialized engine of the ONNX bytes `data`, and its target. Errors name `model`.
 
     Raises UnavailableError when TensorRT or the GPU is missing, DataError when it cannot build this graph.
     """
@@ -115,29 +94,14 @@ def build_plan(model: str, card: Card, data: bytes, options: BuildOptions) -> tu
         if config.add_optimization_profile(profile) < 0:
             raise DataError(f"{model}: {options.runtime} refuses the batch profile {smallest}/{best}/{largest}")
     with _timing_cache(trt, config, options):
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:  # no exception tells why: the log does
+        serialized = builder.build_serialized_network(network, config)
+        if serialized is None:  # the reason is in the log, not in an exception
             raise DataError(f"{model}: {options.runtime} {trt.__version__} cannot build it: {_one_line(logger.errors)}")
-    return bytes(plan), describe_target(trt, card, options)
-
-
-def make_logger(trt: Any) -> Any:
-    """Return a TensorRT logger that keeps the error lines and prints nothing."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]  # the base class is known at run time only
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Logger()
+    return bytes(serialized), describe_target(trt, card, options)
 
 
 def describe_target(trt: Any, card: Card, options: BuildOptions) -> Engine:
-    """Return what a plan built here is tied to."""
+    """Return the target of an engine that is built here."""
     gpu = this_gpu() if options.runtime == "tensorrt" else None
     return Engine(
         runtime=options.runtime,
@@ -153,34 +117,9 @@ def describe_target(trt: Any, card: Card, options: BuildOptions) -> Engine:
     )
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """The GPU that PyTorch would use."""
-
-    name: str
-    compute_capability: str
-
-
-def this_gpu() -> Gpu:
-    """Return the GPU here. Raises UnavailableError when PyTorch cannot use it."""
-    import torch
-
-    if driver_version() is None or not torch.cuda.is_available():
-        raise UnavailableError(
-            f"no NVIDIA GPU that PyTorch {torch.__version__} can use: install a CUDA build of PyTorch and a driver"
-        )
-    major, minor = torch.cuda.get_device_capability()
-    return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}")
-
-
-def system() -> str:
-    """Return operating system and processor, as plans are tied to them."""
-    return f"{platform.system()}-{platform.machine()}"
-
-
 @contextmanager
 def _timing_cache(trt: Any, config: Any, options: BuildOptions) -> Iterator[None]:
-    """Use the timing cache of exactly this TensorRT, GPU and driver, and save what the build added to it."""
+    """Use the timing cache of this TensorRT version, GPU and driver, and save what the build added to it."""
     if options.timing_cache is None:
         yield
         return
@@ -190,13 +129,13 @@ def _timing_cache(trt: Any, config: Any, options: BuildOptions) -> Iterator[None
     known = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, False):
-        cache = config.create_timing_cache(b"")  # a refused one is replaced
+        cache = config.create_timing_cache(b"")  # TensorRT refused the old one: replace it
         config.set_timing_cache(cache, False)
-    yield  # `cache` has to live until the engine is built
+    yield  # `cache` must live until the engine is built
     made = bytes(config.get_timing_cache().serialize())
     if hashlib.sha256(made).digest() != hashlib.sha256(known).digest():
         write_atomic(path, made)
 
 
 def _one_line(messages: list[str]) -> str:
-    return " ".join("; ".join(messages or ["it gives no reason"]).split())[:600]
+    return " ".join("; ".join(messages or ["TensorRT gives no reason"]).split())[:600]

@@ -1,4 +1,4 @@
-"""A Triton Inference Server model repository: the model, its card, and a config.pbtxt checked against the card."""
+"""Writes a Triton model repository: the model, its card, and a config.pbtxt that agrees with the card."""
 
 import re
 from pathlib import Path
@@ -21,12 +21,12 @@ def export_repository(
     instances: int = 1,
     max_queue_delay_microseconds: int = 500,
 ) -> Path:
-    """Write `repository`/`name` from a `.onnx` or `.plan` with its card; return the path of its config.pbtxt.
+    """Write `repository`/`name` from an ONNX file or an engine with its card; return the path of its config.pbtxt.
 
-    The configuration is written last: a server that polls the repository never loads half a model.
+    The configuration is written last, so a server that polls the repository never loads half a model.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):  # so it is neither `..` nor hidden nor an option
-        raise UsageError(f"--name {name}: expected letters, digits, '_', '-' and '.', not '-' or '.' first")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):  # excludes `..`, hidden files and options
+        raise UsageError(f"--name {name}: expected letters, digits, '_', '-' and '.', with no '-' or '.' first")
     if instances < 1 or max_queue_delay_microseconds < 0:
         raise UsageError(
             f"--instances {instances} --queue-delay-microseconds {max_queue_delay_microseconds}: "
@@ -49,17 +49,17 @@ def export_repository(
 
 
 def make_config(card: Card, name: str, instances: int, max_queue_delay_microseconds: int) -> str:
-    """Return the text of config.pbtxt. Dims are without the batch, as `max_batch_size` says that there is one."""
-    plan = card.engine is not None
+    """Return the text of config.pbtxt. Its dims omit the batch, which `max_batch_size` implies."""
+    is_engine = card.engine is not None
     warm_ups = "\n".join(_warm_up(card, batch) for batch in sorted({1, card.max_batch}))
-    # Preferred sizes help a plan, whose kernels were chosen for one; elsewhere they only delay requests.
-    preferred = f"\n  preferred_batch_size: [ {_preferred(card)} ]" if plan else ""
-    graphs = "\noptimization { cuda { graphs: true } }" if plan else ""
-    # Both profiles: the server takes the one whose best size is nearest to the batch it has.
-    profiles = '\n    profile: [ "0", "1" ]' if plan else ""
+    # An engine's kernels were chosen for one batch size, so preferred sizes help. With ONNX Runtime they only delay.
+    preferred = f"\n  preferred_batch_size: [ {_preferred(card)} ]" if is_engine else ""
+    graphs = "\noptimization { cuda { graphs: true } }" if is_engine else ""
+    # The server uses the profile whose best size is nearest to the batch.
+    profiles = '\n    profile: [ "0", "1" ]' if is_engine else ""
     return f"""# Made by dcgan-export triton from {card.source.kind} weights {card.source.sha256}.
 name: "{name}"
-backend: "{"tensorrt" if plan else "onnxruntime"}"
+backend: "{"tensorrt" if is_engine else "onnxruntime"}"
 max_batch_size: {card.max_batch}
 input [ {{ name: "{card.input.name}" data_type: {TYPES[card.input.dtype]} dims: [ {_dims(card.input.shape)} ] }} ]
 output [ {{ name: "{card.output.name}" data_type: {TYPES[card.output.dtype]} dims: [ {_dims(card.output.shape)} ] }} ]
@@ -69,7 +69,7 @@ dynamic_batching {{{preferred}
 instance_group [
   {{
     count: {instances}
-    kind: {"KIND_GPU" if plan else "KIND_AUTO"}{profiles}
+    kind: {"KIND_GPU" if is_engine else "KIND_AUTO"}{profiles}
   }}
 ]{graphs}
 {warm_ups}
@@ -97,9 +97,9 @@ def _warm_up(card: Card, batch: int) -> str:
 
 
 def check_config(text: str, card: Card) -> bool:
-    """Parse `text` with Triton's own schema and compare it with `card`; return False where tritonclient is missing.
+    """Parse `text` with Triton's own schema and compare it with `card`. Return False if tritonclient is missing.
 
-    Raises DataError with line and column for an unknown field or value, and for what contradicts the card.
+    Raises DataError for an unknown field or value, with line and column, and for a contradiction to the card.
     """
     try:
         from google.protobuf import text_format

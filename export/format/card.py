@@ -1,13 +1,13 @@
-"""The card of an exported file: what goes in, what comes out, where it came from, what was proven (contract 5)."""
+"""The card of an exported file: its input and output, its source, and its measured parity (contract 5)."""
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.records import Record, read_record
 from pipeline.common.storage import Store, sha256_bytes, sha256_file
 from pipeline.config import NetworkConfig
 
@@ -17,12 +17,7 @@ SUFFIXES = (".onnx", ".plan")
 Precision = Literal["fp32", "tf32", "fp16"]
 ComputePrecision = Literal["fp32", "fp16"]
 Output = Literal["uint8", "float"]
-
-
-class Record(BaseModel):
-    """A part of a card. Unknown keys are refused: they come from a newer version or another tool."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
 
 
 class Port(Record):
@@ -31,9 +26,9 @@ class Port(Record):
     name: str
     dtype: Literal["float32", "uint8"]
     shape: list[int | str]
-    """Sizes; a name stands for a size that may change from call to call."""
+    """Sizes; a name stands for a size that may vary between calls."""
     values: str
-    """What the numbers are, for people."""
+    """Range or distribution of the values, for people."""
 
 
 class Source(Record):
@@ -42,51 +37,51 @@ class Source(Record):
     reference: str
     """The file they were read from."""
     sha256: str
-    """Of that file."""
+    """Hash of that file."""
     kind: Literal["ema", "raw", "netG", "discriminator"]
     images_seen: int | None = None
-    """Real images seen in training, where the file tells."""
+    """Real images seen in training; null if the file does not say."""
 
 
 class Parity(Record):
-    """How far the file was from its reference on the same z."""
+    """Measured differences between the file and its reference on the same z."""
 
     reference: str = "PyTorch"
-    """PyTorch: the generator in float32. Else the ONNX file, itself proven equal, that stood in for lost weights."""
+    """PyTorch: the generator in float32. Else, if the weights were gone, the name of the ONNX file."""
     backend: str
-    """What ran the file, such as onnxruntime/CPUExecutionProvider."""
+    """What ran the file, for example onnxruntime/CPUExecutionProvider."""
     batches: list[int]
     images: int
     max_float_error: float | None
-    """Largest difference of a value in [-1, 1], before it becomes uint8; null where the file does not tell."""
+    """Largest difference of a value in [-1, 1], before conversion to uint8; null if the file does not output it."""
     max_uint8_error: int
-    """Largest difference of a pixel."""
+    """Largest difference of a uint8 value."""
     share_of_pixels_off: float
-    """Share of the uint8 values that differ at all."""
+    """Share of the uint8 values that differ."""
     float_bar: float
     uint8_bar: int = 1
     share_bar: float | None = None
-    """Largest share allowed; null in cards of an earlier version."""
+    """Largest `share_of_pixels_off` that passes; null in cards of an earlier version."""
 
 
 class Engine(Record):
-    """What a plan is tied to: it runs nowhere else."""
+    """The target of an engine, the only place where it runs, and how it was built."""
 
-    runtime: Literal["tensorrt", "tensorrt-rtx"]
+    runtime: RuntimeName
     version: str
-    """Of the runtime that built it."""
+    """Version of the runtime that built it."""
     gpu: str | None
-    """Name of the GPU it was built on; null for a TensorRT-RTX plan built without one."""
+    """Name of the GPU that it was built on; null for TensorRT-RTX, which builds for several."""
     compute_capability: str | None
     driver: str | None = Field(pattern=r"^\d+(\.\d+)*$")
-    """CUDA version of the driver."""
+    """CUDA version that the driver supports."""
     system: str
-    """Operating system and processor, such as Linux-x86_64."""
+    """Operating system and processor, for example Linux-x86_64."""
     profiles: list[list[int]]
     """Smallest, best and largest batch of each optimization profile."""
     optimization_level: int
     onnx: str
-    """The ONNX file beside it that it was built from."""
+    """Name of the ONNX file beside it that it was built from."""
     onnx_sha256: str
 
 
@@ -105,13 +100,13 @@ class Card(Record):
     network: NetworkConfig
     source: Source
     versions: dict[str, str]
-    """Of the packages that took part in the export."""
-    parity: list[Parity] = []
+    """Versions of the packages that took part in the export."""
+    parity: list[Parity] = Field(default_factory=list)
     engine: Engine | None = None
 
     @property
     def output_kind(self) -> Output:
-        """Whether the graph ends in uint8 NHWC or in the network's own float NCHW."""
+        """uint8: NHWC, made in the graph. float: the network's own NCHW in [-1, 1]."""
         return "uint8" if self.output.dtype == "uint8" else "float"
 
 
@@ -143,33 +138,23 @@ def beside(model: str, name: str) -> str:
 
 
 def write_card(folder: str, card: Card) -> None:
-    """Write `card` beside its model. Written last: a model without a card is half an export."""
+    """Write `card` beside its model, after the model: a model without a card is an unfinished export."""
     Store(folder).write(card_name(card.file), (card.model_dump_json(indent=2) + "\n").encode())
 
 
 def read_card(model: str) -> Card:
-    """Read the card of `model`, a path or URL. Raises DataError when there is none or it is not ours."""
+    """Read the card of `model`, a path or URL. Raises DataError when there is none or it is invalid."""
     store, name = split(model)
     where = store.path(card_name(name))
     if not store.exists(name):
         raise DataError(f"{model}: no such file")
     try:
-        values = json.loads(store.read(card_name(name)))
-        version = values.get("version") if isinstance(values, dict) else None
-        if version != VERSION:
-            raise DataError(f"{where}: version {version!r}; this program reads version {VERSION}")
-        card = Card.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(
-            f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}; export the model again"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); export the model again") from None
+        content = store.read(card_name(name))
     except DataError as error:
         if store.exists(card_name(name)):
             raise
         raise DataError(f"{where}: {model} has no card beside it ({error}); export it with dcgan-export") from None
+    card = read_record(Card, content, where, version=VERSION, hint="export the model again")
     if card.file != name:
         raise DataError(f"{where}: is the card of {card.file}, not of {name}; export the model again")
     if (card.engine is not None) != name.endswith(".plan"):
@@ -199,20 +184,20 @@ def read_model(model: str) -> tuple[Card, bytes]:
 
 
 def require_replaceable(model: Path, sha256: str | None, *, replacing: str) -> None:
-    """Raise UsageError if `model` is to become another file while a plan beside it was built from the one there.
+    """Raise UsageError if another engine in the folder was built from the file `model`, which is to be replaced.
 
-    The plan could not be rebuilt or verified any more. `sha256` is the new file's, where it is known; the plan
-    `replacing` is about to be replaced itself.
+    That engine could no longer be rebuilt or verified. `sha256` is the hash of the new file, if it is known. The
+    engine `replacing` does not count, because it is about to be replaced too.
     """
     if not model.exists() or (old := sha256_file(model)) == sha256:
         return
-    for plan in sorted(model.parent.glob("*.plan")):
+    for other in sorted(model.parent.glob("*.plan")):
         with suppress(DataError):
-            engine = read_card(str(plan)).engine
-            if engine and (engine.onnx, engine.onnx_sha256) == (model.name, old) and plan.name != replacing:
+            engine = read_card(str(other)).engine
+            if engine and (engine.onnx, engine.onnx_sha256) == (model.name, old) and other.name != replacing:
                 raise UsageError(
-                    f"{model}: {plan.name} was built from it and could not be rebuilt from another; choose another "
-                    f"--out, or remove {plan.name}"
+                    f"{model}: {other.name} was built from it, and could not be rebuilt from another file; choose "
+                    f"another --out, or remove {other.name}"
                 )
 
 

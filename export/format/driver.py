@@ -1,4 +1,4 @@
-"""Whether an NVIDIA driver is here, asked without any library that crashes when it is not."""
+"""Whether an NVIDIA driver is installed, asked without any library that crashes if it is not."""
 
 import ctypes
 from functools import cache
@@ -6,9 +6,9 @@ from functools import cache
 
 @cache
 def driver_version() -> str | None:
-    """Return the CUDA version that the installed driver supports, such as 13.0, or None when no GPU can be used.
+    """Return the CUDA version that the installed driver supports, for example 13.0, or None if no GPU can be used.
 
-    `tensorrt.Runtime()` can end Python by a signal where there is no driver: ask here first.
+    `tensorrt.Runtime()` can kill Python by a signal if there is no driver, so ask here first.
     """
     try:
         cuda = ctypes.CDLL("libcuda.so.1")

@@ -1,4 +1,4 @@
-"""The generator as it is deployed: BatchNorm folded into the convolutions, the precision fixed, the output uint8."""
+"""The generator as it is exported: BatchNorm folded into the convolutions, a fixed precision, uint8 output."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""An ONNX file that is opened: its card, its graph and the notes inside it must say the same."""
+"""Opening an ONNX file: its card, its graph and the metadata inside it must agree."""
 
 from contextlib import suppress
 from typing import Any
@@ -10,8 +10,8 @@ from pipeline.common.errors import DataError
 from pipeline.config import NetworkConfig
 
 
-def notes(network: NetworkConfig, source: Source, precision: Precision, max_batch: int) -> dict[str, str]:
-    """Return the `metadata_props` of an exported graph: what its card says, where an edited card cannot reach."""
+def metadata(network: NetworkConfig, source: Source, precision: Precision, max_batch: int) -> dict[str, str]:
+    """Return the `metadata_props` of an exported graph. They repeat the card, so that an edited card is found."""
     return {
         "network": network.model_dump_json(),
         "weights_sha256": source.sha256,
@@ -23,7 +23,7 @@ def notes(network: NetworkConfig, source: Source, precision: Precision, max_batc
 
 
 def load_checked(model: str) -> tuple[Card, bytes]:
-    """Return card and bytes of an ONNX model after everything that can be checked without running it.
+    """Return card and bytes of an ONNX model, after every check that does not run it.
 
     Raises DataError when the file does not match its card, is no valid graph, or has a static batch.
     """
@@ -33,16 +33,16 @@ def load_checked(model: str) -> tuple[Card, bytes]:
     try:
         proto: Any = onnx.load_from_string(data)
         onnx.checker.check_model(proto, full_check=True)
-    except Exception as error:  # protobuf's and onnx's own errors have no common class
+    except Exception as error:  # errors of protobuf and onnx have no common class
         line = str(error).strip().splitlines()[0]
         raise DataError(f"{model}: not a valid ONNX graph: {line}; export it again") from None
     _check_ports(model, card, proto)
-    _check_notes(model, card, proto)
+    _check_metadata(model, card, proto)
     return card, data
 
 
 def _check_ports(model: str, card: Card, proto: Any) -> None:
-    """Raise DataError unless the graph's inputs and outputs are those of the card, and those of its network."""
+    """Raise DataError unless the graph's inputs and outputs are those of the card and of its network."""
     from onnx import TensorProto
 
     types = {TensorProto.FLOAT: "float32", TensorProto.UINT8: "uint8"}
@@ -65,17 +65,17 @@ def _check_ports(model: str, card: Card, proto: Any) -> None:
 
 
 def check_network(model: str, card: Card, network: NetworkConfig) -> None:
-    """Raise DataError unless the card describes `network`, input and output in every word."""
+    """Raise DataError unless the card describes exactly `network`, with its input and output."""
     if card.network != network or (card.input, card.output) != ports(network, card.output_kind):
-        raise DataError(f"{model}: its card describes another network than it was made from; export it again")
+        raise DataError(f"{model}: its card describes another network than the one it was made from; export it again")
 
 
-def _check_notes(model: str, card: Card, proto: Any) -> None:
-    """Raise DataError unless the notes that the export left in the graph are what the card says."""
+def _check_metadata(model: str, card: Card, proto: Any) -> None:
+    """Raise DataError unless the metadata in the graph agrees with the card."""
     found = {entry.key: entry.value for entry in proto.metadata_props}
-    with suppress(KeyError, ValidationError):  # a newer version may have more fields, with defaults
+    with suppress(KeyError, ValidationError):  # this version may have more fields, with defaults
         found["network"] = NetworkConfig.model_validate_json(found["network"]).model_dump_json()
-    for key, expected in notes(card.network, card.source, card.precision, card.max_batch).items():
+    for key, expected in metadata(card.network, card.source, card.precision, card.max_batch).items():
         if found.get(key) != expected:
             raise DataError(
                 f"{model}: made with {key} {found.get(key, 'unknown')}, its card says {expected}: the card was edited; "

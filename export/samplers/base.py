@@ -1,6 +1,5 @@
-"""One interface to every way of running a generator: z in, uint8 images out, in blocks of one fixed size."""
+"""The interface of every sampler: z in, uint8 images out, in blocks of one fixed size."""
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -9,17 +8,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from export.format.card import SUFFIXES, ComputePrecision, read_model
-from pipeline.common.errors import UnavailableError, UsageError
-from pipeline.common.machine import available_threads
+from pipeline.common.errors import UsageError
 from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig
 from pipeline.model.latents import latents
-
-# What runs which kind of model, quickest first where both run on the CPU (benchmarks/sampling.py).
-CHECKPOINT_BACKENDS = ("eager", "channels_last", "compiled", "cuda-graphs")
-ONNX_BACKENDS = ("openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt")
-PLAN_BACKENDS = ("tensorrt",)
 
 BATCH_ON_CPU = 64
 BATCH_ON_GPU = 256
@@ -28,19 +20,19 @@ BATCH_ON_GPU = 256
 class Sampler(ABC):
     """A generator ready to run.
 
-    Whatever the number of z, the device sees blocks of exactly `batch` rows, the last one padded: images of
-    the same model, backend, device and batch size are byte-equal however a range of them is cut, as long as
-    image i is row i mod `batch` of its block. `sample_range` sees to that.
+    The device always sees blocks of exactly `batch` rows of z; the last one is padded. `sample_range` keeps image i
+    in row i mod `batch` of its block. So the same model, backend, device and batch size give the same bytes, however
+    a range of images is cut.
     """
 
     backend: str
-    """Name of the backend that was chosen."""
+    """Name of the backend."""
     device: str
     """`cpu`, or the name of the GPU."""
     provider: str
-    """What really runs the graph, such as CPUExecutionProvider."""
+    """What runs the graph inside the backend, for example CPUExecutionProvider."""
     works_ahead = False
-    """Whether `stream` has several blocks in flight."""
+    """Whether `stream` keeps several blocks in flight."""
 
     def __init__(self, network: NetworkConfig, batch: int, model_sha256: str) -> None:
         self.batch = batch
@@ -52,12 +44,12 @@ class Sampler(ABC):
 
     @abstractmethod
     def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return the images (batch, H, W, C) of exactly `batch` rows of z."""
+        """Return the images uint8 (batch, H, W, C) of exactly `batch` rows of z, an array of their own."""
 
     def stream(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.uint8]]:
-        """Yield the images of each block of at most `batch` rows of z; arrays of their own, free to be kept.
+        """Yield the images of each block of at most `batch` rows of z, in arrays that the caller may keep.
 
-        On a GPU the device works ahead of the consumer, so that copies and arithmetic overlap.
+        A GPU works ahead of the consumer, so that copies and arithmetic overlap.
         """
         for z in blocks:
             yield self._run(self._pad(z))[: len(z)]
@@ -72,7 +64,7 @@ class Sampler(ABC):
     def sample_range(
         self, seed: int, start: int, count: int, purpose: Purpose = Purpose.SAMPLE
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield (index of the first image, images) over [start, start + count), a block at a time.
+        """Yield (index of the first image, images) over [start, start + count), one block at a time.
 
         Image i is always row i mod `batch` of block i // `batch`, whatever the range.
         """
@@ -89,10 +81,10 @@ class Sampler(ABC):
             yield first + low, images[low:high]
 
     def time_launches(self, count: int) -> list[float]:
-        """Return the seconds that the device takes for a block, without copies, `count` times; empty on the CPU."""
+        """Return `count` times that the device took for a block, in seconds, without copies; none on the CPU."""
         return []
 
-    def close(self) -> None:  # noqa: B027  most backends hold nothing that needs closing
+    def close(self) -> None:  # noqa: B027  most backends have nothing to close
         """Free the device memory and threads that the sampler holds."""
 
     def __enter__(self) -> Self:
@@ -109,78 +101,3 @@ class Sampler(ABC):
         block = np.zeros((self.batch, self.latent_dim), np.float32)
         block[: len(z)] = z
         return block
-
-
-def open_sampler(
-    model: str,
-    *,
-    backend: str = "auto",
-    batch: int | None = None,
-    threads: int | None = None,
-    precision: ComputePrecision = "fp32",
-) -> Sampler:
-    """Open `model` for sampling: a `.onnx` or `.plan` with its card, or any form of `--ckpt`; path or URL.
-
-    `batch` is the fixed block size, `threads` the CPU's, by default one a core; `precision` is that of a
-    checkpoint's arithmetic (other models have their own). PyTorch backends use a CUDA device if there is one.
-
-    Raises UsageError for a backend that cannot run this kind of model or a batch that it does not take,
-    DataError for a model that does not match its card, UnavailableError when a library or device is missing.
-    """
-    if batch is not None and batch < 1:
-        raise UsageError(f"--batch {batch}: expected at least 1")
-    threads = threads or available_threads()
-    kind, known = _kind_of(model)
-    if backend not in ("auto", *known):
-        raise UsageError(f"--backend {backend} cannot run {model}, a {kind}: expected auto, {', '.join(known)}")
-    if kind == "checkpoint":
-        from export.samplers.torch import open_checkpoint
-
-        return open_checkpoint(model, backend, batch, threads, precision)
-    if kind == "plan":
-        card, data = read_model(model)
-    else:
-        from export.format.onnx_file import load_checked
-
-        card, data = load_checked(model)
-    if batch is not None and batch > card.max_batch:
-        raise UsageError(f"--batch {batch}: {model} takes at most {card.max_batch} images; export it with --max-batch")
-    if kind == "plan":
-        from export.samplers.tensorrt import open_plan
-
-        return open_plan(model, card, data, min(batch or BATCH_ON_GPU, card.max_batch))
-    from export.samplers.onnx import open_onnx
-
-    backend = best_onnx_backend() if backend == "auto" else backend
-    default = BATCH_ON_GPU if "-" in backend else BATCH_ON_CPU
-    return open_onnx(model, card, data, backend, min(batch or default, card.max_batch), threads)
-
-
-def _kind_of(model: str) -> tuple[str, tuple[str, ...]]:
-    """Return what `model` is, by its name, and the backends that run it."""
-    if not model.endswith(SUFFIXES):
-        return "checkpoint", CHECKPOINT_BACKENDS
-    return ("plan", PLAN_BACKENDS) if model.endswith(".plan") else ("ONNX file", ONNX_BACKENDS)
-
-
-def best_onnx_backend() -> str:
-    """Return the quickest backend for an ONNX file here: by device and installed libraries, never by a timing.
-
-    So it is the same on every machine of a job that was installed alike.
-    """
-    from export.format.driver import driver_version
-
-    if driver_version() is not None and importlib.util.find_spec("onnxruntime"):
-        import onnxruntime
-
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            return "onnxruntime-cuda"
-    return cpu_onnx_backends()[0]
-
-
-def cpu_onnx_backends() -> list[str]:
-    """Return the backends that run an ONNX file on the CPU and are installed, the quickest first."""
-    found = [name for name in ONNX_BACKENDS if "-" not in name and importlib.util.find_spec(name)]
-    if not found:
-        raise UnavailableError("running an ONNX file needs OpenVINO or ONNX Runtime: pip install openvino onnxruntime")
-    return found

@@ -1,4 +1,4 @@
-"""What every sampler on an NVIDIA GPU shares: streams, pinned host memory, and work ahead of the consumer."""
+"""The base of samplers on an NVIDIA GPU: streams, pinned host memory, and work ahead of the consumer."""
 
 from abc import abstractmethod
 from collections import deque
@@ -14,15 +14,15 @@ from pipeline.common.errors import UnavailableError
 from pipeline.config import NetworkConfig
 
 WARM_UP_LAUNCHES = 3
-"""Before a capture: lazy initialization (cuDNN's plans, workspaces) must not be recorded."""
+"""Launches before a capture, so that lazy initialization (cuDNN's plans, workspaces) is not recorded."""
 
 
 class CudaSampler(Sampler):
-    """One block is computed while the one before is copied to the host and the one after is copied in.
+    """Computes one block while it copies the previous images to the host and the next z to the device.
 
-    `_launch` reads the device buffer `_z` (batch, latent_dim) float32 and leaves uint8 (batch, H, W, C) in
-    `_images`, on the current stream. Host memory is pinned and comes from PyTorch's caching allocator, which
-    is the ring: a block that the consumer has dropped is used again.
+    `_launch` reads the device buffer `_z`, float32 (batch, latent_dim), and writes `_images`, uint8 (batch, H, W, C),
+    on the current stream. Pinned host memory comes from PyTorch's caching allocator, which uses a block again once
+    the consumer has dropped it.
     """
 
     works_ahead = True
@@ -55,7 +55,7 @@ class CudaSampler(Sampler):
             yield _collect(*in_flight.popleft())
 
     def time_launches(self, count: int) -> list[float]:
-        """Return the seconds between two events around a launch, `count` times."""
+        """Return the seconds between CUDA events before and after a launch, `count` times."""
         events = [[_timed_event(), _timed_event()] for _ in range(count)]
         with torch.cuda.stream(self._compute):
             for before, after in events:
@@ -69,19 +69,19 @@ class CudaSampler(Sampler):
         return _collect(*self._submit(z))
 
     def _submit(self, z: NDArray[np.float32]) -> tuple[torch.Tensor, torch.cuda.Event, int]:
-        """Enqueue a block; return its host images, the event after which they are there, and how many count."""
+        """Enqueue a block; return its host images, the event that marks them ready, and the number of real rows."""
         with memory_errors(self.batch):
             host_z = torch.from_numpy(self._pad(z)).pin_memory()
             with torch.cuda.stream(self._compute):
                 self._z.copy_(host_z, non_blocking=True)
                 self._launch()
-                images = self._images.clone()  # the next launch may write `_images` while this is still copied out
+                images = self._images.clone()  # the next launch may overwrite `_images` during the copy
                 computed = self._compute.record_event()
             host_images = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)
         with torch.cuda.stream(self._copy):
             self._copy.wait_event(computed)
             host_images.copy_(images, non_blocking=True)
-            images.record_stream(self._copy)  # its memory may not be given away before the copy
+            images.record_stream(self._copy)  # its memory must not be reused before the copy
             copied = self._copy.record_event()
         return host_images, copied, len(z)
 
@@ -100,22 +100,22 @@ class CudaSampler(Sampler):
         self._graph = graph
 
     def close(self) -> None:
-        """Wait for the device and drop the graph before the buffers that it points to."""
+        """Wait for the device, and free the graph before the buffers that it points to."""
         torch.cuda.synchronize()
         self._graph = None
 
 
 @contextmanager
 def memory_errors(batch: int) -> Iterator[None]:
-    """Turn PyTorch's and CUDA's "out of memory" into one line: a traceback helps nobody to free some."""
+    """Turn "out of memory" of PyTorch and CUDA into a one-line error."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; pinned memory raises its parent
         if "out of memory" not in str(error):
             raise
         raise UnavailableError(
-            f"the GPU has too little free memory for blocks of {batch} images: choose a smaller --batch, or end what "
-            "else uses the GPU"
+            f"the GPU has too little free memory for blocks of {batch} images: choose a smaller --batch, or stop "
+            "the other programs on the GPU"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Sampling from an ONNX file: OpenVINO on the CPU; ONNX Runtime on the CPU, CUDA or TensorRT."""
+"""Samplers of an ONNX file: OpenVINO on the CPU; ONNX Runtime on the CPU, CUDA or TensorRT."""
 
 import io
 from typing import Any
@@ -16,11 +16,11 @@ CPU = "CPUExecutionProvider"
 PROVIDERS = {
     "onnxruntime": [CPU],
     "onnxruntime-cuda": ["CUDAExecutionProvider"],
-    # What TensorRT does not take goes to CUDA rather than to the CPU.
+    # Nodes that TensorRT does not take run on CUDA, not on the CPU.
     "onnxruntime-tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],
 }
-# By default CUDA times algorithms and takes the quickest, so that bytes differ from run to run, and uses TF32. The
-# TensorRT provider has no such switch: there float32 products run as TF32, which is TensorRT's default.
+# By default the CUDA provider uses TF32, and times algorithms and takes the fastest, so that bytes differ from run to
+# run. The TensorRT provider has no such switch: its float32 products run as TF32, TensorRT's default.
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}}
 
 
@@ -32,7 +32,7 @@ def open_onnx(model: str, card: Card, data: bytes, backend: str, batch: int, thr
 
 
 class _OnnxSampler(Sampler):
-    """What both share: the graph's output may be the network's float, and is then made uint8 here."""
+    """The common part: if the graph's output is the network's float, this converts it to uint8."""
 
     def __init__(self, card: Card, batch: int) -> None:
         super().__init__(card.network, batch, card.sha256)
@@ -46,7 +46,7 @@ class _OnnxSampler(Sampler):
 
 
 class OnnxRuntimeSampler(_OnnxSampler):
-    """ONNX Runtime, one block after the other: it copies in, computes and copies out within one call."""
+    """ONNX Runtime. One call copies z in, computes, and copies the images out, so blocks do not overlap."""
 
     def __init__(self, model: str, card: Card, data: bytes, backend: str, batch: int, threads: int) -> None:
         super().__init__(card, batch)
@@ -58,7 +58,7 @@ class OnnxRuntimeSampler(_OnnxSampler):
     def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
         try:
             return self._pixels(self._session.run(["image"], {"z": z})[0])
-        except Exception as error:  # pybind raises some ten types of its own; most often memory is short
+        except Exception as error:  # pybind has some ten error types; most often memory is short
             raise UnavailableError(
                 f"{self.provider} cannot run a block of {self.batch} images: {_first_line(error)}; "
                 "a smaller --batch needs less memory"
@@ -66,13 +66,13 @@ class OnnxRuntimeSampler(_OnnxSampler):
 
 
 def create_session(model: str, data: bytes, backend: str, threads: int) -> Any:
-    """Return an onnxruntime.InferenceSession of `data` that runs on the providers of `backend` and on nothing else.
+    """Return an onnxruntime.InferenceSession of `data` that runs only on the providers of `backend`.
 
-    ONNX Runtime by itself moves to the CPU what a provider cannot run, up to the whole graph, with a log line
-    only: at load node by node, at run time after an error. All of that is switched off.
+    By default ONNX Runtime moves to the CPU what a provider cannot run, and only logs it: single nodes at load, the
+    whole graph after an error. Both are switched off.
 
-    Raises UnavailableError when the library, the provider or its libraries are missing or do not take the whole
-    graph, DataError when the CPU cannot load it either.
+    Raises UnavailableError when a library or the provider is missing, or the provider does not take the whole graph;
+    DataError when the CPU cannot load the graph.
     """
     try:
         import onnxruntime
@@ -91,7 +91,7 @@ def create_session(model: str, data: bytes, backend: str, threads: int) -> Any:
     chosen = [(provider, PROVIDER_OPTIONS.get(provider, {})) for provider in providers]
     try:
         session = onnxruntime.InferenceSession(data, options, providers=chosen, enable_fallback=0)
-    except Exception as error:  # pybind raises some ten types of its own
+    except Exception as error:  # pybind has some ten error types
         if providers == [CPU]:
             raise DataError(f"{model}: ONNX Runtime cannot load it: {_first_line(error)}; export it again") from None
         raise UnavailableError(
@@ -126,17 +126,17 @@ def _gpu_name() -> str:
 
 
 class OpenVinoSampler(_OnnxSampler):
-    """OpenVINO on the CPU, compiled for exactly one batch size: that is what makes it quick.
+    """OpenVINO on the CPU, compiled for one fixed batch size, which makes it fast.
 
-    Large blocks are cut into pieces that run side by side, a thread each: no thread waits for another within a
-    layer, and feature maps stay in the caches. The pieces' size does not depend on the number of threads, so
+    Large blocks are cut into pieces that run in parallel, one thread each: no thread waits for another within a
+    layer, and feature maps stay in the caches. The size of a piece does not depend on the number of threads, so
     neither do the images.
     """
 
     backend = "openvino"
     device = "cpu"
     piece = 4
-    """Images in a piece, of blocks of at least four pieces; the quickest of 4, 8, 16 and 32 that were measured."""
+    """Images in a piece, in blocks of at least four pieces; measured as the fastest of 4, 8, 16 and 32."""
 
     def __init__(self, model: str, card: Card, data: bytes, batch: int, threads: int) -> None:
         super().__init__(card, batch)
@@ -173,5 +173,5 @@ class OpenVinoSampler(_OnnxSampler):
         for request in self._requests:
             request.wait()
         outputs = [request.get_output_tensor(0).data for request in self._requests]
-        # A copy: the requests own the tensors and write the next block into them.
+        # concatenate copies: the requests own the tensors and write the next block into them.
         return self._pixels(np.concatenate(outputs)[: self.batch])

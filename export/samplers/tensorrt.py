@@ -1,4 +1,4 @@
-"""Running a TensorRT plan: refused before it is loaded unless it was made for exactly this machine."""
+"""The sampler of a TensorRT engine. It refuses an engine that was not built for this machine before it loads it."""
 
 import shlex
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.builders.tensorrt import RTX_CAPABILITIES, load_module, make_logger, system, this_gpu
 from export.format.card import Card, Engine, beside
 from export.format.driver import driver_version
+from export.format.tensorrt_library import RTX_CAPABILITIES, load_module, make_logger, system, this_gpu
 from export.samplers.base import Sampler
 from export.samplers.cuda import WARM_UP_LAUNCHES, CudaSampler, memory_errors
 from pipeline.common.errors import DataError, UnavailableError
@@ -19,20 +19,20 @@ from pipeline.model.sampling import to_uint8
 
 @dataclass(frozen=True)
 class Here:
-    """This machine, as far as a plan is tied to it."""
+    """The properties of this machine that an engine is tied to."""
 
     version: str
-    """Of the TensorRT that is installed."""
+    """Version of the installed TensorRT."""
     gpu: str
     compute_capability: str
     driver: str
     system: str
 
 
-def open_plan(model: str, card: Card, data: bytes, batch: int) -> Sampler:
-    """Return a sampler of the plan `data`, which belongs to `card`; `model` is named in errors.
+def open_engine(model: str, card: Card, data: bytes, batch: int) -> Sampler:
+    """Return a sampler of the engine `data`, which belongs to `card`; `model` is named in errors.
 
-    Raises UnavailableError without a GPU or TensorRT, DataError when the plan belongs to another machine.
+    Raises UnavailableError without a GPU or TensorRT, DataError when the engine belongs to another machine.
     """
     engine = require_fit(model, card)
     with memory_errors(batch):
@@ -40,12 +40,15 @@ def open_plan(model: str, card: Card, data: bytes, batch: int) -> Sampler:
 
 
 def require_fit(model: str, card: Card) -> Engine:
-    """Return what the plan is tied to if that is here. Loads neither the plan nor a TensorRT runtime."""
+    """Return the target of an engine that fits this machine. Loads neither the engine nor a TensorRT runtime.
+
+    Raises UnavailableError without a GPU or TensorRT, DataError when the engine does not fit.
+    """
     engine = card.engine
-    assert engine is not None, "read_card refuses the card of a plan that names none"
+    assert engine is not None, "read_card refuses an engine whose card has no target"
     if driver_version() is None:
         raise UnavailableError(
-            f"{model}: a TensorRT plan needs an NVIDIA GPU and its driver, none is here; "
+            f"{model}: a TensorRT engine needs an NVIDIA GPU and its driver, and none is here; "
             f"on the CPU use the ONNX file it was built from, {engine.onnx}"
         )
     gpu = this_gpu()
@@ -54,20 +57,20 @@ def require_fit(model: str, card: Card) -> Engine:
     differs, matches = compare(engine, here)
     if differs:
         raise DataError(
-            f"{model}: does not fit this machine: {'; '.join(differs)} ({', '.join(matches) or 'nothing'} would fit). "
+            f"{model}: does not fit this machine: {'; '.join(differs)} (what fits: {', '.join(matches) or 'nothing'}). "
             f"Rebuild it here: {rebuild_command(model, card)}, or dcgan-generate --rebuild"
         )
     return engine
 
 
 def compare(engine: Engine, here: Here) -> tuple[list[str], list[str]]:
-    """Return why a plan cannot run `here`, a phrase each, and what does match; the first is empty when it can."""
+    """Return the reasons why an engine cannot run `here`, and what does match. Without a reason, it can run."""
     if engine.gpu is None:
         supported = ", ".join(RTX_CAPABILITIES)
         gpu_fits = here.compute_capability in RTX_CAPABILITIES
         gpu = (
-            f"a TensorRT-RTX plan runs on compute capabilities {supported}, {here.gpu} has {here.compute_capability}: "
-            "use --runtime tensorrt"
+            f"a TensorRT-RTX engine runs on compute capabilities {supported}, and {here.gpu} has "
+            f"{here.compute_capability}: use --runtime tensorrt"
         )
     else:
         gpu_fits = (engine.gpu, engine.compute_capability) == (here.gpu, here.compute_capability)
@@ -90,10 +93,10 @@ def compare(engine: Engine, here: Here) -> tuple[list[str], list[str]]:
     return [why for _, fits, why in checks if not fits], [what for what, fits, _ in checks if fits]
 
 
-def rebuild_command(plan: str, card: Card) -> str:
-    """Return the command that builds `plan` again from the ONNX file beside it, ready to be pasted."""
+def rebuild_command(model: str, card: Card) -> str:
+    """Return the command line that builds the engine `model` again from the ONNX file beside it."""
     assert card.engine is not None
-    where = ["--ckpt", beside(plan, card.engine.onnx), "--out", beside(plan, "") or ".", "--name", card.file]
+    where = ["--ckpt", beside(model, card.engine.onnx), "--out", beside(model, "") or ".", "--name", card.file]
     how = ["--runtime", card.engine.runtime, "--precision", card.precision]
     level = ["--optimization-level", str(card.engine.optimization_level)]
     return shlex.join(["dcgan-export", "trt", *where, *how, *level])
@@ -104,7 +107,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 class TensorRTSampler(CudaSampler):
-    """A plan and one execution context, of the profile that suits the block size, replayed as a CUDA graph."""
+    """An engine with one execution context, in the profile for the block size, replayed as a CUDA graph."""
 
     backend = "tensorrt"
 
@@ -129,9 +132,9 @@ class TensorRTSampler(CudaSampler):
         self._record()
 
     def _bind(self, model: str, card: Card, batch: int) -> None:
-        """Select the profile, fix the shape, and point the context at our buffers."""
+        """Select the profile, set the shape, and give the context our buffers."""
         context, stream = self._context, self._compute.cuda_stream
-        profile = 0 if batch == 1 else 1  # tensorrt_engine.profiles
+        profile = 0 if batch == 1 else 1  # export.builders.tensorrt.profiles
         accepted = context.set_optimization_profile_async(profile, stream)
         self._compute.synchronize()
         accepted = accepted and context.set_input_shape("z", (batch, card.network.latent_dim))
@@ -149,12 +152,12 @@ class TensorRTSampler(CudaSampler):
                 raise DataError(f"{model}: has no tensor {name!r}; build it again with dcgan-export trt")
 
     def _record(self) -> None:
-        """Run a few times (lazy initialization must not be recorded), then capture, where that is possible."""
+        """Run a few times, so that lazy initialization is not recorded, then capture a graph if that is possible."""
         with torch.cuda.stream(self._compute):
             for _ in range(WARM_UP_LAUNCHES):
                 self._execute()
         self._compute.synchronize()
-        # TensorRT-RTX may still be compiling kernels for this shape, and then cannot be captured.
+        # TensorRT-RTX cannot be captured while it still compiles kernels for this shape.
         capturable = getattr(self._context, "is_stream_capturable", None)
         if capturable is None or capturable(self._compute.cuda_stream):
             self._capture(lambda z: self._execute())
@@ -172,7 +175,7 @@ class TensorRTSampler(CudaSampler):
             self._execute()
 
     def floats(self, z: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """Return the float images (N, C, H, W) of at most `batch` rows of z; None when the plan makes uint8."""
+        """Return the float images (N, C, H, W) of at most `batch` rows of z, or None if the engine outputs uint8."""
         if not self._float_output:
             return None
         self.sample(z)
@@ -180,7 +183,7 @@ class TensorRTSampler(CudaSampler):
         return images
 
     def close(self) -> None:
-        """Free graph, context, engine and runtime, in this order: each points into the next."""
+        """Free graph, context, engine and runtime in this order, because each points into the next."""
         super().close()
         self._context = self._engine = self._runtime = None
 
@@ -189,10 +192,10 @@ class TensorRTSampler(CudaSampler):
 
 
 def _create_context(trt: Any, cuda_engine: Any) -> Any:
-    """Return an execution context whose kernels are chosen now rather than while it runs.
+    """Return an execution context whose kernels are chosen now, not while it runs.
 
-    TensorRT-RTX by default begins with general kernels and exchanges them in the background: neither the
-    images' last bits nor a captured graph would be the same from run to run.
+    By default TensorRT-RTX starts with general kernels and replaces them in the background. Then neither the images'
+    last bits nor a captured graph would be the same from run to run.
     """
     strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
     if strategies is None:

@@ -1,8 +1,8 @@
-"""Sampling with PyTorch: as trained, folded and channels_last, compiled, or as a CUDA graph."""
+"""Samplers of a checkpoint in PyTorch: as trained, folded and channels_last, compiled, or as a CUDA graph."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,19 +13,16 @@ from export.format.driver import driver_version
 from export.format.graph import DeployedGenerator
 from export.samplers.base import BATCH_ON_CPU, BATCH_ON_GPU, Sampler
 from export.samplers.cuda import CudaSampler, memory_errors
-from pipeline.checkpoints.reference import load_generator
+from pipeline.checkpoints.reference import LoadedGenerator, load_generator
 from pipeline.common.errors import UnavailableError
 from pipeline.model.sampling import to_uint8
-
-if TYPE_CHECKING:
-    from pipeline.checkpoints.reference import LoadedGenerator
 
 
 def open_checkpoint(
     reference: str, backend: str, batch: int | None, threads: int, precision: ComputePrecision
 ) -> Sampler:
     """Return a sampler of the generator that `reference` names (any form of --ckpt)."""
-    # Both are asked: a driver without a CUDA build of PyTorch is as useless as the reverse.
+    # Both are needed: the driver and a CUDA build of PyTorch.
     cuda = driver_version() is not None and torch.cuda.is_available()
     if backend == "cuda-graphs" and not cuda:
         raise UnavailableError(
@@ -41,23 +38,26 @@ def open_checkpoint(
     return TorchSampler(loaded, "channels_last" if backend == "auto" else backend, batch or BATCH_ON_CPU, threads)
 
 
-def prepare(loaded: "LoadedGenerator", backend: str, precision: ComputePrecision = "fp32") -> torch.nn.Module:
-    """Return z (N, latent_dim) -> uint8 (N, H, W, C): `eager` as trained; else BatchNorm folded, memory NHWC."""
+def prepare(loaded: LoadedGenerator, backend: str, precision: ComputePrecision = "fp32") -> torch.nn.Module:
+    """Return a module z float32 (N, latent_dim) -> uint8 (N, H, W, C).
+
+    `eager` in fp32 is the network as trained. Otherwise BatchNorm is folded and memory is channels_last.
+    """
     if backend == "eager" and precision == "fp32":
         return _AsTrained(loaded.generator)
     deployed = DeployedGenerator(loaded.generator, precision=precision)
     deployed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if backend == "compiled":
-        deployed.compile(dynamic=False)  # the block size is fixed: one graph, specialized
+        deployed.compile(dynamic=False)  # the block size is fixed, so one specialized graph
     return deployed
 
 
 @contextmanager
 def _compiler_errors() -> Iterator[None]:
-    """Compile when the sampler is opened, and say in one line why that fails: most often there is no compiler."""
+    """Turn a failure of torch.compile into a one-line error: most often there is no compiler."""
     try:
         yield
-    except Exception as error:  # dynamo's, inductor's and the compiler's own have no common class
+    except Exception as error:  # errors of dynamo, inductor and the compiler have no common class
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise UnavailableError(
             f"--backend compiled: torch.compile fails here: {lines[0] if lines else type(error).__name__}; "
@@ -66,7 +66,7 @@ def _compiler_errors() -> Iterator[None]:
 
 
 class _AsTrained(torch.nn.Module):
-    """The network untouched, then uint8: what everybody starts from."""
+    """The network as trained, then uint8: the baseline."""
 
     def __init__(self, generator: torch.nn.Module) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class TorchSampler(Sampler):
 
     device = "cpu"
 
-    def __init__(self, loaded: "LoadedGenerator", backend: str, batch: int, threads: int) -> None:
+    def __init__(self, loaded: LoadedGenerator, backend: str, batch: int, threads: int) -> None:
         super().__init__(loaded.config, batch, loaded.sha256)
         self.backend = backend
         self.provider = f"torch {torch.__version__}"
@@ -98,16 +98,16 @@ class TorchSampler(Sampler):
 
 
 class TorchCudaSampler(CudaSampler):
-    """PyTorch on an NVIDIA GPU; `cuda-graphs` replays one recorded launch instead of some twenty."""
+    """PyTorch on an NVIDIA GPU. `cuda-graphs` replays one recorded graph instead of some twenty launches."""
 
-    def __init__(self, loaded: "LoadedGenerator", backend: str, batch: int, precision: ComputePrecision) -> None:
+    def __init__(self, loaded: LoadedGenerator, backend: str, batch: int, precision: ComputePrecision) -> None:
         super().__init__(loaded.config, batch, loaded.sha256)
         self.backend = backend
         self.provider = f"torch {torch.__version__} {precision}"
-        # Equal bytes from run to run, and float32 that is float32: TF32 is PyTorch's default for convolutions.
+        # The same bytes from run to run, and real float32: PyTorch's default for convolutions is TF32.
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.allow_tf32 = False  # the newer `conv.fp32_precision` makes others' reads of this one raise
+        torch.backends.cudnn.allow_tf32 = False  # once the newer `conv.fp32_precision` is set, reading this raises
         self._forward: Any = prepare(loaded, backend, precision).cuda()
         with torch.inference_mode():
             with _compiler_errors() if backend == "compiled" else nullcontext():

@@ -31,6 +31,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 def test_returns_the_trainers_code(start: Start, tmp_path: Path, code: int) -> None:
     process = start("dcgan-launch", STAND_IN, "exit", tmp_path, code)
     assert process.wait(90) == code
+    assert process.stderr is not None
     assert "Traceback" not in process.stderr.read()
 
 

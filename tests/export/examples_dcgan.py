@@ -46,7 +46,9 @@ def main(folder: Path, ngf: int) -> Path:
     for _ in range(10):
         generator(torch.randn(16, NZ, 1, 1))
     with torch.no_grad():
-        generator.main[-2].weight *= 20  # full contrast
+        last = generator.main[-2]
+        assert isinstance(last, nn.ConvTranspose2d)
+        last.weight *= 20  # full contrast
     path = folder / "netG_epoch_0.pth"
     torch.save(generator.state_dict(), path)
     return path

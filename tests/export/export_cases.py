@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,8 @@ def make_generator(config: NetworkConfig, seed: int = 0) -> Generator:
         norm.momentum = 1.0
     with torch.no_grad():
         images = generator(torch.from_numpy(latents(seed, Purpose.BATCHNORM, 0, 64, config.latent_dim)))
-        last = next(layer for layer in reversed(generator.layers) if hasattr(layer, "weight"))
+        layers: Any = generator.layers
+        last = next(layer for layer in reversed(layers) if hasattr(layer, "weight"))
         last.weight *= 0.7 / images.std()
     return generator.eval()
 
@@ -62,7 +64,7 @@ HOPPER = Engine(
     onnx="model.onnx",
     onnx_sha256="0" * 64,
 )
-"""What a plan of another machine is tied to."""
+"""What an engine of another machine is tied to."""
 
 SMALL = NetworkConfig(width=8, image_size=32)
 MAX_BATCH = 16

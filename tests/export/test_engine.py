@@ -1,24 +1,30 @@
-"""Plans and the files beside them: what they are compared with, what may be replaced, how they are rebuilt."""
+"""Engines and the files beside them: their reference, what may be replaced, how they are rebuilt."""
 
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from export_cases import HOPPER, SMALL, Cli, Export, write_checkpoint
 
-from export.builders import engine as plans
-from export.builders.engine import export_plan, find_reference, rebuild
+from export.builders import engine as engine_builder
+from export.builders.engine import export_engine, find_reference, rebuild
 from export.builders.onnx_model import export_onnx
-from export.builders.tensorrt import BuildOptions, Gpu, require_builder
+from export.builders.tensorrt import BuildOptions, require_builder
 from export.format.card import Card, read_card, write_card
+from export.format.tensorrt_library import Gpu
 from export.samplers import tensorrt as tensorrt_runtime
 from export.samplers.base import Sampler
 from export.samplers.onnx import open_onnx
 from pipeline.common.errors import DataError, UnavailableError, UsageError
 
 RTX = BuildOptions("tensorrt-rtx")
-DRIVERS = ("export.builders.tensorrt.driver_version", "export.samplers.tensorrt.driver_version")
+DRIVERS = (
+    "export.builders.tensorrt.driver_version",
+    "export.format.tensorrt_library.driver_version",
+    "export.samplers.tensorrt.driver_version",
+)
 
 
 @pytest.fixture
@@ -33,14 +39,14 @@ def model(exported: Export, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def runs_here(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend that plans run here: the graph that they were built from runs in their place."""
+    """Pretend that engines run here: the graph that they were built from runs in their place."""
 
-    def open_plan(name: str, card: Card, data: bytes, batch: int) -> Sampler:
+    def open_engine(name: str, card: Card, data: bytes, batch: int) -> Sampler:
         return open_onnx(name, read_card(str(model)), model.read_bytes(), "onnxruntime", batch, 1)
 
-    monkeypatch.setattr(plans, "can_run", lambda runtime: True)
-    monkeypatch.setattr(plans, "PARITY_IMAGES", 8)
-    monkeypatch.setattr(tensorrt_runtime, "open_plan", open_plan)
+    monkeypatch.setattr(engine_builder, "can_run", lambda runtime: True)
+    monkeypatch.setattr(engine_builder, "PARITY_IMAGES", 8)
+    monkeypatch.setattr(tensorrt_runtime, "open_engine", open_engine)
 
 
 @pytest.fixture
@@ -52,11 +58,11 @@ def driver_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("runs_here")
-def test_a_plan_is_compared_with_pytorch_or_else_with_its_onnx_file(model: Path) -> None:
-    card = export_plan(str(model), model.parent, options=RTX, parity_images=8)
+def test_an_engine_is_compared_with_pytorch_or_else_with_its_onnx_file(model: Path) -> None:
+    card = export_engine(str(model), model.parent, options=RTX, parity_images=8)
     assert [proven.reference for proven in card.parity] == ["PyTorch"]
     Path(card.source.reference).unlink()
-    card = export_plan(str(model), model.parent, options=RTX, parity_images=8)
+    card = export_engine(str(model), model.parent, options=RTX, parity_images=8)
     assert [proven.reference for proven in card.parity] == ["model.onnx"]
     assert [proven.reference for proven in rebuild(str(model.with_name("engine.plan"))).parity] == ["model.onnx"]
 
@@ -70,17 +76,17 @@ def test_the_reference_is_found_before_the_build(model: Path, monkeypatch: pytes
         raise UnavailableError("no runtime for the ONNX file")
 
     monkeypatch.setattr("export.builders.onnx_model.float_runner", fail)
-    monkeypatch.setattr(plans, "build_plan", lambda *_: pytest.fail("built in vain"))
+    monkeypatch.setattr(engine_builder, "build_engine", lambda *_: pytest.fail("built in vain"))
     with pytest.raises(UnavailableError, match="no runtime for the ONNX file"):
-        export_plan(str(model), model.parent, options=RTX)
+        export_engine(str(model), model.parent, options=RTX)
 
 
 def test_weights_that_were_named_must_be_the_right_ones(model: Path, tmp_path: Path) -> None:
-    card = export_plan(str(model), model.parent, options=RTX)
-    plan = str(model.with_name("engine.plan"))
-    assert find_reference(plan, card, card.source.reference).name == "PyTorch"
+    card = export_engine(str(model), model.parent, options=RTX)
+    engine = str(model.with_name("engine.plan"))
+    assert find_reference(engine, card, card.source.reference).name == "PyTorch"
     with pytest.raises(DataError, match="was made from"):
-        find_reference(plan, card, str(write_checkpoint(tmp_path, SMALL, seed=1)))
+        find_reference(engine, card, str(write_checkpoint(tmp_path, SMALL, seed=1)))
 
 
 @pytest.mark.parametrize(
@@ -93,26 +99,26 @@ def test_weights_that_were_named_must_be_the_right_ones(model: Path, tmp_path: P
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_the_card_of_a_plan_is_compared_with_its_onnx_file(model: Path, edit: dict[str, object], words: str) -> None:
-    card = export_plan(str(model), model.parent, options=RTX)
+def test_the_card_of_an_engine_is_compared_with_its_onnx_file(model: Path, edit: dict[str, object], words: str) -> None:
+    card = export_engine(str(model), model.parent, options=RTX)
     edited = Card.model_validate({**card.model_dump(), **edit})
     write_card(str(model.parent), edited)
-    plan = str(model.with_name("engine.plan"))
+    engine = str(model.with_name("engine.plan"))
     with pytest.raises(DataError, match=words):
-        find_reference(plan, edited, None)
+        find_reference(engine, edited, None)
     with pytest.raises(DataError, match=words):
-        rebuild(plan)
+        rebuild(engine)
 
 
-def test_a_plan_alone_is_compared_with_its_weights(model: Path) -> None:
+def test_an_engine_alone_is_compared_with_its_weights(model: Path) -> None:
     """Published without its ONNX file."""
-    card = export_plan(str(model), model.parent, options=RTX)
+    card = export_engine(str(model), model.parent, options=RTX)
     model.unlink()
-    plan = str(model.with_name("engine.plan"))
-    assert find_reference(plan, card, None).name == "PyTorch"
+    engine = str(model.with_name("engine.plan"))
+    assert find_reference(engine, card, None).name == "PyTorch"
     edited = card.model_copy(update={"network": SMALL.model_copy(update={"width": 9})})
     with pytest.raises(DataError, match="another network"):
-        find_reference(plan, edited, None)
+        find_reference(engine, edited, None)
 
 
 @pytest.mark.parametrize(
@@ -123,36 +129,36 @@ def test_a_plan_alone_is_compared_with_its_weights(model: Path) -> None:
         ({"precision": "fp16"}, "--precision fp16: .*model.onnx has fp32"),
     ],
 )
-def test_options_that_contradict_the_onnx_file_are_refused(model: Path, options: dict[str, object], words: str) -> None:
+def test_options_that_contradict_the_onnx_file_are_refused(model: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        export_plan(str(model), model.parent, options=RTX, **options)
-    export_plan(str(model), model.parent, options=RTX, max_batch=16, output="uint8", precision="tf32")
+        export_engine(str(model), model.parent, options=RTX, **options)
+    export_engine(str(model), model.parent, options=RTX, max_batch=16, output="uint8", precision="tf32")
 
 
-def test_an_onnx_file_that_another_plan_needs_is_not_replaced(model: Path, tmp_path: Path) -> None:
-    """The other plan could not be rebuilt any more."""
+def test_an_onnx_file_that_another_engine_needs_is_not_replaced(model: Path, tmp_path: Path) -> None:
+    """The other engine could not be rebuilt any more."""
     checkpoint = read_card(str(model)).source.reference
-    export_plan(str(model), model.parent, options=RTX, name="first.plan")
+    export_engine(str(model), model.parent, options=RTX, name="first.plan")
     before = model.read_bytes()
     for options in ({"max_batch": 8}, {"max_batch": 16, "output": "float"}):
         with pytest.raises(UsageError, match=r"model\.onnx: first\.plan was built from it"):
-            export_plan(checkpoint, model.parent, options=RTX, name="second.plan", parity_images=8, **options)
+            export_engine(checkpoint, model.parent, options=RTX, name="second.plan", parity_images=8, **options)
     other = tmp_path / "other"
     export_onnx(checkpoint, other, max_batch=8, parity_images=8)
     with pytest.raises(UsageError, match=r"first\.plan was built from it"):
-        export_plan(str(other / "model.onnx"), model.parent, options=RTX, name="second.plan")
+        export_engine(str(other / "model.onnx"), model.parent, options=RTX, name="second.plan")
     assert model.read_bytes() == before
     rebuild(str(model.with_name("first.plan")))
 
-    export_plan(str(model), model.parent, options=RTX, name="second.plan")
+    export_engine(str(model), model.parent, options=RTX, name="second.plan")
     model.with_name("second.plan").unlink()
-    replaced = export_plan(checkpoint, model.parent, options=RTX, name="first.plan", max_batch=8, parity_images=8)
-    assert replaced.max_batch == 8, "the plan that is itself replaced is no hindrance"
+    replaced = export_engine(checkpoint, model.parent, options=RTX, name="first.plan", max_batch=8, parity_images=8)
+    assert replaced.max_batch == 8, "the engine that is itself replaced is no hindrance"
 
 
 @pytest.mark.usefixtures("driver_without_cuda")
 def test_a_driver_that_pytorch_cannot_use(model: Path) -> None:
-    card = export_plan(str(model), model.parent, options=RTX)
+    card = export_engine(str(model), model.parent, options=RTX)
     assert (card.parity, card.engine and card.engine.driver) == ([], "13.0"), "built and kept, not run"
     with pytest.raises(UnavailableError, match="install a CUDA build of PyTorch"):
         require_builder("tensorrt")
@@ -160,7 +166,7 @@ def test_a_driver_that_pytorch_cannot_use(model: Path) -> None:
 
 def test_the_command_that_a_refusal_prints_rebuilds(cli: Cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = BuildOptions("tensorrt-rtx", optimization_level=2)
-    card = export_plan(str(model), model.parent, options=options, name="a b.plan", precision="tf32")
+    card = export_engine(str(model), model.parent, options=options, name="a b.plan", precision="tf32")
     for name in DRIVERS:
         monkeypatch.setattr(name, lambda: "13.0")
     monkeypatch.setattr(tensorrt_runtime, "this_gpu", lambda: Gpu("NVIDIA H200", "9.0"))
@@ -168,7 +174,7 @@ def test_the_command_that_a_refusal_prints_rebuilds(cli: Cli, model: Path, monke
         tensorrt_runtime.require_fit(str(model.with_name("a b.plan")), card)
     message = str(refusal.value)
     assert "NVIDIA H200 has 9.0" in message
-    assert f"(tensorrt-rtx {card.engine and card.engine.version}, Linux-" in message, "and what does match"
+    assert f"(what fits: tensorrt-rtx {card.engine and card.engine.version}, Linux-" in message, "and what does match"
     monkeypatch.undo()
     command = message.partition("Rebuild it here: ")[2].partition(", or dcgan-generate")[0]
     program, *arguments = shlex.split(command)
@@ -181,13 +187,13 @@ def test_the_command_that_a_refusal_prints_rebuilds(cli: Cli, model: Path, monke
     assert (rebuilt.precision, rebuilt.engine and rebuilt.engine.optimization_level) == ("tf32", 2)
 
 
-def test_a_plan_at_a_url_is_not_rebuilt_in_place() -> None:
+def test_an_engine_at_a_url_is_not_rebuilt_in_place() -> None:
     with pytest.raises(UsageError, match=r"s3://bucket/engine\.plan is a URL"):
         rebuild("s3://bucket/engine.plan")
 
 
 def test_a_file_url_is_a_path(model: Path) -> None:
-    export_plan(str(model), model.parent, options=RTX)
+    export_engine(str(model), model.parent, options=RTX)
     assert rebuild(f"file://{model.with_name('engine.plan')}").file == "engine.plan"
 
 
@@ -196,7 +202,7 @@ def test_a_file_url_is_a_path(model: Path) -> None:
     [({**HOPPER.model_dump(), "driver": "n/a"}, "engine.driver"), (None, "names no engine, expected one")],
 )
 def test_a_damaged_engine_record_is_refused(model: Path, engine: dict[str, object] | None, words: str) -> None:
-    export_plan(str(model), model.parent, options=RTX)
+    export_engine(str(model), model.parent, options=RTX)
     path = model.with_name("engine.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "engine": engine}))
     with pytest.raises(DataError, match=words):

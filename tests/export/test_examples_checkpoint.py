@@ -10,7 +10,7 @@ import torch
 from export_cases import Cli
 
 from export.format.card import read_card
-from export.samplers.base import open_sampler
+from export.samplers.open import open_sampler
 from pipeline.common.randomness import Purpose
 from pipeline.model.latents import latents
 

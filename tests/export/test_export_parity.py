@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,10 +13,11 @@ from export_cases import MAX_BATCH, SMALL, Cli, Export, make_generator, write_ch
 
 from export.builders import parity
 from export.builders.onnx_model import check_parity, export_onnx, verify_onnx
-from export.format.card import Parity
-from export.format.graph import DeployedGenerator, to_uint8
-from export.samplers.base import ONNX_BACKENDS, Sampler, open_sampler
+from export.format.card import ComputePrecision, Parity
+from export.format.graph import DeployedGenerator
+from export.samplers.base import Sampler
 from export.samplers.onnx import OpenVinoSampler
+from export.samplers.open import ONNX_BACKENDS, open_sampler
 from pipeline.checkpoints.weights import serialize
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import open_image
@@ -23,6 +25,7 @@ from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig, load_config, preset_names
 from pipeline.model.latents import latents
 from pipeline.model.networks import Generator
+from pipeline.model.sampling import to_uint8
 
 FLOAT_BAR = {"fp32": 1e-4, "fp16": 1e-2}
 ON_THE_CPU = [backend for backend in ONNX_BACKENDS if "-" not in backend]
@@ -40,14 +43,14 @@ def draw(config: NetworkConfig, count: int) -> np.ndarray:
 
 
 def float_session(model: Path) -> onnxruntime.InferenceSession:
-    """Return a session of the file that also tells the value of its last Tanh: the images before they are uint8."""
+    """Return a session of the file that also outputs its last Tanh: the images before their conversion to uint8."""
     graph = onnx.load(model)
     tanh = next(node for node in graph.graph.node if node.op_type == "Tanh").output[0]
     graph.graph.output.insert(0, onnx.helper.make_empty_tensor_value_info(tanh))
     return onnxruntime.InferenceSession(graph.SerializeToString())
 
 
-def check(config: NetworkConfig, folder: Path, precision: str, batches: tuple[int, ...]) -> None:
+def check(config: NetworkConfig, folder: Path, precision: ComputePrecision, batches: tuple[int, ...]) -> None:
     """Export a generator and compare its file with it at every batch size, in every backend here."""
     checkpoint, generator = write_checkpoint(folder, config), make_generator(config)
     export_onnx(str(checkpoint), folder, precision=precision, max_batch=max(batches), parity_images=max(batches))
@@ -74,7 +77,9 @@ def check(config: NetworkConfig, folder: Path, precision: str, batches: tuple[in
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.image_size}-{value.upsampling}-{value.channels}",
 )
-def test_every_member_of_the_family_exports_equal(config: NetworkConfig, precision: str, tmp_path: Path) -> None:
+def test_every_member_of_the_family_exports_equal(
+    config: NetworkConfig, precision: ComputePrecision, tmp_path: Path
+) -> None:
     check(config, tmp_path, precision, (1, 7, 32))
 
 
@@ -92,7 +97,7 @@ def whole_matrix() -> Iterator[NetworkConfig]:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("config", list(whole_matrix()), ids=str)
 def test_the_whole_matrix_and_every_preset_at_its_real_width(
-    config: NetworkConfig, precision: str, tmp_path: Path
+    config: NetworkConfig, precision: ComputePrecision, tmp_path: Path
 ) -> None:
     check(config, tmp_path, precision, (1, 7, 256))
 
@@ -124,10 +129,11 @@ def test_folding_batchnorm_changes_nothing_but_rounding() -> None:
 
 def test_a_network_that_half_precision_cannot_hold_is_not_exported(tmp_path: Path, cli: Cli) -> None:
     generator = make_generator(SMALL)
+    layers: Any = generator.layers
     with torch.no_grad():
-        generator.layers[-4].weight *= 1e6  # the feature maps leave fp16's range; float32 does not mind
-        generator.layers[-4].bias *= 1e6
-        generator.layers[-2].weight *= 1e-6
+        layers[-4].weight *= 1e6  # the feature maps exceed fp16's range, but not float32's
+        layers[-4].bias *= 1e6
+        layers[-2].weight *= 1e-6
     (tmp_path / "wide.safetensors").write_bytes(serialize(generator, SMALL, "ema", 0))
     arguments = ("onnx", "--ckpt", tmp_path / "wide.safetensors", "--max-batch", 8, "--parity-images", 8)
     assert cli(*arguments, "--out", tmp_path / "full")[0] == 0

@@ -23,7 +23,7 @@ def gpu_check() -> ModuleType:
     return module
 
 
-@pytest.mark.skipif(driver_version() is not None, reason="tells what happens without an NVIDIA driver")
+@pytest.mark.skipif(driver_version() is not None, reason="needs a machine without an NVIDIA driver")
 def test_it_explains_itself_without_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, SCRIPT, tmp_path / "out"], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -38,7 +38,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_none(
     gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A driver and a CPU build of PyTorch: every test would be skipped, and nothing fail."""
-    monkeypatch.setattr("export.builders.tensorrt.driver_version", lambda: "13.0")
+    monkeypatch.setattr("export.format.tensorrt_library.driver_version", lambda: "13.0")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path / "out")])
     assert gpu_check.main() == 69

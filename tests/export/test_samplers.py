@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -12,14 +13,15 @@ import torch
 from export_cases import Export
 
 from export.samplers import onnx as onnx_backends
-from export.samplers.base import Sampler, open_sampler
+from export.samplers.base import Sampler
 from export.samplers.cuda import memory_errors
 from export.samplers.onnx import OpenVinoSampler
+from export.samplers.open import open_sampler
 from pipeline.common.errors import UnavailableError, UsageError
 from pipeline.common.randomness import Purpose
 from pipeline.model.latents import latents
 
-SUBJECTS = [
+CASES = [
     ("checkpoint", "eager"),
     ("checkpoint", "channels_last"),
     ("model", "onnxruntime"),
@@ -34,7 +36,7 @@ def collect(sampler: Sampler, start: int, count: int) -> np.ndarray:
     return np.concatenate([images for _, images in parts])
 
 
-@pytest.mark.parametrize(("kind", "backend"), SUBJECTS)
+@pytest.mark.parametrize(("kind", "backend"), CASES)
 def test_how_a_range_is_cut_never_shows(exported: Export, kind: str, backend: str) -> None:
     with open_sampler(str(getattr(exported, kind)), backend=backend, batch=8, threads=1) as sampler:
         assert (sampler.backend, sampler.batch, sampler.latent_dim) == (backend, 8, 100)
@@ -50,7 +52,7 @@ def test_how_a_range_is_cut_never_shows(exported: Export, kind: str, backend: st
 def test_every_backend_makes_the_same_images(exported: Export) -> None:
     z = latents(1, Purpose.SAMPLE, 0, 21, 100)
     results = {}
-    for kind, backend in SUBJECTS:
+    for kind, backend in CASES:
         with open_sampler(str(getattr(exported, kind)), backend=backend, batch=16) as sampler:
             results[backend] = sampler.sample(z).astype(int)
             assert results[backend].shape == (21, 32, 32, 3)
@@ -75,7 +77,7 @@ def test_threads_do_not_change_the_images(exported: Export, piece: int, monkeypa
 
 def test_images_may_be_kept(exported: Export) -> None:
     """No backend hands out a buffer that it writes again."""
-    for kind, backend in SUBJECTS:
+    for kind, backend in CASES:
         with open_sampler(str(getattr(exported, kind)), backend=backend, batch=4) as sampler:
             blocks = [latents(1, Purpose.SAMPLE, start, 4, 100) for start in (0, 4, 8)]
             kept = list(sampler.stream(blocks))
@@ -140,14 +142,14 @@ def test_nothing_in_nothing_out(exported: Export) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("model", {"backend": "eager"}, "cannot run .*model.onnx, a ONNX file: expected auto, openvino"),
+        ("model", {"backend": "eager"}, "cannot run .*model.onnx, an ONNX file: expected auto, openvino"),
         ("checkpoint", {"backend": "openvino"}, "a checkpoint: expected auto, eager"),
         ("model", {"backend": "nonsense"}, "nonsense"),
         ("model", {"batch": 17}, "takes at most 16 images"),
         ("model", {"batch": 0}, "expected at least 1"),
     ],
 )
-def test_what_cannot_be_is_said(exported: Export, kind: str, options: dict[str, object], words: str) -> None:
+def test_an_impossible_option_is_refused(exported: Export, kind: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         open_sampler(str(getattr(exported, kind)), **options)
 

@@ -10,11 +10,12 @@ import pytest
 import tensorrt_rtx
 from export_cases import HOPPER, SMALL, Cli, Export, make_generator
 
-from export.builders.engine import export_plan, rebuild
+from export.builders.engine import export_engine, rebuild
 from export.builders.onnx_model import build
-from export.builders.tensorrt import BuildOptions, build_plan, load_module, make_logger, profiles
-from export.format.card import Card, Source, ports, read_card
+from export.builders.tensorrt import BuildOptions, build_engine, profiles
+from export.format.card import Card, ComputePrecision, Source, ports, read_card
 from export.format.driver import driver_version
+from export.format.tensorrt_library import load_module, make_logger
 from export.samplers.tensorrt import Here, compare
 from pipeline.checkpoints.reference import LoadedGenerator
 from pipeline.common.errors import DataError, UnavailableError, UsageError
@@ -22,10 +23,10 @@ from pipeline.common.storage import sha256_bytes
 from pipeline.config import NetworkConfig, load_config, preset_names
 
 RTX = BuildOptions("tensorrt-rtx")
-no_gpu = pytest.mark.skipif(driver_version() is not None, reason="tells what happens without an NVIDIA driver")
+no_gpu = pytest.mark.skipif(driver_version() is not None, reason="needs a machine without an NVIDIA driver")
 
 
-def onnx_of(config: NetworkConfig, precision: str = "fp32") -> tuple[Card, bytes]:
+def onnx_of(config: NetworkConfig, precision: ComputePrecision = "fp32") -> tuple[Card, bytes]:
     """Return a card and graph of a generator of this architecture, without the parity gate."""
     loaded = LoadedGenerator(make_generator(config), config, "test", "0" * 64, None, "raw")
     data = build(loaded, precision, "uint8", 256)
@@ -58,22 +59,22 @@ PRESETS = network_of_presets()
 @pytest.mark.parametrize(("preset", "config"), PRESETS, ids=[name for name, _ in PRESETS])
 def test_every_preset_builds(preset: str, config: NetworkConfig) -> None:
     card, data = onnx_of(config)
-    plan, engine = build_plan(preset, card, data, RTX)
+    serialized, engine = build_engine(preset, card, data, RTX)
     assert engine.profiles == [[1, 1, 1], [1, 64, 256]]
     parameters = sum(weight.numel() for weight in make_generator(config).parameters())
-    assert len(plan) > 4 * parameters * 0.9, "a float32 plan holds every weight in four bytes"
+    assert len(serialized) > 4 * parameters * 0.9, "a float32 engine holds every weight in four bytes"
 
 
 @pytest.mark.parametrize("upsampling", ["transposed", "bilinear"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_family_builds(upsampling: str, precision: str) -> None:
+def test_the_family_builds(upsampling: str, precision: ComputePrecision) -> None:
     config = NetworkConfig.model_validate({"width": 8, "upsampling": upsampling, "channels": 1, "image_size": 32})
     card, data = onnx_of(config, precision)
-    plan, _ = build_plan("model", card, data, RTX)
-    assert len(plan) > 10_000
+    serialized, _ = build_engine("model", card, data, RTX)
+    assert len(serialized) > 10_000
 
 
-def test_the_plan_takes_and_makes_what_the_card_says() -> None:
+def test_the_engine_takes_and_makes_what_the_card_says() -> None:
     trt = load_module("tensorrt-rtx")
     logger = make_logger(trt)
     network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -92,24 +93,24 @@ def test_profiles_cover_one_and_many() -> None:
 
 def test_a_graph_that_cannot_be_parsed_is_one_line(exported: Export) -> None:
     with pytest.raises(DataError, match=r"tensorrt-rtx cannot parse it: .*Failed to parse"):
-        build_plan("model.onnx", exported.card, exported.model.read_bytes()[:5000], RTX)
+        build_engine("model.onnx", exported.card, exported.model.read_bytes()[:5000], RTX)
 
 
 def test_wrong_levels_are_refused(exported: Export) -> None:
     with pytest.raises(UsageError, match="expected 0 to 5"):
-        build_plan("model.onnx", exported.card, b"", BuildOptions("tensorrt-rtx", optimization_level=6))
+        build_engine("model.onnx", exported.card, b"", BuildOptions("tensorrt-rtx", optimization_level=6))
 
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
 def test_a_timing_cache_is_kept_by_version_and_a_foreign_one_replaced(exported: Export, tmp_path: Path) -> None:
     options = BuildOptions("tensorrt-rtx", timing_cache=tmp_path)
     data = exported.model.read_bytes()
-    first, _ = build_plan("model.onnx", exported.card, data, options)
+    first, _ = build_engine("model.onnx", exported.card, data, options)
     (cache,) = tmp_path.iterdir()
     assert tensorrt_rtx.__version__ in cache.name
     saved = cache.read_bytes()
     cache.write_bytes(b"of another program" * 9)
-    second, _ = build_plan("model.onnx", exported.card, data, options)
+    second, _ = build_engine("model.onnx", exported.card, data, options)
     assert cache.read_bytes() == saved
     assert first
     assert second  # a builder need not make the same bytes twice, least of all on a busy machine
@@ -140,17 +141,17 @@ def test_trt_command_builds_the_onnx_then_the_engine(cli: Cli, exported: Export,
 
 
 def test_an_engine_from_an_onnx_file(exported: Export, tmp_path: Path) -> None:
-    card = export_plan(str(exported.model), tmp_path, options=RTX)
+    card = export_engine(str(exported.model), tmp_path, options=RTX)
     assert card.engine is not None
     assert card.engine.onnx_sha256 == exported.card.sha256
     assert (tmp_path / "model.onnx").read_bytes() == exported.model.read_bytes()
-    with pytest.raises(UsageError, match="has fp32, and a plan has what its graph has"):
-        export_plan(str(exported.model), tmp_path, options=RTX, precision="fp16")
+    with pytest.raises(UsageError, match="has fp32, and an engine has what its graph has"):
+        export_engine(str(exported.model), tmp_path, options=RTX, precision="fp16")
 
 
 def test_rtx_has_no_timing_cache(exported: Export, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--timing-cache"):
-        export_plan(str(exported.model), tmp_path, options=BuildOptions("tensorrt-rtx", timing_cache=tmp_path))
+        export_engine(str(exported.model), tmp_path, options=BuildOptions("tensorrt-rtx", timing_cache=tmp_path))
 
 
 @no_gpu
@@ -164,7 +165,7 @@ def test_without_a_gpu_it_says_what_can_be_done(cli: Cli, exported: Export, tmp_
 
 @no_gpu
 def test_an_engine_without_a_gpu_ends_by_an_exit_code_never_by_a_signal(exported: Export, tmp_path: Path) -> None:
-    export_plan(str(exported.model), tmp_path, options=RTX)
+    export_engine(str(exported.model), tmp_path, options=RTX)
     for command in (["verify", "engine.plan"], ["bench", "--model", "engine.plan", "--out", "bench"]):
         done = subprocess.run(
             [sys.executable, "-m", "export.cli", *command], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -174,18 +175,18 @@ def test_an_engine_without_a_gpu_ends_by_an_exit_code_never_by_a_signal(exported
         assert "Traceback" not in done.stderr
 
 
-def test_a_plan_cut_short_is_refused_before_anything_loads_it(cli: Cli, exported: Export, tmp_path: Path) -> None:
-    export_plan(str(exported.model), tmp_path, options=RTX)
-    plan = tmp_path / "engine.plan"
-    plan.write_bytes(plan.read_bytes()[:1000])
-    code, _, error = cli("verify", plan)
+def test_an_engine_cut_short_is_refused_before_anything_loads_it(cli: Cli, exported: Export, tmp_path: Path) -> None:
+    export_engine(str(exported.model), tmp_path, options=RTX)
+    engine = tmp_path / "engine.plan"
+    engine.write_bytes(engine.read_bytes()[:1000])
+    code, _, error = cli("verify", engine)
     assert code == 65
     assert "cut short" in error
 
 
 @no_gpu
 def test_generate_rebuilds_engines_only_and_only_on_a_gpu(exported: Export, tmp_path: Path) -> None:
-    export_plan(str(exported.model), tmp_path, options=RTX)
+    export_engine(str(exported.model), tmp_path, options=RTX)
     command = [sys.executable, "-m", "deploy.generate", "--count", "4", "--out", "samples", "--rebuild", "--model"]
     for model, code, words in (("engine.plan", 69, "needs an NVIDIA GPU"), ("model.onnx", 2, "only engines are built")):
         done = subprocess.run([*command, model], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -19,15 +19,15 @@ def parse(path: Path) -> Any:
 
 
 def engine_of(exported: Export, folder: Path, runtime: str = "tensorrt") -> Path:
-    """Write a file that passes for a plan: the repository copies it and reads only its card."""
-    plan = folder / "engine.plan"
-    plan.write_bytes(b"plan")
+    """Write a file that passes for an engine: the repository copies it and reads only its card."""
+    path = folder / "engine.plan"
+    path.write_bytes(b"plan")
     engine = HOPPER.model_copy(update={"runtime": runtime, "profiles": [[1, 1, 1], [1, 16, 16]]})
     card = exported.card.model_copy(
-        update={"file": plan.name, "sha256": sha256_file(plan), "bytes": 4, "engine": engine}
+        update={"file": path.name, "sha256": sha256_file(path), "bytes": 4, "engine": engine}
     )
     write_card(str(folder), card)
-    return plan
+    return path
 
 
 def test_an_onnx_model(cli: Cli, exported: Export, tmp_path: Path) -> None:

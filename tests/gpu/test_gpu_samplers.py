@@ -9,7 +9,8 @@ from gpu_cases import Weights
 
 from export.builders.onnx_model import export_onnx
 from export.format.card import ComputePrecision
-from export.samplers.base import CHECKPOINT_BACKENDS, Sampler, open_sampler
+from export.samplers.base import Sampler
+from export.samplers.open import CHECKPOINT_BACKENDS, open_sampler
 from pipeline.common.errors import UnavailableError
 from pipeline.common.machine import versions
 from pipeline.common.randomness import Purpose

@@ -8,12 +8,13 @@ import pytest
 import torch
 from gpu_cases import Weights
 
-from export.builders.engine import export_plan, rebuild, rebuild_unless_it_fits, verify_plan
+from export.builders.engine import export_engine, rebuild, rebuild_unless_it_fits, verify_engine
 from export.builders.onnx_model import export_onnx
-from export.builders.tensorrt import RTX_CAPABILITIES, BuildOptions, RuntimeName, load_module, this_gpu
-from export.format.card import Output, Precision, read_card
+from export.builders.tensorrt import BuildOptions
+from export.format.card import Output, Precision, RuntimeName, read_card
 from export.format.driver import driver_version
-from export.samplers.base import open_sampler
+from export.format.tensorrt_library import RTX_CAPABILITIES, load_module, this_gpu
+from export.samplers.open import open_sampler
 from pipeline.common.errors import DataError, UnavailableError
 from pipeline.common.randomness import Purpose
 from pipeline.model.latents import latents
@@ -40,7 +41,7 @@ def runtime(request: pytest.FixtureRequest) -> RuntimeName:
 def test_engines_are_equal(
     weights: Weights, tmp_path: Path, runtime: RuntimeName, precision: Precision, output: Output
 ) -> None:
-    card = export_plan(
+    card = export_engine(
         str(weights.path),
         tmp_path,
         precision=precision,
@@ -66,26 +67,26 @@ def test_engines_are_equal(
             assert np.abs(images - pixels).max() <= 1
             assert np.array_equal(images, sampler.sample(z)), "the same bytes the second time"
             assert len(sampler.time_launches(5)) == 5
-    assert verify_plan(str(tmp_path / "engine.plan"), images=256)[0] == card
+    assert verify_engine(str(tmp_path / "engine.plan"), images=256)[0] == card
 
 
 def test_an_engine_of_another_machine_is_refused_and_rebuilt(
     weights: Weights, tmp_path: Path, runtime: RuntimeName
 ) -> None:
-    export_plan(str(weights.path), tmp_path, max_batch=8, options=BuildOptions(runtime), parity_images=8)
-    plan, path = tmp_path / "engine.plan", tmp_path / "engine.json"
+    export_engine(str(weights.path), tmp_path, max_batch=8, options=BuildOptions(runtime), parity_images=8)
+    engine, path = tmp_path / "engine.plan", tmp_path / "engine.json"
     card = json.loads(path.read_text())
     card["engine"]["version"] = "10.0.0.1"
     path.write_text(json.dumps(card))
     with pytest.raises(DataError, match=r"built by .* 10\.0\.0\.1, installed is .* Rebuild it here"):
-        open_sampler(str(plan))
-    assert rebuild_unless_it_fits(str(plan))
-    assert not rebuild_unless_it_fits(str(plan))
-    rebuilt = read_card(str(plan))
+        open_sampler(str(engine))
+    assert rebuild_unless_it_fits(str(engine))
+    assert not rebuild_unless_it_fits(str(engine))
+    rebuilt = read_card(str(engine))
     assert rebuilt.engine is not None
     assert rebuilt.engine.version == load_module(runtime).__version__
     assert rebuilt.engine.driver == driver_version()
-    open_sampler(str(plan)).close()
+    open_sampler(str(engine)).close()
 
 
 def test_an_engine_is_built_where_only_the_onnx_file_is(weights: Weights, tmp_path: Path, runtime: RuntimeName) -> None:
@@ -94,20 +95,22 @@ def test_an_engine_is_built_where_only_the_onnx_file_is(weights: Weights, tmp_pa
     checkpoint.write_bytes(weights.path.read_bytes())
     export_onnx(str(checkpoint), tmp_path, max_batch=8, parity_images=8)
     checkpoint.unlink()
-    card = export_plan(str(tmp_path / "model.onnx"), tmp_path, options=BuildOptions(runtime), parity_images=8)
+    card = export_engine(str(tmp_path / "model.onnx"), tmp_path, options=BuildOptions(runtime), parity_images=8)
     assert [proven.reference for proven in card.parity] == ["model.onnx"]
     assert rebuild(str(tmp_path / "engine.plan")).parity[0].reference == "model.onnx"
 
 
 def test_a_batch_outside_the_profile_is_refused(weights: Weights, tmp_path: Path, runtime: RuntimeName) -> None:
-    export_plan(str(weights.path), tmp_path, max_batch=8, options=BuildOptions(runtime), parity_images=8)
+    export_engine(str(weights.path), tmp_path, max_batch=8, options=BuildOptions(runtime), parity_images=8)
     with pytest.raises(Exception, match="takes at most 8 images"):
         open_sampler(str(tmp_path / "engine.plan"), batch=9)
 
 
-def test_plans_of_one_process_do_not_disturb_each_other(weights: Weights, tmp_path: Path, runtime: RuntimeName) -> None:
+def test_engines_of_one_process_do_not_disturb_each_other(
+    weights: Weights, tmp_path: Path, runtime: RuntimeName
+) -> None:
     """Two samplers at once, each with its own context, streams and graph."""
-    export_plan(str(weights.path), tmp_path, max_batch=64, options=BuildOptions(runtime), parity_images=64)
+    export_engine(str(weights.path), tmp_path, max_batch=64, options=BuildOptions(runtime), parity_images=64)
     z = latents(5, Purpose.SAMPLE, 0, 128, 100)
     with open_sampler(str(tmp_path / "engine.plan"), batch=64) as one:
         alone = one.sample(z)

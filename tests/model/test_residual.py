@@ -1,5 +1,7 @@
 """The residual networks offer all that the rest of the product asks of a network."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from pipeline.model import residual
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 
 
-def config(size: int = 32, **settings: object) -> NetworkConfig:
+def config(size: int = 32, **settings: Any) -> NetworkConfig:
     return NetworkConfig.model_validate(
         {"architecture": "residual", "image_size": size, "width": 4, "latent_dim": 6, **settings}
     )
@@ -30,6 +32,7 @@ def test_shapes(size: int, channels: int, head: str) -> None:
     maps = list(discriminator.activations(images))
     assert [found.shape[1] for found in maps] == discriminator.activation_widths
     assert [found.shape[2] for found in maps] == [size >> stage for stage in range(1, len(maps) + 1)]
+    assert isinstance(discriminator, residual.Discriminator)
     torch.testing.assert_close(discriminator.head(maps[-1]).flatten(), discriminator(images))
 
 
@@ -55,6 +58,7 @@ def test_maps_are_read_and_dropped_before_the_last_convolution() -> None:
     before = generator(z)
     maps = generator.feature_maps(z)
     assert maps.shape == (3, 4, 32, 32)
+    assert isinstance(generator, residual.Generator)
     torch.testing.assert_close(generator.to_image(maps), before)
     everything = torch.arange(4)
     torch.testing.assert_close(generator.without_maps(z, everything), torch.zeros_like(before))
@@ -62,7 +66,7 @@ def test_maps_are_read_and_dropped_before_the_last_convolution() -> None:
 
 
 @pytest.mark.parametrize("setting", [{"kernel_size": 5}, {"upsampling": "bilinear"}])
-def test_a_setting_that_would_be_ignored_is_refused(setting: dict[str, object]) -> None:
+def test_a_setting_that_would_be_ignored_is_refused(setting: dict[str, Any]) -> None:
     (name,) = setting
     for build in (build_generator, build_discriminator):
         with pytest.raises(ConfigConflict, match=f"network.{name}="):

@@ -1,4 +1,4 @@
-"""Encoder processes give what encoding here gives, and leave nothing behind."""
+"""Encoder processes return what encoding in this process returns, and no process outlives the work."""
 
 import os
 import signal
@@ -67,7 +67,7 @@ def test_a_killed_encoder_is_said_and_none_outlives_the_work() -> None:
         processes = [encoder.process for encoder in encoders._all]
         assert processes[0].pid
         assert processes[1].pid
-        os.kill(processes[0].pid, signal.SIGTERM)  # not theirs to heed
+        os.kill(processes[0].pid, signal.SIGTERM)  # encoders ignore it
         encode_one(encoders)
         encode_one(encoders)
         for process in processes:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from deploy.generation.pipeline import PIECE_IMAGES, cut, needed_blocks, produce
+from deploy.generation.pipeline import PIECE_IMAGES, cut, generate_shards, needed_blocks
 from deploy.generation.plan import Plan, ShardRange, default_shard_images
 from pipeline.common.errors import TryAgainError
 from pipeline.data.dataset import Encoding, Shard
@@ -62,7 +62,7 @@ def run(
         pieces, entry = writer.finish(f"{shard.start}.tar")
         shards[shard.start] = b"".join(pieces), entry
 
-    produce(sampler or Numbered(plan), plan, plan.shards(), finish, encoders=2, stop=stop or threading.Event())
+    generate_shards(sampler or Numbered(plan), plan, plan.shards(), finish, encoders=2, stop=stop or threading.Event())
     return dict(sorted(shards.items()))
 
 
@@ -114,16 +114,23 @@ def test_an_error_in_writing_ends_everything() -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        produce(sampler, work, work.shards(), finish, encoders=1, stop=threading.Event())
+        generate_shards(sampler, work, work.shards(), finish, encoders=1, stop=threading.Event())
     assert sampler.blocks < 15_000
 
 
 def test_a_slow_disk_bounds_what_is_in_memory() -> None:
     work = plan(1_000_000, 100, size=64)
     sampler, stop, release = Numbered(work), threading.Event(), threading.Event()
-    halted = threading.Timer(1.0, lambda: (stop.set(), release.set()))
-    halted.start()
-    produce(sampler, work, work.shards(), lambda shard, writer: release.wait(), encoders=1, stop=stop)
+
+    def stop_and_release() -> None:
+        stop.set()
+        release.set()
+
+    def finish(shard: ShardRange, writer: ShardWriter) -> None:
+        release.wait()
+
+    threading.Timer(1.0, stop_and_release).start()
+    generate_shards(sampler, work, work.shards(), finish, encoders=1, stop=stop)
     assert 4 <= sampler.blocks < 12  # the shards that are being written, and those in hand
 
 
@@ -143,17 +150,20 @@ def test_on_a_cpu_the_sampler_rests_while_the_encoders_work() -> None:
     finished: dict[str, dict[int, bytes]] = {"cpu": {}, "none": {}}
     for device, shards in finished.items():
         sampler.device, sampler.blocks = device, 0
-        lags, done = [], 0
+        lags: list[int] = []
+        done = 0
 
         def finish(shard: ShardRange, writer: ShardWriter, shards: dict[int, bytes] = shards) -> None:
             shards[shard.start] = b"".join(writer.finish("x.tar")[0])
 
-        def made(images: int, lags: list[int] = lags) -> None:
+        def report_images(images: int, lags: list[int] = lags) -> None:
             nonlocal done
             done += images
             lags.append(sampler.blocks * BLOCK - done)
 
-        produce(sampler, work, work.shards(), finish, encoders=2, stop=threading.Event(), made=made)
+        generate_shards(
+            sampler, work, work.shards(), finish, encoders=2, stop=threading.Event(), report_images=report_images
+        )
         if device == "cpu":  # both encoders had a piece, and nothing was sampled before they had given them back
             assert max(lags) < 2 * PIECE_IMAGES
     assert finished["cpu"] == finished["none"]
@@ -163,6 +173,6 @@ def test_on_a_cpu_the_sampler_rests_while_the_encoders_work() -> None:
 def test_only_blocks_that_are_needed_are_sampled() -> None:
     shards = [ShardRange(10, 70), ShardRange(70, 80), ShardRange(1000, 1001)]
     assert list(needed_blocks(shards, 64)) == [0, 1, 15]
-    images = np.arange(64).reshape(64, 1, 1, 1)
+    images = np.arange(64, dtype=np.uint8).reshape(64, 1, 1, 1)
     found = [(shard.start, piece.ravel().tolist()) for shard, piece in cut(shards, 64, images)]
     assert found == [(10, list(range(6))), (70, list(range(6, 16)))]

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,8 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path
                 module.momentum = 1.0
         with torch.no_grad():
             generator(torch.rand(64, config.latent_dim) * 2 - 1)  # BatchNorm statistics
-            generator.layers[-2].weight *= 20  # contrast: at first all images are nearly gray
+            *_, last = (layer for layer in generator.modules() if isinstance(layer, torch.nn.ConvTranspose2d))
+            last.weight *= 20  # contrast: at first all images are nearly gray
         path = folder / f"{seed}.safetensors"
         path.write_bytes(serialize(generator.eval(), config, "ema", 0))
         return path
@@ -45,7 +46,7 @@ def model(make_model: Callable[[int], Path]) -> str:
 
 
 @pytest.fixture
-def start() -> Callable[..., subprocess.Popen[str]]:
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start one of our commands: start("dcgan-generate", "--count", 3, env={...})."""
     processes = []
 

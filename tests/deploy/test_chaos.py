@@ -39,7 +39,8 @@ class FlakyProxy(FaultyProxy):
             if self._dice.random() >= self._share:
                 return None
             self.failed += 1
-            return self._dice.choice([500, 503, "reset", "cut"])
+            faults: list[int | str] = [500, 503, "reset", "cut"]
+            return self._dice.choice(faults)
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FlakyPro
     from storage_servers import free_port
 
     port = free_port()
-    command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
     with (tmp_path / "moto.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     wait_for_port(port)
@@ -103,9 +104,9 @@ def test_random_kills_over_a_failing_store(
             index = waiting.pop(0)
             for _ in range(2 if dice.random() < 0.2 else 1):  # "more than one Pod could be started for the same index"
                 arguments = [*options, "--out", "s3://bucket/samples", "--part", f"{index}/{parts}"]
-                process = processes.Process(target=make_part, args=(environment, arguments, str(tmp_path / "log")))
-                process.start()
-                running.append((index, process, time.monotonic() + dice.uniform(0.05, 1.5)))
+                part = processes.Process(target=make_part, args=(environment, arguments, str(tmp_path / "log")))
+                part.start()
+                running.append((index, part, time.monotonic() + dice.uniform(0.05, 1.5)))
         for entry in list(running):
             index, process, when = entry
             if process.is_alive() and killed < kills and time.monotonic() > when:

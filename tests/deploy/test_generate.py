@@ -20,7 +20,7 @@ from pipeline.common.errors import DataError, TryAgainError
 from pipeline.common.imaging import decode, encode
 from pipeline.common.randomness import Purpose
 from pipeline.common.storage import Store
-from pipeline.data.dataset import load_dataset
+from pipeline.data.dataset import Encoding, load_dataset
 from pipeline.data.shard_reader import iterate
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -48,7 +48,7 @@ def members(*folders: Path) -> dict[str, bytes]:
     images: dict[str, bytes] = {}
     for path in sorted(path for folder in folders for path in folder.glob("*.tar")):
         with tarfile.open(path) as tar:
-            files = {member.name: tar.extractfile(member).read() for member in tar}
+            files = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
         for name, data in files.items():
             if name.endswith(".json"):
                 key = json.loads(data)["key"]
@@ -71,8 +71,8 @@ def packed(*folders: Path) -> np.ndarray:
 def whole(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
     """1,000 images made in one go, in shards of 96: no multiple of a block of 64, as a worst case."""
     folder = tmp_path_factory.mktemp("whole")
-    command = [Path(sys.executable).with_name("dcgan-generate"), "--model", model, "--count", "1000"]
-    subprocess.run([*command, "--shard-images", "96", "--out", folder], check=True)
+    command = [str(Path(sys.executable).with_name("dcgan-generate")), "--model", model, "--count", "1000"]
+    subprocess.run([*command, "--shard-images", "96", "--out", str(folder)], check=True)
     return folder
 
 
@@ -128,7 +128,9 @@ def test_sigterm_keeps_whole_shards_and_says_so(start: Start, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("encoding", ["webp", "jpg", "png", "packed"])
-def test_every_format_is_a_data_set_and_plain_webdataset(run: Run, tmp_path: Path, model: str, encoding: str) -> None:
+def test_every_format_is_a_data_set_and_plain_webdataset(
+    run: Run, tmp_path: Path, model: str, encoding: Encoding
+) -> None:
     run("--model", model, "--count", 300, "--start", 50, "--format", encoding, "--out", tmp_path)
     dataset = load_dataset(tmp_path)
     assert (dataset.images, dataset.encoding, dataset.image_size) == (300, encoding, 32)

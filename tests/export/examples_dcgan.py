@@ -46,7 +46,7 @@ def main(folder: Path, ngf: int) -> Path:
     for _ in range(10):
         generator(torch.randn(16, NZ, 1, 1))
     with torch.no_grad():
-        generator.main[-2].weight *= 20  # full contrast
+        generator.get_parameter("main.12.weight").mul_(20)  # full contrast
     path = folder / "netG_epoch_0.pth"
     torch.save(generator.state_dict(), path)
     return path

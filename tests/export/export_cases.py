@@ -28,8 +28,8 @@ def make_generator(config: NetworkConfig, seed: int = 0) -> Generator:
         norm.momentum = 1.0
     with torch.no_grad():
         images = generator(torch.from_numpy(latents(seed, Purpose.BATCHNORM, 0, 64, config.latent_dim)))
-        last = next(layer for layer in reversed(generator.layers) if hasattr(layer, "weight"))
-        last.weight *= 0.7 / images.std()
+        last = [name for name, _ in generator.named_parameters() if name.endswith(".weight")][-1]
+        generator.get_parameter(last).mul_(0.7 / images.std())
     return generator.eval()
 
 

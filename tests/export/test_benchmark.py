@@ -11,6 +11,7 @@ from export.benchmark.cases import Subject, choose_subjects
 from export.benchmark.report import make_rows
 from export.benchmark.roofline import Ceiling, work_of
 from export.benchmark.run import Timing
+from export.format.card import Precision
 from pipeline.common.imaging import open_image
 from pipeline.config import NetworkConfig
 
@@ -91,7 +92,7 @@ def test_each_row_is_judged_by_its_own_device_and_arithmetic() -> None:
         Subject("tensorrt", "b.plan", "tensorrt", small, "fp16", "cuda"),
         Subject("openvino", "c.onnx", "openvino", large, "fp32", "cpu"),
     ]
-    limits = {
+    limits: dict[tuple[str, Precision], Ceiling] = {
         ("cuda", "fp32"): Ceiling(1e9, 1e9),
         ("cuda", "tf32"): Ceiling(2e9, 1e9),
         ("cuda", "fp16"): Ceiling(4e9, 1e9),

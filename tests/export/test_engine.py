@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from export_cases import HOPPER, SMALL, Cli, Export, write_checkpoint
@@ -123,7 +124,7 @@ def test_a_plan_alone_is_compared_with_its_weights(model: Path) -> None:
         ({"precision": "fp16"}, "--precision fp16: .*model.onnx has fp32"),
     ],
 )
-def test_options_that_contradict_the_onnx_file_are_refused(model: Path, options: dict[str, object], words: str) -> None:
+def test_options_that_contradict_the_onnx_file_are_refused(model: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         export_plan(str(model), model.parent, options=RTX, **options)
     export_plan(str(model), model.parent, options=RTX, max_batch=16, output="uint8", precision="tf32")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -131,7 +132,7 @@ def test_a_graph_that_is_none_is_refused(cli: Cli, copy: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_an_edited_card_is_refused(cli: Cli, copy: Path, edit: dict[str, object], words: str) -> None:
+def test_an_edited_card_is_refused(cli: Cli, copy: Path, edit: dict[str, Any], words: str) -> None:
     path = copy.with_suffix(".json")
     card = json.loads(path.read_text())
     for key, value in edit.items():

@@ -12,8 +12,8 @@ from export_cases import MAX_BATCH, SMALL, Cli, Export, make_generator, write_ch
 
 from export.builders import parity
 from export.builders.onnx_model import check_parity, export_onnx, verify_onnx
-from export.format.card import Parity
-from export.format.graph import DeployedGenerator, to_uint8
+from export.format.card import ComputePrecision, Parity
+from export.format.graph import DeployedGenerator
 from export.samplers.base import ONNX_BACKENDS, Sampler, open_sampler
 from export.samplers.onnx import OpenVinoSampler
 from pipeline.checkpoints.weights import serialize
@@ -23,6 +23,7 @@ from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig, load_config, preset_names
 from pipeline.model.latents import latents
 from pipeline.model.networks import Generator
+from pipeline.model.sampling import to_uint8
 
 FLOAT_BAR = {"fp32": 1e-4, "fp16": 1e-2}
 ON_THE_CPU = [backend for backend in ONNX_BACKENDS if "-" not in backend]
@@ -47,7 +48,7 @@ def float_session(model: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(graph.SerializeToString())
 
 
-def check(config: NetworkConfig, folder: Path, precision: str, batches: tuple[int, ...]) -> None:
+def check(config: NetworkConfig, folder: Path, precision: ComputePrecision, batches: tuple[int, ...]) -> None:
     """Export a generator and compare its file with it at every batch size, in every backend here."""
     checkpoint, generator = write_checkpoint(folder, config), make_generator(config)
     export_onnx(str(checkpoint), folder, precision=precision, max_batch=max(batches), parity_images=max(batches))
@@ -74,7 +75,9 @@ def check(config: NetworkConfig, folder: Path, precision: str, batches: tuple[in
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.image_size}-{value.upsampling}-{value.channels}",
 )
-def test_every_member_of_the_family_exports_equal(config: NetworkConfig, precision: str, tmp_path: Path) -> None:
+def test_every_member_of_the_family_exports_equal(
+    config: NetworkConfig, precision: ComputePrecision, tmp_path: Path
+) -> None:
     check(config, tmp_path, precision, (1, 7, 32))
 
 
@@ -92,7 +95,7 @@ def whole_matrix() -> Iterator[NetworkConfig]:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("config", list(whole_matrix()), ids=str)
 def test_the_whole_matrix_and_every_preset_at_its_real_width(
-    config: NetworkConfig, precision: str, tmp_path: Path
+    config: NetworkConfig, precision: ComputePrecision, tmp_path: Path
 ) -> None:
     check(config, tmp_path, precision, (1, 7, 256))
 
@@ -124,10 +127,12 @@ def test_folding_batchnorm_changes_nothing_but_rounding() -> None:
 
 def test_a_network_that_half_precision_cannot_hold_is_not_exported(tmp_path: Path, cli: Cli) -> None:
     generator = make_generator(SMALL)
+    *_, norm = (layer for layer in generator.modules() if isinstance(layer, torch.nn.BatchNorm2d))
+    *_, last = (layer for layer in generator.modules() if isinstance(layer, torch.nn.ConvTranspose2d))
     with torch.no_grad():
-        generator.layers[-4].weight *= 1e6  # the feature maps leave fp16's range; float32 does not mind
-        generator.layers[-4].bias *= 1e6
-        generator.layers[-2].weight *= 1e-6
+        norm.weight.mul_(1e6)  # the feature maps leave fp16's range; float32 does not mind
+        norm.bias.mul_(1e6)
+        last.weight.mul_(1e-6)
     (tmp_path / "wide.safetensors").write_bytes(serialize(generator, SMALL, "ema", 0))
     arguments = ("onnx", "--ckpt", tmp_path / "wide.safetensors", "--max-batch", 8, "--parity-images", 8)
     assert cli(*arguments, "--out", tmp_path / "full")[0] == 0

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -147,7 +148,7 @@ def test_nothing_in_nothing_out(exported: Export) -> None:
         ("model", {"batch": 0}, "expected at least 1"),
     ],
 )
-def test_what_cannot_be_is_said(exported: Export, kind: str, options: dict[str, object], words: str) -> None:
+def test_what_cannot_be_is_said(exported: Export, kind: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         open_sampler(str(getattr(exported, kind)), **options)
 

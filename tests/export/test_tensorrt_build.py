@@ -13,7 +13,7 @@ from export_cases import HOPPER, SMALL, Cli, Export, make_generator
 from export.builders.engine import export_plan, rebuild
 from export.builders.onnx_model import build
 from export.builders.tensorrt import BuildOptions, build_plan, load_module, make_logger, profiles
-from export.format.card import Card, Source, ports, read_card
+from export.format.card import Card, ComputePrecision, Source, ports, read_card
 from export.format.driver import driver_version
 from export.samplers.tensorrt import Here, compare
 from pipeline.checkpoints.reference import LoadedGenerator
@@ -25,7 +25,7 @@ RTX = BuildOptions("tensorrt-rtx")
 no_gpu = pytest.mark.skipif(driver_version() is not None, reason="tells what happens without an NVIDIA driver")
 
 
-def onnx_of(config: NetworkConfig, precision: str = "fp32") -> tuple[Card, bytes]:
+def onnx_of(config: NetworkConfig, precision: ComputePrecision = "fp32") -> tuple[Card, bytes]:
     """Return a card and graph of a generator of this architecture, without the parity gate."""
     loaded = LoadedGenerator(make_generator(config), config, "test", "0" * 64, None, "raw")
     data = build(loaded, precision, "uint8", 256)
@@ -66,7 +66,7 @@ def test_every_preset_builds(preset: str, config: NetworkConfig) -> None:
 
 @pytest.mark.parametrize("upsampling", ["transposed", "bilinear"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_family_builds(upsampling: str, precision: str) -> None:
+def test_the_family_builds(upsampling: str, precision: ComputePrecision) -> None:
     config = NetworkConfig.model_validate({"width": 8, "upsampling": upsampling, "channels": 1, "image_size": 32})
     card, data = onnx_of(config, precision)
     plan, _ = build_plan("model", card, data, RTX)

@@ -12,7 +12,7 @@ from export.builders import tensorrt as tensorrt_engine
 from export.samplers import tensorrt as tensorrt_runtime
 
 API: dict[str, dict[str, list[str]]] = json.loads(Path(__file__).with_name("tensorrt_api.json").read_text())["versions"]
-FILES = [Path(module.__file__) for module in (tensorrt_engine, tensorrt_runtime)]
+FILES = [Path(str(module.__file__)) for module in (tensorrt_engine, tensorrt_runtime)]
 
 # What a variable or attribute of this name holds in those files.
 CLASS_OF = {
@@ -41,9 +41,9 @@ def uses(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (class or `module`, name) for every TensorRT attribute in a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
-            owner, name = node.args[0], node.args[1]
+            asked, name = node.args[0], node.args[1]
             assert isinstance(name, ast.Constant)
-            yield CLASS_OF[getattr(owner, "attr", getattr(owner, "id", ""))], name.value
+            yield CLASS_OF[getattr(asked, "attr", getattr(asked, "id", ""))], str(name.value)
         if not isinstance(node, ast.Attribute) or node.attr.startswith("__"):
             continue
         owner: Any = node.value

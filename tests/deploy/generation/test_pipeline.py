@@ -121,9 +121,17 @@ def test_an_error_in_writing_ends_everything() -> None:
 def test_a_slow_disk_bounds_what_is_in_memory() -> None:
     work = plan(1_000_000, 100, size=64)
     sampler, stop, release = Numbered(work), threading.Event(), threading.Event()
-    halted = threading.Timer(1.0, lambda: (stop.set(), release.set()))
+
+    def halt() -> None:
+        stop.set()
+        release.set()
+
+    def wait(shard: ShardRange, writer: ShardWriter) -> None:
+        release.wait()
+
+    halted = threading.Timer(1.0, halt)
     halted.start()
-    produce(sampler, work, work.shards(), lambda shard, writer: release.wait(), encoders=1, stop=stop)
+    produce(sampler, work, work.shards(), wait, encoders=1, stop=stop)
     assert 4 <= sampler.blocks < 12  # the shards that are being written, and those in hand
 
 
@@ -143,7 +151,8 @@ def test_on_a_cpu_the_sampler_rests_while_the_encoders_work() -> None:
     finished: dict[str, dict[int, bytes]] = {"cpu": {}, "none": {}}
     for device, shards in finished.items():
         sampler.device, sampler.blocks = device, 0
-        lags, done = [], 0
+        lags: list[int] = []
+        done = 0
 
         def finish(shard: ShardRange, writer: ShardWriter, shards: dict[int, bytes] = shards) -> None:
             shards[shard.start] = b"".join(writer.finish("x.tar")[0])
@@ -163,6 +172,6 @@ def test_on_a_cpu_the_sampler_rests_while_the_encoders_work() -> None:
 def test_only_blocks_that_are_needed_are_sampled() -> None:
     shards = [ShardRange(10, 70), ShardRange(70, 80), ShardRange(1000, 1001)]
     assert list(needed_blocks(shards, 64)) == [0, 1, 15]
-    images = np.arange(64).reshape(64, 1, 1, 1)
+    images = np.arange(64, dtype=np.uint8).reshape(64, 1, 1, 1)
     found = [(shard.start, piece.ravel().tolist()) for shard, piece in cut(shards, 64, images)]
     assert found == [(10, list(range(6))), (70, list(range(6, 16)))]

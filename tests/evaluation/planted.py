@@ -62,7 +62,7 @@ def write_planted(folder: Path, count: int = 480, seed: int = 0, *, labels: bool
         image_size=SIZE,
         channels=3,
         encoding="packed",
-        labels={name: types[name] for name in columns},  # type: ignore[misc]
+        labels={name: types[name] for name in columns},
         source={"kind": "planted"},
         images=count,
         bytes=sum(shard.bytes for shard in shards),
@@ -98,7 +98,7 @@ def legible_generator() -> Generator:
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.zero_()
-        first, *others = (layer for layer in generator.layers if isinstance(layer, nn.ConvTranspose2d))
+        first, *others = (layer for layer in generator.modules() if isinstance(layer, nn.ConvTranspose2d))
         first.weight[0, 0], first.weight[0, 1] = 1, -1
         first.weight[1, 2, 1:3, 1:3] = 1
         for layer in others:
@@ -107,9 +107,9 @@ def legible_generator() -> Generator:
                     layer.weight[channel, channel] = 0.25  # four taps reach a pixel: their sum is kept
         last = others[-1].weight
         last[0], last[1], last[2] = 0.25 * 0.7, -0.25 * 0.7, 0.25 * 2.0
-        for layer in generator.layers:
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.weight.fill_(1)
+        for module in generator.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.fill_(1)
     return generator.eval()
 
 

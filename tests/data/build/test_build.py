@@ -70,7 +70,7 @@ def test_finished_images_pass_through_byte_for_byte(dcgan_data: Any, tmp_path: P
 
 def test_labels_from_a_table_are_typed_and_matched_by_name_or_stem(dcgan_data: Any, tmp_path: Path) -> None:
     src = make_folder(tmp_path / "src", 4, classes=("a", "b"))
-    rows = [["file", "male", "age", "yaw", "name", "code"], ["0000.png", 1, 30, -1.5, "Zoë", "007"]]
+    rows: list[list[object]] = [["file", "male", "age", "yaw", "name", "code"], ["0000.png", 1, 30, -1.5, "Zoë", "007"]]
     rows += [["0001.jpg", 0, 31, 2, "B", "010"], ["a/0002.png", 1, "", 0, "C", "1"], ["0003.png", 1, 5, 1, "", "2"]]
     with (tmp_path / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
@@ -267,7 +267,7 @@ def small_disk(tmp_path: Path) -> Any:
     """A file system of 256 KB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a file system")
     yield disk

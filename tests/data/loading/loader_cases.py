@@ -31,7 +31,7 @@ def write_dataset(
         shards.append(shard)
     dataset = Dataset(
         image_size=side,
-        channels=channels,  # type: ignore[arg-type]
+        channels=channels,
         encoding=encoding,
         source={"kind": "test"},
         images=sum(sizes),

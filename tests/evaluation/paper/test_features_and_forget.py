@@ -45,7 +45,7 @@ def test_guided_backpropagation_shows_only_what_feeds_the_unit(network: Discrimi
 def test_ascent_excites_the_unit_more_than_any_real_image(network: Discriminator) -> None:
     images, _ = planted(64, seed=0)
 
-    def mean_response(pixels: np.ndarray) -> float:  # type: ignore[type-arg]
+    def mean_response(pixels: np.ndarray) -> float:
         with torch.no_grad():
             return float(list(network.activations(to_network(pixels)))[1][:, 5].mean((1, 2)).max())
 

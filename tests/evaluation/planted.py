@@ -14,7 +14,8 @@ from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig, RunConfig
 from pipeline.data.dataset import Dataset
 from pipeline.data.shard_reader import ShardWriter, write_shard
-from pipeline.model.networks import Generator, build_discriminator, build_generator, initialize
+from pipeline.model import dcgan
+from pipeline.model.networks import build_discriminator, build_generator, initialize
 
 SIZE = 32
 NETWORK = NetworkConfig(image_size=SIZE, width=8, latent_dim=16)
@@ -62,7 +63,7 @@ def write_planted(folder: Path, count: int = 480, seed: int = 0, *, labels: bool
         image_size=SIZE,
         channels=3,
         encoding="packed",
-        labels={name: types[name] for name in columns},  # type: ignore[misc]
+        labels={name: types[name] for name in columns},
         source={"kind": "planted"},
         images=count,
         bytes=sum(shard.bytes for shard in shards),
@@ -88,13 +89,13 @@ def write_run(run: Path, seed: int = 0) -> Path:
     return run
 
 
-def legible_generator() -> Generator:
+def legible_generator() -> dcgan.Generator:
     """A generator whose z can be read off its images: z[0] is the ground's brightness, z[1] > 0 a square amid it.
 
     Channels 0 and 1 carry the positive and negative part of z[0] over the whole map, channel 2 the positive part
     of z[1] in the middle only; every layer hands them on, the last one adds them up.
     """
-    generator = build_generator(NETWORK)
+    generator = dcgan.Generator(NETWORK)
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.zero_()
@@ -107,9 +108,9 @@ def legible_generator() -> Generator:
                     layer.weight[channel, channel] = 0.25  # four taps reach a pixel: their sum is kept
         last = others[-1].weight
         last[0], last[1], last[2] = 0.25 * 0.7, -0.25 * 0.7, 0.25 * 2.0
-        for layer in generator.layers:
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.weight.fill_(1)
+        for module in generator.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.fill_(1)
     return generator.eval()
 
 

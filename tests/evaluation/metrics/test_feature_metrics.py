@@ -133,7 +133,7 @@ class InceptionLike(nn.Module):
 def test_a_torchscript_inception_is_called_as_it_expects(tmp_path: Path) -> None:
     path = tmp_path / "inception-2015-12-05.pt"
     module = InceptionLike()
-    torch.jit.script(module).save(path)
+    torch.jit.script(module).save(path)  # type: ignore[no-untyped-call]
     images, _ = planted(4, seed=0)
     extractor = load_extractor(str(path))
     extracted = extractor.extract(images)
@@ -153,10 +153,8 @@ def test_an_onnx_extractor_gives_features_and_classes(tmp_path: Path) -> None:
         onnx.helper.make_node("Flatten", ["pooled"], ["features"]),
         onnx.helper.make_node("Neg", ["features"], ["logits"]),
     ]
-    values = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-        for name, shape in (("images", ["n", 3, "h", "w"]), ("features", ["n", 3]), ("logits", ["n", 3]))
-    ]
+    shapes: dict[str, list[str | int | None]] = {"images": ["n", 3, "h", "w"], "features": ["n", 3], "logits": ["n", 3]}
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     graph = onnx.helper.make_graph(nodes, "g", values[:1], values[1:])
     path = tmp_path / "small.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), path)
@@ -273,7 +271,7 @@ def test_an_extractor_for_another_size_says_so(tmp_path: Path) -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.reshape(-1, 3 * 299 * 299)
 
-    torch.jit.script(Fixed()).save(str(tmp_path / "large.pt"))
+    torch.jit.script(Fixed()).save(str(tmp_path / "large.pt"))  # type: ignore[no-untyped-call]
     for name in ("large.onnx", "large.pt"):
         extractor = load_extractor(str(tmp_path / name))
         with pytest.raises(DataError, match=r"cannot take images of shape \(3, 32, 32\).*--resize"):

@@ -26,8 +26,8 @@ def test_agrees_with_torchmetrics_where_the_window_fits_every_scale(make_scenes:
     structure = multiscale_structural_similarity_index_measure(
         x, y, data_range=255.0, betas=(*weights[:4], 0.0), reduction="none"
     )
-    coarse = (torch.nn.functional.avg_pool2d(pixels, 16) for pixels in (x, y))
-    _, full = structural_similarity_index_measure(*coarse, data_range=255.0, return_full_image=True)
+    coarse_x, coarse_y = (torch.nn.functional.avg_pool2d(pixels, 16) for pixels in (x, y))
+    _, full = structural_similarity_index_measure(coarse_x, coarse_y, data_range=255.0, return_full_image=True)
     expected = (torch.as_tensor(structure) * full[..., 5:-5, 5:-5].mean((1, 2, 3)) ** weights[4]).numpy()
     assert 0.2 < expected.min() < expected.max() < 0.999
     np.testing.assert_allclose(ms_ssim_of_pairs(a, b), expected, atol=1e-4)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels
+from pipeline.common.randomness import Purpose, raw_bits
 from pipeline.common.ranks import Ranks
 from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics import swd
@@ -42,7 +43,7 @@ def brute_force(reals: Pixels, fakes: Pixels, sampling: swd.Sampling) -> dict[st
         rows = []
         for index, image in enumerate(images):
             detail = pyramid(image.astype(np.float64))[level]
-            words = swd.raw_bits(sampling.seed, swd.Purpose.PROJECTIONS, index * (sampling.patches // 4),
+            words = raw_bits(sampling.seed, Purpose.PROJECTIONS, index * (sampling.patches // 4),
                                  sampling.patches, lane=lane)  # fmt: skip
             for word in words.tolist():
                 room = detail.shape[0] - 6

@@ -9,6 +9,7 @@ import torch
 from planted import NETWORK, legible_generator, planted
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.imaging import Pixels
 from pipeline.evaluation.device import to_network
 from pipeline.evaluation.paper.discriminator_features import measure_batchnorm, random_discriminator
 from pipeline.evaluation.paper.features import (
@@ -45,7 +46,7 @@ def test_guided_backpropagation_shows_only_what_feeds_the_unit(network: Discrimi
 def test_ascent_excites_the_unit_more_than_any_real_image(network: Discriminator) -> None:
     images, _ = planted(64, seed=0)
 
-    def mean_response(pixels: np.ndarray) -> float:  # type: ignore[type-arg]
+    def mean_response(pixels: Pixels) -> float:
         with torch.no_grad():
             return float(list(network.activations(to_network(pixels)))[1][:, 5].mean((1, 2)).max())
 

@@ -9,8 +9,9 @@ import pytest
 from evaluation_cases import Unheld
 from planted import legible_generator, planted
 
+from pipeline.common.imaging import Pixels
 from pipeline.data.labeled import load_labeled
-from pipeline.evaluation import inputs
+from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.images import ArrayImages, GeneratedImages
 from pipeline.evaluation.paper import memorization, neighbors
 from pipeline.evaluation.paper.memorization import collisions, distance_curves, nearest_code, run_memorization
@@ -60,18 +61,21 @@ def test_memory_does_not_grow_with_the_training_set(
         return peak_bytes(lambda: command(tmp_path, ckpt=str(run), data="", limit=None, seed=0, **options))
 
     for command, options in ((run_neighbors, {"count": 12}), (run_memorization, {"held_out": None, "most": 100})):
-        peak(command, 256, **options)  # type: ignore[arg-type]  # what is imported once
-        few, many = (peak(command, images, **options) for images in (256, 2_560))  # type: ignore[arg-type]
+        peak(command, 256, **options)  # what is imported once
+        few, many = (peak(command, images, **options) for images in (256, 2_560))
         assert many < few + 1_000_000  # the further images are 7 MB, 28 MB as floats
 
 
 def test_neighbors_are_shown_from_wherever_in_the_set_they_are(
     run: Path, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown: list[dict[str, np.ndarray]] = []  # type: ignore[type-arg]
-    monkeypatch.setattr(
-        neighbors.charts, "sheet", lambda groups, _: shown.append(dict(groups)) or np.zeros((1, 1, 3), np.uint8)
-    )
+    shown: list[dict[str, Pixels]] = []
+
+    def sheet(groups: list[tuple[str, Pixels]], _: int) -> Pixels:
+        shown.append(dict(groups))
+        return np.zeros((1, 1, 3), np.uint8)
+
+    monkeypatch.setattr(charts, "sheet", sheet)
     run_neighbors(tmp_path, ckpt=str(run), data=str(labeled), count=12, limit=None, seed=0)
     reals = load_labeled(str(labeled)).images
     samples = flat(shown[0]["samples"])

@@ -88,13 +88,13 @@ def write_run(run: Path, seed: int = 0) -> Path:
     return run
 
 
-def legible_generator() -> Generator:
+def legible_generator() -> dcgan.Generator:
     """A generator whose z can be read off its images: z[0] is the ground's brightness, z[1] > 0 a square amid it.
 
     Channels 0 and 1 carry the positive and negative part of z[0] over the whole map, channel 2 the positive part
     of z[1] in the middle only; every layer hands them on, the last one adds them up.
     """
-    generator = build_generator(NETWORK)
+    generator = dcgan.Generator(NETWORK)
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.zero_()

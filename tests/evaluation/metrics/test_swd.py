@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels
+from pipeline.common.randomness import Purpose, raw_bits
 from pipeline.common.ranks import Ranks
 from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics import swd

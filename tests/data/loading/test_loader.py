@@ -181,7 +181,7 @@ def test_what_cannot_be_divided_is_refused_before_the_first_step(tmp_path: Path)
     dataset = write_dataset(tmp_path, [20])
     for wrong in ({"batch": 15}, {"world_size": 3}, {"streams": 32, "batch": 32}):
         with pytest.raises(ConfigConflict):
-            Loader(dataset, **{"seed": 0, "streams": 8, "batch": 16, **wrong})
+            Loader(dataset, **{"seed": 0, "streams": 8, "batch": 16, **wrong})  # type: ignore[arg-type]
 
 
 def test_memory_is_one_shard_a_stream_and_one_ahead(tmp_path: Path) -> None:

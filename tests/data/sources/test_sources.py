@@ -342,4 +342,4 @@ def test_ffhq_thumbnails_and_their_split(dcgan_data: Any, tmp_path: Path) -> Non
 def test_options_that_a_source_would_ignore_are_refused(dcgan_data: Any, tmp_path: Path) -> None:
     done = dcgan_data("build", "ffhq", tmp_path, tmp_path / "out", "--labels", "x.csv")
     assert done.code == 2
-    assert "--labels: does nothing with the source ffhq" in done.err
+    assert "--labels: has no effect on the source ffhq" in done.err

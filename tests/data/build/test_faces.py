@@ -26,7 +26,7 @@ def overlap(row: dict[str, Any], left: int, top: int, side: int) -> float:
     """Return the intersection over union of a found box and a known one."""
     x = max(0, min(row["face_x"] + row["face_side"], left + side) - max(row["face_x"], left))
     y = max(0, min(row["face_y"] + row["face_side"], top + side) - max(row["face_y"], top))
-    return x * y / (row["face_side"] ** 2 + side**2 - x * y)
+    return float(x * y / (row["face_side"] ** 2 + side**2 - x * y))
 
 
 def faces_of(out: Path) -> dict[str, tuple[Pixels, dict[str, Any]]]:
@@ -113,7 +113,9 @@ def write_yunet(path: Path, outputs: tuple[str, ...] = ("cls", "obj", "bbox", "k
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    nodes, constants, results = [], {}, []
+    nodes: list[Any] = []
+    constants: dict[str, Any] = {}
+    results: list[Any] = []
     for stride in (8, 16, 32):
         nodes += [
             helper.make_node(

@@ -117,9 +117,9 @@ def test_tars_of_img2dataset(dcgan_data: Any, tmp_path: Path) -> None:
         "url": "str",
         "width": "int",
     }
-    _, columns = next(iterate(open_dataset(tmp_path / "out"), labels=True))
-    assert sorted(columns["key"]) == [f"00000.tar/{index:09d}.jpg" for index in range(6)]
-    assert all(int(key[10:19]) == int(url[-1]) for key, url in zip(columns["key"], columns["url"], strict=True))
+    _, read = next(iterate(open_dataset(tmp_path / "out"), labels=True))
+    assert sorted(read["key"]) == [f"00000.tar/{index:09d}.jpg" for index in range(6)]
+    assert all(int(key[10:19]) == int(url[-1]) for key, url in zip(read["key"], read["url"], strict=True))
 
 
 def test_json_that_cannot_be_read_gives_no_labels_and_is_counted(dcgan_data: Any, tmp_path: Path) -> None:

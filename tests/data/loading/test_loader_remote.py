@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.shard_cache import ShardCache
 from pipeline.data.loading.shuffle import image_ids
 
-RUN = {"seed": 4, "streams": 4, "batch": 8}
+RUN: dict[str, Any] = {"seed": 4, "streams": 4, "batch": 8}
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import os
 import pickle
 import struct
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 

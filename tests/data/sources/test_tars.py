@@ -69,7 +69,7 @@ def test_a_header_that_cannot_be_read_is_not_the_end(dcgan_data: Any, tmp_path: 
         what, src = source(tmp_path / f"src{number}", kind, damaged)
         done = dcgan_data("build", what, src, tmp_path / f"out{number}", "--size", 16, "--workers", 1)
         assert done.code == 65, (name, done.out)
-        assert f"{WNID}.tar: damaged tar: at offset {offset} stands" in done.err, name
+        assert f"{WNID}.tar: damaged tar: at offset {offset} is neither" in done.err, name
         assert not (tmp_path / f"out{number}" / "dataset.json").exists()
 
 

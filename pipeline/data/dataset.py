@@ -1,4 +1,4 @@
-"""dataset.json: what a folder of shards holds, and whether it can be believed (DESIGN contract 2)."""
+"""dataset.json: what a folder of shards holds, and whether it can be believed (docs/architecture.md, contract 2)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Which image comes when: the pure arithmetic of the stream (DESIGN contract 3). Reads no shard.
+"""Which image comes when: the pure arithmetic of the stream (docs/architecture.md, contract 3). Reads no shard.
 
 Image i of a run belongs to stream s = i mod S, at offset o = i div S. Epoch e = o div L, with L = floor(N / S),
 orders the N images anew; stream s reads the places s*L to (s+1)*L of that order, and the N - S*L last places are

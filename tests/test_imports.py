@@ -23,7 +23,9 @@ ROOMS = (
     "export.cli",
     "deploy",
 )
-"""From the ground up. What belongs to none of them (the packages' own __init__) imports nothing of ours."""
+"""From the ground up."""
+
+PACKAGES = ("pipeline", "export", "deploy")
 
 MOST_FILES = 16
 """Python files in a folder."""
@@ -32,7 +34,7 @@ MOST_FILES = 16
 def modules(root: Path) -> dict[str, Path]:
     """Return every module of the product by its dotted name."""
     found = {}
-    for package in ("pipeline", "export", "deploy"):
+    for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
@@ -52,7 +54,9 @@ def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
 
 
 def room(module: str) -> int | None:
-    """Return the place of a module's room in ROOMS."""
+    """Return the place of a module's room in ROOMS; the packages' own __init__ lie below all of them."""
+    if module in PACKAGES:
+        return -1
     return next((place for place, name in enumerate(ROOMS) if f"{module}.".startswith(f"{name}.")), None)
 
 

@@ -1,6 +1,6 @@
 """The card of an exported file: its input and output, its source, and its measured parity.
 
-docs/architecture.md, contract 5.
+See docs/architecture.md, contract 5.
 """
 
 from contextlib import suppress

@@ -1,6 +1,6 @@
 """CheckpointStore: directories in which `state.json`, written last, is the commit.
 
-docs/architecture.md, contract 4.
+See docs/architecture.md, contract 4.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""One part of a piece of work that several machines share: `--part i/N`, or the index of an Indexed Job."""
+"""One part of the work that several machines share: `--part i/N`, or the index of an Indexed Job."""
 
 import os
 import re
@@ -12,7 +12,7 @@ INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 
 @dataclass(frozen=True)
 class Partition:
-    """Part `index` of `count`, counted from 0."""
+    """Part `index` of `count`, counted from 0. By default, the whole."""
 
     index: int = 0
     count: int = 1
@@ -37,7 +37,9 @@ def parse_partition(text: str | None, environment: Mapping[str, str] = os.enviro
         raise UsageError(f"--part {text}: expected i/N such as 0/20, or N with i in {INDEX_VARIABLE}")
     index = match[1] or environment.get(INDEX_VARIABLE, "")
     if not index.isdigit():
-        raise UsageError(f"--part {text}: says how many parts but not which one; expected i/N, or {INDEX_VARIABLE} set")
+        raise UsageError(
+            f"--part {text}: names the number of parts but not the part; expected i/N, or {INDEX_VARIABLE} set"
+        )
     part = Partition(int(index), int(match[2]))
     if part.index >= part.count:
         raise UsageError(f"--part {part}: parts count from 0, so the last one is {part.count - 1}/{part.count}")

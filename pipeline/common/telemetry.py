@@ -1,6 +1,6 @@
 """The one list of metrics, and how Prometheus gets them: served at /metrics, pushed at the end.
 
-docs/architecture.md, contract 7.
+See docs/architecture.md, contract 7.
 """
 
 import logging

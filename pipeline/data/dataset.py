@@ -1,4 +1,4 @@
-"""dataset.json: what a folder of shards holds, and whether it can be believed (docs/architecture.md, contract 2)."""
+"""The data set: what its dataset.json says, checked, and the store of its shards (docs/architecture.md, contract 2)."""
 
 import json
 import os
@@ -39,9 +39,9 @@ class Refusals(Record):
     """Images of the source that are not in the shards."""
 
     count: int = Field(0, ge=0)
-    """How many."""
+    """Number of them."""
     reasons: dict[str, int] = Field(default_factory=dict)
-    """How many for each reason."""
+    """Their number by reason."""
     examples: list[str] = Field(default_factory=list)
     """The first of them, as `key: reason`."""
 
@@ -49,7 +49,7 @@ class Refusals(Record):
 class Dataset(Record):
     """The content of dataset.json, and the store that holds it and its shards.
 
-    The store is no part of the JSON: two data sets are equal when their dataset.json say the same, wherever they lie.
+    The store is no part of the JSON: data sets with equal dataset.json are equal, wherever they are.
     """
 
     version: int = VERSION
@@ -78,7 +78,7 @@ class Dataset(Record):
         return hash(self.fingerprint())
 
     def at(self, store: Store) -> "Dataset":
-        """Return this data set with `store` as the place of its shards."""
+        """Return this data set with its shards in `store`."""
         placed = self.model_copy()
         placed._store = store
         return placed

@@ -1,4 +1,4 @@
-"""A data set with its labels, in memory: what the probe and the attribute classifier learn from."""
+"""A labeled data set in memory, from which the probe and the attribute classifier learn."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ class Labeled:
         return Labeled(self.images[rows], columns, self.types, self.description)
 
     def having(self, name: str) -> "Labeled":
-        """Return the images that have a label: data sets may leave it open for some. Raises UsageError if none has."""
+        """Return the images that have a value for the label `name`. Raises UsageError if none has."""
         values = self.label(name)
         rows = np.flatnonzero([value is not None for value in values.tolist()])
         if len(rows) == len(values):
@@ -48,7 +48,7 @@ class Labeled:
         return kept
 
     def label(self, name: str) -> NDArray[Any]:
-        """Return a column. Raises UsageError that names those there are."""
+        """Return the column of a label. Raises UsageError, with the labels there are, for another name."""
         if name not in self.columns:
             known = ", ".join(self.columns) or "none"
             raise UsageError(f"--label {name}: the data set has no such label; it has: {known}")

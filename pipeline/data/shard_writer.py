@@ -24,12 +24,13 @@ from pipeline.data.dataset import Encoding, Shard
 BLOCK_IMAGES = 256
 """Images in a packed block."""
 RECORD = 512
-"""Tar files are cut into records of so many bytes; data starts at a record's beginning."""
+"""Bytes in a tar record; every header and every file begins at a multiple of it."""
 
 JOINED_MEMBERS = 64
+"""Members whose headers and small contents become one piece."""
 
 Pieces = Sequence[bytes | memoryview]
-"""A file's content, to be written one after the other."""
+"""A file's content, to be written one piece after another."""
 
 
 @dataclass(frozen=True)
@@ -109,23 +110,23 @@ class ShardWriter:
             return
         images = np.ascontiguousarray(images)
         content, each = images.data.cast("B"), images[0].nbytes
-        checksums = [checksum(content[place * each : (place + 1) * each], key, ()) for place, key in enumerate(keys)]
+        checksums = [checksum(content[row * each : (row + 1) * each], key, ()) for row, key in enumerate(keys)]
         while len(images):
             room = BLOCK_IMAGES - self._open
             self._extend_block(images[:room], keys[:room], [()] * len(keys[:room]), checksums[:room])
             images, keys, checksums = images[room:], keys[room:], checksums[room:]
 
     def add_members(self, members: "Members") -> None:
-        """Add what another writer of this shard's prefix made, in its place: see `members`."""
+        """Append the members that another writer with this prefix made: see `members`."""
         self._lay_out()
         self._laid_out.append(members)
         self._length += members.length
         self.images += members.images
 
     def members(self, first: int = 0) -> "Members":
-        """Return what was added as the part of a shard that begins with its image number `first`.
+        """Return what was added, as the members of a shard from its image number `first` on.
 
-        A packed shard is cut where its blocks end.
+        In a packed shard, `first` must begin a block.
         """
         assert first % self._step == 0
         self._lay_out(first)
@@ -135,13 +136,13 @@ class ShardWriter:
     def finish(self, name: str) -> tuple[Pieces, Shard]:
         """Return the file, in pieces, and its entry in dataset.json."""
         self._lay_out()
-        pieces = [piece for part in self._laid_out for piece in part.pieces] + [bytes(2 * RECORD)]
+        pieces = [piece for done in self._laid_out for piece in done.pieces] + [bytes(2 * RECORD)]
         offsets: list[int] = []
         length = 0
         digest = hashlib.sha256()
-        for part in self._laid_out:
-            offsets += [length + offset for offset in part.offsets]
-            length += part.length
+        for done in self._laid_out:
+            offsets += [length + offset for offset in done.offsets]
+            length += done.length
         for piece in pieces:
             digest.update(piece)
         shard = Shard(
@@ -150,7 +151,7 @@ class ShardWriter:
             bytes=length + 2 * RECORD,
             sha256=digest.hexdigest(),
             offsets=offsets,
-            sizes=[size for part in self._laid_out for size in part.sizes],
+            sizes=[size for done in self._laid_out for size in done.sizes],
         )
         return pieces, shard
 
@@ -165,7 +166,7 @@ class ShardWriter:
         if not self._sizes:
             return
         if first is None:
-            first = sum(len(part.sizes) for part in self._laid_out) * self._step
+            first = sum(len(done.sizes) for done in self._laid_out) * self._step
         stem, step = f"{self._prefix}-%06d.%s", self._step
         numbers = range(first, first + step * len(self._sizes), step)
         sizes, leads = np.array(self._sizes, np.int64), np.array(self._leads, np.int64)
@@ -189,7 +190,7 @@ class ShardWriter:
                 pieces.append(b"".join(small))
                 small = []
         pieces.append(b"".join(small))
-        images = self.images - sum(part.images for part in self._laid_out)
+        images = self.images - sum(done.images for done in self._laid_out)
         self._laid_out.append(Members(pieces, int(pairs.sum()), offsets.tolist(), self._sizes, images))
         self._contents, self._leads, self._sizes, self._entries = [], [], [], []
 
@@ -206,15 +207,15 @@ class ShardWriter:
         """Make a member of the open block of packed images."""
         if not self._block:
             return
-        parts, names, rows, sums = zip(*self._block, strict=True)
+        blocks, names, rows, sums = zip(*self._block, strict=True)
         keys, checksums = list(chain(*names)), list(chain(*sums))
         columns = dict(zip(self._label_names, zip(*chain(*rows), strict=True), strict=True))
         header = io.BytesIO()
-        shape = (len(keys), *parts[0].shape[1:])
+        shape = (len(keys), *blocks[0].shape[1:])
         np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
         lead = header.getvalue()
         entry = _json({"key": keys, "labels": columns, "crc32": checksums}).encode()
-        pixels = [_contiguous(part) for part in parts]
+        pixels = [_contiguous(block) for block in blocks]
         self._pair((lead, *pixels), len(lead), sum(map(len, pixels)), entry)
         self._block, self._open, self._pending = [], 0, 0
 
@@ -234,7 +235,7 @@ def write_shard(store: Store, name: str, writer: ShardWriter) -> Shard:
 
 
 def _padded(size: Any) -> Any:
-    """Return what `size` bytes, or an array of sizes, take in a tar."""
+    """Return the bytes that a file of `size`, or an array of sizes, takes in a tar."""
     return size + -size % RECORD
 
 
@@ -244,7 +245,7 @@ def _entry(key: str, labels: str, crc32: int) -> bytes:
 
 
 def _contiguous(image: Pixels) -> memoryview:
-    """Return the bytes of an image without copying them, where that can be."""
+    """Return the bytes of an image, without a copy where possible."""
     return np.ascontiguousarray(image).data.cast("B")
 
 
@@ -256,7 +257,7 @@ def checksum(image: bytes | memoryview | Pixels, key: str, labels: Sequence[Any]
 
 
 def tar_headers(names: Sequence[str], sizes: NDArray[np.int64]) -> Iterator[bytes]:
-    """Yield the ustar headers of plain files that have no owner and no time: the same bytes on every machine."""
+    """Yield the ustar headers of plain files without owner and time: the same bytes on every machine."""
     texts = np.array([name.encode("ascii") for name in names], "S100").view(np.uint8).reshape(-1, 100)
     digits = _octal(sizes, 11)
     sums = _HEADER_SUM + texts.sum(1, np.int64) + digits.sum(1, np.int64) - 11 * ord("0")

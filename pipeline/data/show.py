@@ -14,7 +14,7 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.shard_reader import Columns, iterate
 
 LABEL_IMAGES = 5_000
-"""Labels are summed up over the first so many images: they are shuffled, so these stand for all."""
+"""Labels are summarized over this many images. Images are shuffled, so the first ones stand for all."""
 
 
 def show(dataset: Dataset, sheet: Path | None, images: int) -> None:
@@ -23,7 +23,7 @@ def show(dataset: Dataset, sheet: Path | None, images: int) -> None:
     The default of `sheet` is sheet.png in the data set's folder; one at a URL has no default.
     """
     if sheet is None and dataset.store.remote:
-        raise UsageError(f"{dataset.location}: a URL; say with --out where the contact sheet goes")
+        raise UsageError(f"{dataset.location}: a URL has no default for the contact sheet; name its path with --out")
     sheet = sheet or Path(dataset.location) / "sheet.png"
     batches: list[Any] = []
     columns: Columns = {}

@@ -1,4 +1,4 @@
-"""`dcgan-data verify`: every byte of a data set against dataset.json, naming shard, key and offset of each damage."""
+"""`dcgan-data verify`: checks every byte of a data set, and names shard, key and offset of each damage."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from pipeline.data.shard_reader import DamagedTar, members
 from pipeline.data.shard_writer import checksum
 
 SHOWN = 50
-"""Damages that are printed; the last line counts all."""
+"""Damages that are printed; the error counts all of them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Checker:
-    """Checks one shard. Travels to the workers, with all of dataset.json but the shards."""
+    """Checks shards in the worker processes, which get all of dataset.json but the list of shards."""
 
     dataset: Dataset
 

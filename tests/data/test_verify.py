@@ -107,7 +107,7 @@ def test_stock_webdataset_reads_every_encoding(built: tuple[Path, Dataset]) -> N
         for images, columns in iterate(open_dataset(out), labels=True)
         for image, key, label in zip(images, columns["key"], columns["class"], strict=True)
     }
-    seen: dict[str, Any] = {}
+    seen: dict[str, tuple[Any, Any]] = {}
     for sample in webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"):
         names, classes = sample["json"]["key"], sample["json"]["labels"]["class"]
         if dataset.encoding == "packed":

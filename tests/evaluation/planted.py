@@ -14,7 +14,8 @@ from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig, RunConfig
 from pipeline.data.dataset import Dataset
 from pipeline.data.shard_writer import ShardWriter, write_shard
-from pipeline.model.networks import Generator, build_discriminator, build_generator, initialize
+from pipeline.model import dcgan
+from pipeline.model.networks import build_discriminator, build_generator, initialize
 
 SIZE = 32
 NETWORK = NetworkConfig(image_size=SIZE, width=8, latent_dim=16)

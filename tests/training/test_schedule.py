@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import ScheduleConfig
-from pipeline.training import schedule as module
 from pipeline.training.schedule import Due, Schedule
 
 CONFIG = ScheduleConfig(
@@ -56,7 +55,7 @@ def test_a_request_saves_at_the_next_boundary_only() -> None:
 @pytest.mark.parametrize(("minutes", "overdue"), [(0, False), (2, True), (3, False)])
 def test_minutes_count_from_the_last_checkpoint(minutes: float, overdue: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1_000.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.training.schedule.time.monotonic", lambda: now[0])
     schedule = Schedule(CONFIG.model_copy(update={"checkpoint_minutes": minutes}), 0)
     now[0] += 130.0
     assert schedule.checkpoint_overdue is overdue

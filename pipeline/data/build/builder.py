@@ -1,7 +1,7 @@
-"""Build a data set: groups of pictures to shards on all cores, resumable, in parts, merged to the same bytes.
+"""Builds a data set: turns groups of pictures into shards on all cores. A build can be resumed, and split into parts.
 
-While a build is under way, OUT/.build holds its plan and one record a finished group. `dataset.json` is written
-last and the records are removed: without it there is no data set.
+During a build, OUT/.build holds its plan and one record for each finished group. `dataset.json` is written last,
+and then the records are removed. Without dataset.json there is no data set.
 """
 
 import time
@@ -48,7 +48,7 @@ REMOTE_READERS = 8
 
 @dataclass(frozen=True)
 class Task:
-    """One group, as a worker gets it."""
+    """One group of pictures: what a worker process receives."""
 
     index: int
     items: list[Item]
@@ -56,7 +56,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Built:
-    """What a group came to, as a worker reports it."""
+    """Counts of a finished group: what a worker process returns."""
 
     pictures: int
     refused: int
@@ -65,7 +65,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Builder:
-    """Turns one group of pictures into shards. Travels to the workers."""
+    """Turns one group of pictures into shards. It is sent to every worker process."""
 
     source: Source
     recipe: Recipe
@@ -75,7 +75,7 @@ class Builder:
     remote: bool
 
     def build(self, task: Task) -> Built:
-        """Write the group's shards and its record; return what it came to."""
+        """Write the group's shards and its record; return their counts."""
         store = Store(self.out)
         log, skipped = RefusalLog(), []
         shards: list[Shard] = []
@@ -107,7 +107,7 @@ class Builder:
         return ShardWriter(prefix, self.recipe.encoding, list(self.labels), self.shard_bytes)
 
     def _pictures(self, items: list[Item]) -> Iterator[tuple[Item, bytes | Pixels | BadImage]]:
-        """Yield every picture in order, fetched ahead when fetching takes time."""
+        """Yield every picture in order; remote ones are fetched ahead."""
         if not self.remote:
             yield from ((item, self._read(item)) for item in items)
             return
@@ -141,10 +141,11 @@ def run(
     max_bad: float | None = None,
     telemetry: Telemetry | None = None,
 ) -> Dataset | None:
-    """Build what is not built yet, and finish the data set; return None after a part, which leaves that to `merge`.
+    """Build the groups that are missing, and finish the data set. After a part, return None: `merge` finishes it.
 
-    Raises DataError when more than `max_bad` of the pictures cannot be used (default 1 %, and none may be lost
-    to a damaged source). What was built is kept: with another `max_bad` the same build goes on from there.
+    Raises DataError when more than the share `max_bad` of the pictures cannot be used. The default is
+    DEFAULT_MAX_BAD, with no picture lost to a damaged source. What was built is kept: the same build with another
+    `max_bad` resumes there.
     """
     store, plan = Store(out), build.plan
     state = BuildState(
@@ -179,7 +180,7 @@ def run(
             metrics.set("dcgan_build_last_shard_timestamp_seconds", time.time())
             bad += built.refused
             if bad > _share(max_bad) * (plan.pictures + listing.refused.count):
-                break  # the check below says what is wrong
+                break  # the check below raises
     if part.count > 1:
         built_here = read_groups(store, mine)
         _check_refusals(_refusals(state, built_here.values()), state, max_bad, out)
@@ -188,9 +189,9 @@ def run(
 
 
 def merge(out: str, parts: Iterable[str], *, max_bad: float | None = None) -> Dataset:
-    """Bring the parts of a build together in `out` and finish the data set. `out` may itself hold parts.
+    """Join the parts of a build in `out` and finish the data set. `out` may itself hold parts.
 
-    Raises ConfigConflict when `out`, or one of the parts, is of another build.
+    Raises ConfigConflict when `out` or a part belongs to another build, DataError when a part is missing or damaged.
     """
     target = Store(out)
     finished = open_dataset(target) if target.exists(DATASET_FILE) else None
@@ -200,13 +201,13 @@ def merge(out: str, parts: Iterable[str], *, max_bad: float | None = None) -> Da
     for location in parts:
         store = Store(location)
         if not store.exists(STATE_FILE):
-            raise DataError(f"{location}: no part of a build is here; expected the OUT of `dcgan-data build … --part`")
+            raise DataError(f"{location}: holds no part of a build; expected the OUT of `dcgan-data build … --part`")
         plan = identity(read_state(store).plan)
         if finished is not None:
             compare(plan, built_as(finished), out, "choose another OUT")
             continue
         if target.exists(STATE_FILE):
-            compare(plan, identity(read_state(target).plan), out, f"{location} is no part of it")
+            compare(plan, identity(read_state(target).plan), out, f"{location} is not a part of that build")
         else:
             target.write(STATE_FILE, store.read(STATE_FILE))
         present = set(target.names(STATE_FOLDER))
@@ -218,15 +219,15 @@ def merge(out: str, parts: Iterable[str], *, max_bad: float | None = None) -> Da
                 target.write(shard.name, read_shard(store, shard))
             target.write(f"{STATE_FOLDER}/{name}", group.model_dump_json().encode())
     if finished is not None:
-        tidy(target)  # it may have been killed just before it did
+        tidy(target)  # the merge before may have been killed just before this
         return finished
     if not target.exists(STATE_FILE):
-        raise DataError(f"{out}: no part of a build is here; name the folders of the parts: merge OUT PART0 PART1 …")
+        raise DataError(f"{out}: holds no part of a build; name the folders of the parts: merge OUT PART0 PART1 …")
     return finish(out, max_bad=max_bad)
 
 
 def finish(out: str, *, max_bad: float | None) -> Dataset:
-    """Write dataset.json from the records of all groups and remove them. Raises DataError when some are missing."""
+    """Write dataset.json from the records of all groups; remove the records. Raises DataError when some are missing."""
     store = Store(out)
     state = read_state(store)
     plan = state.plan
@@ -237,7 +238,7 @@ def finish(out: str, *, max_bad: float | None) -> Dataset:
     if missing:
         raise DataError(
             f"{out}: {len(missing)} of {plan.groups} groups are missing (the first is {missing[0]}); "
-            "build the parts that are not done, then merge again"
+            "build the missing parts, then merge again"
         )
     shards = [shard for group in groups.values() for shard in group.shards]
     skipped = sorted(entry for group in groups.values() for entry in group.skipped)
@@ -283,7 +284,7 @@ def _check_refusals(refused: RefusalLog, state: BuildState, max_bad: float | Non
     names = "; ".join(f"{key}: {reason}" for key, reason in refused.entries[:3])
     lost = "; ".join(f"{number:,} {reason}" for reason, number in refused.unnamed.items())
     what = "; ".join(filter(None, (names, lost)))
-    advice = "mend the source, or accept them with --max-bad"
+    advice = "repair the source, or accept them with --max-bad"
     if state.damaged and max_bad is None:
         raise DataError(
             f"{state.location}: {what}. {advice} {share + 0.0005:.3f} (what can be read is already in {out})"

@@ -1,4 +1,4 @@
-"""`dcgan-data build`: options to a source, a plan, a data set."""
+"""`dcgan-data build`: opens the source, plans the build, runs it and prints the result."""
 
 import signal
 import sys
@@ -25,7 +25,7 @@ FACES_SHEET = "faces.png"
 
 
 def build_all(options: BuildOptions) -> None:
-    """Build OUT, or with a validation share OUT/train and OUT/val, and say what was made."""
+    """Build OUT, or with a validation share OUT/train and OUT/val, and print the result."""
     signal.signal(signal.SIGTERM, _stop)
     part = parse_partition(options.part)
     state.refuse_overlap(options.src, options.out)
@@ -89,13 +89,13 @@ def _build_one(
         telemetry=telemetry,
     )
     if dataset is None:
-        print(f"{out}: part {part} is done. When all are: dcgan-data merge OUT PART…")
+        print(f"{out}: part {part} is finished. When all parts are: dcgan-data merge OUT PART…")
         return
     report(dataset)
 
 
 def _recipe(options: BuildOptions) -> Recipe:
-    """Return what decides the bytes of the images."""
+    """Return the recipe of the images. Raises UsageError for options that the source does not use."""
     values: dict[str, Any] = {
         "size": options.size,
         "channels": options.channels,
@@ -107,7 +107,7 @@ def _recipe(options: BuildOptions) -> Recipe:
     given = {name: value for name, value in given.items() if value is not None}
     if options.kind != "faces":
         if given:
-            raise UsageError(f"--{next(iter(given)).replace('_', '-')}: only for the source faces")
+            raise UsageError(f"--{next(iter(given)).replace('_', '-')}: applies to the source faces only")
         return Recipe(**values)
     from pipeline.data.build.faces import FaceRecipe
 
@@ -141,8 +141,8 @@ def _write_sheet(dataset: Dataset) -> None:
     images = next(iterate(dataset, batch=240))
     store.write(FACES_SHEET, encode(grid(images, 20), "png"))
     skipped = store.path(state.SKIPPED) if store.exists(state.SKIPPED) else None
-    print(f"faces: {store.path(FACES_SHEET)}" + (f"; pictures without: {skipped}" if skipped else ""))
+    print(f"faces: {store.path(FACES_SHEET)}" + (f"; pictures without faces: {skipped}" if skipped else ""))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped("what is finished is kept; run the same command again to go on")
+    raise Stopped("what is finished is kept; run the same command again to resume")

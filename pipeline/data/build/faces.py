@@ -1,4 +1,4 @@
-"""Faces out of pictures, as the paper made its face set: found with OpenCV, enlarged by a margin, cropped square."""
+"""Crops faces from pictures, as for the paper's face set: found with OpenCV, enlarged by a margin, cropped square."""
 
 import functools
 from typing import Any, ClassVar, Literal
@@ -14,17 +14,17 @@ from pipeline.data.dataset import LabelType
 from pipeline.data.sources.interface import Item, printable
 
 DETECT_SIDE = 1024
-"""Pictures are searched at no more than so many pixels a side; crops come from the full picture."""
+"""Largest side, in pixels, at which a picture is searched. Crops come from the full picture."""
 HAAR = "haarcascade_frontalface_alt2.xml"  # of the frontal cascades the one with the fewest false alarms
 Box = tuple[int, int, int]
 
 
 class FaceRecipe(Recipe):
-    """Cuts every face of a picture out. A picture without faces is skipped; that is not an error."""
+    """Crops every face of a picture. A picture without faces is skipped, which is not an error."""
 
     detector: Literal["haar", "yunet"] = "haar"
     model: str = Field("", exclude=True)
-    """Path of YuNet's ONNX file. Its content counts, not its path: see `model_sha256`."""
+    """Path of YuNet's ONNX file. The data set's identity has its content instead: see `model_sha256`."""
     model_sha256: str = ""
     min_face: int = Field(ge=8)
     """Faces with fewer pixels a side are skipped: enlarged, they would be blurred."""
@@ -83,7 +83,7 @@ class FaceRecipe(Recipe):
 def _haar_boxes(rgb: Pixels) -> list[list[float]]:
     import cv2
 
-    gray = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)  # not equalized: that finds more, and much that is no face
+    gray = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)  # not equalized: that finds more faces, and many false alarms
     found = _haar().detectMultiScale(gray, scaleFactor=1.1, minNeighbors=6, minSize=(24, 24))
     return [[float(value) for value in box] for box in found]
 
@@ -99,7 +99,7 @@ def _yunet_boxes(model: str, rgb: Pixels) -> list[list[float]]:
 
 @functools.cache
 def _haar() -> Any:
-    """Return the Haar detector. One a process: detection itself runs on one thread, beside the other workers."""
+    """Return this process's Haar detector. It uses one thread, because there is a worker process for every core."""
     try:
         import cv2
     except ImportError:
@@ -119,7 +119,7 @@ def _yunet(model: str) -> Any:
     cv2.setNumThreads(1)
     try:
         detector = cv2.FaceDetectorYN.create(model, "", (320, 320), score_threshold=0.7)
-        detector.detect(np.zeros((320, 320, 3), np.uint8))  # only now does it ask for YuNet's outputs
+        detector.detect(np.zeros((320, 320, 3), np.uint8))  # the outputs are looked up only here
         return detector
     except cv2.error as error:
         raise DataError(f"--model {model}: not a YuNet model: {str(error).strip().splitlines()[-1]}") from None

@@ -1,7 +1,7 @@
-"""What a build will do, decided before the first image is decoded: order, groups of images, identity.
+"""The plan of a build, made before the images are decoded: the order, the groups of images, the identity.
 
-A group is a fixed run of the ordered listing and becomes one shard, whatever its neighbors hold. So groups can
-be built in any order, by any process, on any machine, and again after a kill: the bytes are the same.
+A group is a fixed range of the ordered listing, and becomes one shard. Its bytes do not depend on other groups, so
+groups can be built in any order, by any process, on any machine, and again after a kill.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from pipeline.data.shard_writer import RECORD, ShardWriter
 from pipeline.data.sources.interface import KEY, Item, Listing, Source, as_type, printable, read_picture
 
 PROBE_PICTURES = 64
-"""Pictures encoded beforehand to learn how many fill a shard."""
+"""Pictures that are encoded beforehand, to estimate how many fill a shard."""
 WANTED_SHARDS = 16
-"""A small set is cut into so many shards, but never into less than MIN_IMAGES each, so that all cores have work."""
+"""Shards of a small set, so that all cores have work. A shard has at least MIN_IMAGES pictures, though."""
 MIN_IMAGES = 256
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -37,14 +37,14 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 class Selection(Record):
-    """Which pictures of the listing are taken."""
+    """Which pictures of the listing the build takes."""
 
     seed: int
-    """Decides the order, and so what `limit` and the split take."""
+    """Seed of the order, and so of what `limit` and the split take."""
     where: tuple[str, ...] = ()
     """Conditions on labels, such as `male=1` or `yaw<10`; all must hold."""
     limit: int | None = None
-    """At most so many pictures, the first in the order."""
+    """Largest number of pictures; the first in the order are taken."""
     val_fraction: float = 0.0
     """Share of the pictures that belongs to the validation set."""
     split: str = "all"
@@ -60,16 +60,16 @@ class Plan(Record):
     listing: str
     """SHA-256 over the names, labels and sizes of all selected pictures in their order."""
     pictures: int
-    """How many those are."""
+    """Number of selected pictures."""
     groups: int
-    """Into how many groups they are cut."""
+    """Number of groups."""
     shard_bytes: int
-    """No shard is larger."""
+    """Largest size of a shard."""
 
 
 @dataclass
 class PlannedBuild:
-    """A plan with the pictures it is about."""
+    """A plan with its pictures, in their order."""
 
     plan: Plan
     items: list[Item]
@@ -83,18 +83,18 @@ class PlannedBuild:
 def select(listing: Listing, selection: Selection) -> list[Item]:
     """Return the chosen pictures in their final order. Raises UserError when none is left."""
     if KEY in listing.labels:
-        raise DataError(f"a label is named {KEY!r}, which is kept for the image's name; rename the column")
+        raise DataError(f"a label is named {KEY!r}, which is reserved for the image's name; rename the column")
     tests = [_condition(text, listing.labels) for text in selection.where]
     items = [item for item in listing.items if all(test(item.labels) for test in tests)]
     if not items:
-        raise UsageError(f"--where {' '.join(selection.where)}: no picture of {len(listing.items):,} fulfils it")
+        raise UsageError(f"--where {' '.join(selection.where)}: none of {len(listing.items):,} pictures matches")
     items.sort(key=lambda item: key_hash(selection.seed, item.key))
     items = items[: selection.limit]
     if selection.split != "all":
         wanted = selection.split == "val"
         items = [item for item in items if in_validation(item.key, selection) is wanted]
         if not items:
-            raise UsageError(f"--val-fraction {selection.val_fraction}: leaves the {selection.split} set empty")
+            raise UsageError(f"--val-fraction {selection.val_fraction}: the {selection.split} set would be empty")
     return items
 
 
@@ -106,7 +106,7 @@ def key_hash(seed: int, key: str) -> bytes:
 
 
 def in_validation(key: str, selection: Selection) -> bool:
-    """Whether a picture belongs to the validation set: by its name alone, so that it stays there as the set grows."""
+    """Whether a picture belongs to the validation set. Its name alone decides, so it stays there as the set grows."""
     return int.from_bytes(key_hash(selection.seed, f"val/{key}"), "big") < selection.val_fraction * 2**64
 
 
@@ -137,7 +137,7 @@ def plan_build(
 
 
 def _digest(items: list[Item]) -> str:
-    """Return a SHA-256 over the pictures' names and labels, and their sizes where the listing knows them."""
+    """Return a SHA-256 over the pictures' names and labels, and their sizes if the listing has them."""
     digest = hashlib.sha256()
     for item in items:
         size = item.where if isinstance(item.where, int) else 0
@@ -146,7 +146,7 @@ def _digest(items: list[Item]) -> str:
 
 
 def _bytes_each(source: Source, items: list[Item], recipe: Recipe, num_labels: int) -> float:
-    """Return about how many bytes of a shard a picture takes, from the first few in the order."""
+    """Return the estimated bytes of a picture in a shard, from the first PROBE_PICTURES in the order."""
     names = [str(i) for i in range(num_labels + len(recipe.extra_labels))]
     writer = ShardWriter("0" * 6, recipe.encoding, names, BuildOptions.shard_bytes)
     pictures = 0
@@ -158,7 +158,7 @@ def _bytes_each(source: Source, items: list[Item], recipe: Recipe, num_labels: i
         pictures += 1
         for key, image, labels in made:
             writer.add(image, key, labels)
-    if not writer.images:  # nothing usable: the build will say so
+    if not writer.images:  # none is usable: the build will report that
         return recipe.size**2 * recipe.channels + 4 * RECORD
     return max(1.0, writer.nbytes / pictures)
 
@@ -171,7 +171,7 @@ def _condition(text: str, labels: dict[str, LabelType]) -> Callable[[tuple[Any, 
     name, _, wanted = (part.strip() for part in text.partition(symbol))
     if name not in labels:
         known = ", ".join(sorted(labels)) or "none"
-        raise UsageError(f"--where {text}: there is no label {name!r}; the labels here: {known}")
+        raise UsageError(f"--where {text}: there is no label {name!r}; the labels are: {known}")
     kind = labels[name]
     try:
         value = _boolean(wanted) if kind == "bool" else as_type(wanted, kind)

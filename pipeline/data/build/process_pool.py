@@ -1,4 +1,4 @@
-"""A pool of processes that all stop when their parent does, however it ends."""
+"""A pool of processes that stop when their parent ends, even when it is killed."""
 
 import multiprocessing
 import os
@@ -35,8 +35,8 @@ def run_tasks(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> I
             yield future.result()
     except BrokenProcessPool:
         raise TryAgainError(
-            "a worker process was killed, most likely for want of memory. "
-            "Run the same command again, with a smaller --workers: it goes on"
+            "a worker process was killed, most likely because memory ran out. "
+            "Run the same command again, with a smaller --workers, to resume"
         ) from None
     finally:
         our_end.close()
@@ -44,7 +44,7 @@ def run_tasks(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> I
 
 
 def _stay_alive_while(lifeline: Connection) -> None:
-    """Prepare a worker: Ctrl-C is the parent's affair, and the end of the parent is ours."""
+    """Prepare a worker process: it ignores Ctrl-C, which the parent handles, and ends when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

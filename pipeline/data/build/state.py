@@ -1,4 +1,4 @@
-"""The place where a data set is built: what is finished there, what is under way, and whether it may be touched."""
+"""State of a build in OUT: what is finished, what is under way, and whether OUT may be written or cleared."""
 
 import os
 import re
@@ -13,24 +13,24 @@ from pipeline.data.dataset import DATASET_FILE, Dataset, Shard, open_dataset
 STATE_FOLDER = ".build"
 STATE_FILE = f"{STATE_FOLDER}/plan.json"
 CLEARING = f"{STATE_FOLDER}/clearing"
-"""Here while, and after, an old data set is removed: a killed removal is known by it, and gone on with."""
+"""Marks that an old data set is being removed, so that a killed removal is completed. See `tidy` for its end."""
 REFUSED, SKIPPED = "refused.txt", "skipped.txt"
 REPORTS = "duplicates."
-"""What `dedup` writes beside the data set begins with this."""
-
-HINT = "--overwrite starts anew"
+"""Prefix of the files that `dedup` writes beside the data set."""
+HINT = "--overwrite starts again from nothing"
 
 
 class BuildState(Record):
-    """OUT/.build/plan.json: what is being built here."""
+    """OUT/.build/plan.json: the build that is under way."""
 
     plan: Plan
     location: str
     refused: list[tuple[str, str]]
-    """Pictures that already the listing refused."""
+    """Pictures that the listing refused, as (name, reason)."""
     lost: dict[str, int]
-    """The same without names."""
+    """Pictures that the listing lost without their names: their number by reason."""
     damaged: bool
+    """Whether the source itself is damaged."""
 
 
 class Group(Record):
@@ -39,24 +39,24 @@ class Group(Record):
     shards: list[Shard]
     refused: list[tuple[str, str]]
     skipped: list[tuple[str, str]]
-    """Good pictures that hold nothing for the data set, such as no face."""
+    """Good pictures that give no image, for example without a face, as (name, reason)."""
 
 
 def group_name(group: int) -> str:
-    """Return the name of a group's record."""
+    """Return the file name of a group's record."""
     return f"{STATE_FOLDER}/{group:06d}.json"
 
 
 def find_finished(out: str, plan: Plan) -> Dataset | None:
-    """Return the data set that is already in `out` if it is just what `plan` asks for.
+    """Return the finished data set in `out` if it has the identity of `plan`, or None if there is none.
 
-    Raises ConfigConflict when it, or a build under way there, is another one.
+    Raises ConfigConflict when another data set, or another build under way, is there.
     """
     store = Store(out)
     if store.exists(DATASET_FILE):
         dataset = open_dataset(store)
         compare(identity(plan), built_as(dataset), out)
-        tidy(store)  # it may have been killed just before it did
+        tidy(store)  # the build may have been killed just before this
         return dataset
     finish_clearing(out)
     if store.exists(STATE_FILE):
@@ -67,7 +67,7 @@ def find_finished(out: str, plan: Plan) -> Dataset | None:
 
 
 def refuse_overlap(src: str, out: str) -> None:
-    """Raise UsageError when SRC is OUT or lies in it: what a build replaces there would be what it reads."""
+    """Raise UsageError when SRC is OUT or lies in it: the build would replace what it reads."""
     source, target = _resolved(src), _resolved(out)
     if source == target or source.startswith(target.rstrip("/") + "/"):
         raise UsageError(f"{out}: OUT is SRC or holds it ({src}), and the build would delete it; choose another OUT")
@@ -80,16 +80,16 @@ def _resolved(location: str) -> str:
 
 
 def refuse_foreign(out: str) -> None:
-    """Raise UsageError when `out` holds anything that is not ours."""
+    """Raise UsageError when `out` holds files but neither a data set nor a build."""
     names = Store(out).names()
     if not {DATASET_FILE, STATE_FOLDER} & set(names) and any(not name.startswith(REPORTS) for name in names):
-        raise UsageError(f"{out}: not empty, and no data set of ours; choose an empty or new folder")
+        raise UsageError(f"{out}: not empty, and not a data set of dcgan-data; choose an empty or new folder")
 
 
 def prepare(out: str, plan: Plan, *, overwrite: bool) -> Dataset | None:
-    """Return the finished data set in `out` if it is what `plan` asks for; with `overwrite`, make room instead.
+    """Return the finished data set in `out` if it has the identity of `plan`; with `overwrite`, remove it instead.
 
-    A build of the same plan that is under way is kept in any case: it goes on.
+    An unfinished build of the same plan is kept in any case, to be resumed.
     """
     try:
         finished = find_finished(out, plan)
@@ -104,35 +104,35 @@ def prepare(out: str, plan: Plan, *, overwrite: bool) -> Dataset | None:
 
 
 def clear(out: str) -> None:
-    """Remove a data set or an unfinished build, and nothing else; `finish_clearing` goes on when this is killed."""
+    """Remove a data set or an unfinished build, and nothing else. `finish_clearing` completes a killed removal."""
     store = Store(out)
     names = store.names()
     if DATASET_FILE in names or STATE_FOLDER in names:
         store.write(CLEARING, b"")
         records = [f"{STATE_FOLDER}/{name}" for name in store.names(STATE_FOLDER)]
         shards = [name for name in names if re.fullmatch(r"\d{6}(-\d+)?\.tar", name)]
-        # First what the others are believed for. The mark stays until the next build is finished: see `tidy`.
+        # First the files that vouch for the others. The mark stays until the next build is finished: see `tidy`.
         for name in [DATASET_FILE, STATE_FILE, *shards, REFUSED, SKIPPED, *records]:
             if name != CLEARING:
                 store.delete(name)
 
 
 def finish_clearing(out: str) -> None:
-    """Remove what a killed `clear` has left: shards and records that no data set or plan stands for any more."""
+    """Remove what a killed `clear` left behind: shards and records without a data set or a plan."""
     store = Store(out)
     if store.exists(CLEARING) and not store.exists(STATE_FILE) and not store.exists(DATASET_FILE):
         clear(out)
 
 
 def tidy(store: Store) -> None:
-    """Remove what a finished data set does not need: the records, and files that a killed process was writing."""
+    """Remove what a finished data set does not need: the records, and half-written files of killed processes."""
     if store.names(STATE_FOLDER):
         store.delete(STATE_FOLDER)
     store.remove_abandoned()
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-    """Return what two builds of the same data set share, as it stands in dataset.json."""
+    """Return the identity of a build, as dataset.json records it: builds with equal identities write equal bytes."""
     return {**plan.source, **plan.model_dump(exclude={"source", "labels"})}
 
 
@@ -142,7 +142,7 @@ def built_as(dataset: Dataset) -> dict[str, Any]:
 
 
 def compare(wanted: dict[str, Any], found: dict[str, Any], where: str, advice: str = "--overwrite replaces it") -> None:
-    """Raise ConfigConflict that shows the difference between a build and what is there, and says what to do."""
+    """Raise ConfigConflict, with the differences, unless the identities `wanted` and `found` are equal."""
     different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if not different:
         return

@@ -1,4 +1,4 @@
-"""One picture of a source to one image of a data set: the recipe that decides its bytes."""
+"""The recipe: how a picture of a source becomes an image of a data set, and so which bytes it has."""
 
 from typing import Any, ClassVar, Literal
 
@@ -12,14 +12,15 @@ from pipeline.data.dataset import Encoding, LabelType
 from pipeline.data.sources.interface import Item, printable
 
 Made = tuple[str, bytes | Pixels, tuple[Any, ...]]
+"""An image of the data set: key, encoded bytes or pixels (size, size, channels), labels."""
 
 
 class Skipped(Exception):
-    """A good picture that holds nothing for the data set; the message says why."""
+    """A good picture that gives no image; the message says why."""
 
 
 class Recipe(Record):
-    """What decides the bytes of the images, and is the same for all of them."""
+    """What decides the bytes of the images; the same for all of them."""
 
     size: int = Field(ge=4, le=4096)
     """Height and width in pixels."""
@@ -39,7 +40,7 @@ class Recipe(Record):
         return [(printable(item.key), self.convert(picture), item.labels)]
 
     def convert(self, picture: bytes | Pixels) -> bytes | Pixels:
-        """Return the image as it goes into a shard: pixels if packed, else encoded bytes. Raises BadImage.
+        """Return the stored form of an image: pixels if packed, else encoded bytes. Raises BadImage.
 
         A picture that already has the size, mode and format is passed through byte for byte.
         """

@@ -1,4 +1,4 @@
-"""`dcgan-data dedup`: near-duplicates found by the paper's semantic hash, the first of each group kept."""
+"""`dcgan-data dedup`: finds near-duplicates by the paper's semantic hash, and keeps the first of each group."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ from pipeline.data.sources.interface import Item, Listing
 from pipeline.data.sources.tars import Tars, list_dataset
 
 TRAIN_BYTES = 256_000_000
-"""The hash learns from the first images, which are shuffled, up to so many bytes of pixels."""
+"""Bytes of pixels that the hash learns from: those of the first images, which are in random order."""
 SHOWN_GROUPS = 60
 SHEET_COLUMNS = 5
 REPORT, SHEET, TABLE = "duplicates.json", "duplicates.png", "duplicates.tsv"
@@ -34,7 +34,7 @@ REPORT, SHEET, TABLE = "duplicates.json", "duplicates.png", "duplicates.tsv"
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What was found: for each image, which one stands for it (itself if it is kept) and how far away that is."""
+    """For each image, the index of the image kept for it (its own if it is kept), and their distance in bits."""
 
     kept_by: NDArray[np.int64]
     distance: NDArray[np.int64]
@@ -46,10 +46,10 @@ class Duplicates:
 
 
 def keep_first(codes: Codes, radius: int) -> Duplicates:
-    """Return which images are kept: the first in the order that no kept one is within `radius` bits of.
+    """Return which images are kept: in order, each image that differs from every kept one in more than `radius` bits.
 
-    An image is dropped only for a kept one within the radius: chains of neighbors do not pull distinct ones in. It
-    is dropped for the nearest that was kept before its code came up first.
+    An image is dropped only for a kept one within the radius, so a chain of neighbors does not drop distinct images.
+    It is dropped for the nearest of those that were kept before the first image with its code.
     """
     unique, first, group = np.unique(codes, axis=0, return_index=True, return_inverse=True)
     pairs = close_pairs(unique, radius)
@@ -124,7 +124,7 @@ def _finished(store: Store, description: dict[str, object]) -> Dataset | None:
 
 
 def _recipe(dataset: Dataset) -> Recipe:
-    """Return the recipe that passes the data set's own images through."""
+    """Return the recipe that keeps the data set's images byte for byte."""
     quality = int(dataset.source.get("quality", 100))
     return Recipe(
         size=dataset.image_size,
@@ -136,7 +136,7 @@ def _recipe(dataset: Dataset) -> Recipe:
 
 
 def _codes(dataset: Dataset, seed: int, folder: Path, times: dict[str, float]) -> tuple[SemanticHash, Codes]:
-    """Train the hash and hash all images; what a killed run has already done is read from `folder`."""
+    """Train the hash and hash all images, or read from `folder` what a killed run has already done."""
     weights, coded = folder / "hash.safetensors", folder / "codes.npy"
     marker = folder / "hash-of.txt"
     identity = f"{dataset.fingerprint()} {seed}"
@@ -178,7 +178,7 @@ def _write_report(
     radius: int,
     times: dict[str, float],
 ) -> None:
-    """Write which image was dropped for which, the figures, and a sheet of groups; say what it comes to."""
+    """Write which image was dropped for which, the measurements and a sheet of groups; print a summary."""
     dropped = np.flatnonzero(~found.keep)
     lines = [f"{items[i].key}\t{items[found.kept_by[i]].key}\t{found.distance[i]}\n" for i in dropped]
     store.write(TABLE, ("dropped\tkept\tdistance\n" + "".join(lines)).encode())
@@ -204,7 +204,7 @@ def _write_report(
 
 
 def _sheet(source: Tars, items: list[Item], found: Duplicates, dropped: NDArray[np.int64]) -> Pixels:
-    """Return a picture of groups, the most doubtful first: the kept image, then those dropped for it."""
+    """Return a picture of the groups, the largest distance first: the kept image, then those dropped for it."""
     ordered = dropped[np.argsort(found.kept_by[dropped], kind="stable")]
     kept, starts = np.unique(found.kept_by[ordered], return_index=True)
     ends = np.append(starts[1:], len(ordered))

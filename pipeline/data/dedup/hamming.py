@@ -1,4 +1,4 @@
-"""All pairs of 128-bit codes within a Hamming radius, without comparing all with all."""
+"""Finds all pairs of 128-bit codes within a Hamming radius, without comparing every pair."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""How well a hash tells duplicates from look-alikes: recall on planted copies, false alarms on hard pairs."""
+"""Measures a hash: recall on planted copies, and false alarms on pairs of images that only look alike."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from pipeline.data.dedup.semantic_hash import SemanticHash, shrink
 
 RADII = tuple(range(17))
 SAMPLE = 1000
-"""Images that copies are made of."""
+"""Images that are copied."""
 
 
 def _shifted(images: Pixels, down: int, right: int) -> Pixels:

@@ -25,7 +25,7 @@ BRIGHTNESS = 0.04
 LEARNING_RATE = 1e-3
 THRESHOLD_IMAGES = 1 << 14
 WEIGHT_UNIT = 2.0**-20
-"""Weights are rounded to it: sums of 3072 such products with bytes are exact in float64, in any order."""
+"""Weights are rounded to multiples of it: sums of 3072 products with bytes are then exact in float64, in any order."""
 
 Codes = NDArray[np.uint8]
 

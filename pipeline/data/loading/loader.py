@@ -1,6 +1,6 @@
 """Training batches: image i of a run is a pure function of (seed, i), read ahead by threads.
 
-docs/architecture.md, contract 3.
+See docs/architecture.md, contract 3.
 """
 
 import threading
@@ -30,17 +30,17 @@ PREFETCH = 4
 """Batches made ahead of the caller."""
 
 CLOSE_SECONDS = 2.0
-"""Longest wait for threads to end: all but those that read from a store that hangs do so at once."""
+"""Longest wait for threads to end. Only a thread that reads from a hanging store needs longer."""
 
 MISALIGNMENT = 32
-"""Batches begin half of it off its multiples: libjpeg-turbo writes to aligned rows past the cache, 8 % slower."""
+"""Batches begin at half this offset: libjpeg-turbo writes aligned rows past the cache, which is 8 % slower."""
 
-PLANNED_IMAGES = 8192
-"""Images whose places are computed at once: numpy's fixed costs vanish among so many."""
+LOCATED_IMAGES = 8192
+"""Images that are located at once: numpy's fixed costs vanish among so many."""
 
 
 Batch = tuple[Images, list[Future[None]]]
-"""Images, and what must be done before all of them are there."""
+"""Images, and the copies that must end before all of the images are there."""
 
 
 class Loader:
@@ -48,11 +48,11 @@ class Loader:
 
     `batch` is global; `start` is the number of images seen so far over all ranks, the one integer of state.
     Rank r owns the streams s with s mod world_size = r, and so the images i with i mod world_size = r, in order.
-    A remote data set is kept on disk under `cache_dir`.
+    The shards of a remote data set are cached on disk under `cache_dir` (default: `shard_cache.default_directory`).
 
     Raises ConfigConflict when `streams` does not divide `batch`, `world_size` does not divide `streams`, or there
-    are fewer images than streams; DataError when the data set is missing or damaged. What goes wrong in a thread
-    is raised by the next `next_batch`.
+    are fewer images than streams; DataError when dataset.json contradicts itself. An error in a thread is raised by
+    the next `next_batch`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Loader:
         self.position = start
         """Images handed out so far over all ranks."""
         self.wait_seconds = 0.0
-        """How long callers of `next_batch` have waited for data, in all."""
+        """Total time that callers of `next_batch` have waited for data."""
         self._shuffle = Shuffle([shard.images for shard in dataset.shards], seed=seed, streams=streams)
         self._shape = (self.dataset.image_size, self.dataset.image_size, self.dataset.channels)
         self._pinned = torch.cuda.is_available()
@@ -84,8 +84,8 @@ class Loader:
         slots = len(self.dataset.shards) if resident else streams // world_size + 1
         self._buffer = ShardBuffer(dataset, slots=slots, decode=resident, cache_dir=cache_dir)
         self.resident_bytes = self._buffer.nbytes + (PREFETCH + 1) * (batch // world_size) * self.dataset.image_bytes
-        """Most that it holds in memory: the buffer of shards and the batches ahead."""
-        # Rows are gathered by the planning thread itself, at the speed of memory; decoding is cut over threads.
+        """Upper bound of its memory: the buffer of shards and the batches made ahead."""
+        # Rows are gathered by the producer thread itself, at the speed of memory; decoding is cut over threads.
         self._decoders = None if self._buffer.rows_kept else ThreadPool(threads, "decoder")
         self._threads = threads
 
@@ -94,8 +94,8 @@ class Loader:
         self._room = threading.Semaphore(PREFETCH)
         self._closed = False
         self._failure: BaseException | None = None
-        self._planner = threading.Thread(target=self._run, args=(start,), name="loader", daemon=True)
-        self._planner.start()
+        self._producer = threading.Thread(target=self._run, args=(start,), name="loader", daemon=True)
+        self._producer.start()
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yield `next_batch()` as torch tensors, endlessly; in pinned memory when CUDA is there."""
@@ -103,9 +103,9 @@ class Loader:
             yield torch.from_numpy(self.next_batch())
 
     def next_batch(self) -> Images:
-        """Return this rank's share of the next global batch, uint8 (batch / world_size, H, W, C), the caller's to keep.
+        """Return this rank's share of the next global batch, uint8 (batch / world_size, H, W, C). It is never reused.
 
-        Raises the UserError of whatever went wrong while it was made, and again when called again.
+        Raises the UserError that stopped the loader, at this call and at every later one.
         """
         if self._failure is not None:
             raise self._failure
@@ -133,7 +133,7 @@ class Loader:
         return self._shuffle.ids(self._images(self.position if images_seen is None else images_seen, 1))
 
     def close(self) -> None:
-        """End the threads. One that a store keeps waiting is left behind; `next_batch` must not be called any more."""
+        """End the threads, except one that waits for a hanging store. After this, `next_batch` raises RuntimeError."""
         self._closed = True
         self._failure = self._failure or RuntimeError("the loader is closed")
         self._room.release()
@@ -143,7 +143,7 @@ class Loader:
             self._decoders.close()
         # Joined, because a thread inside C++ code when the interpreter ends takes the process down with SIGABRT.
         until = time.monotonic() + CLOSE_SECONDS
-        self._planner.join(CLOSE_SECONDS)
+        self._producer.join(CLOSE_SECONDS)
         self._buffer.join(until)
         if self._decoders is not None:
             self._decoders.join(until)
@@ -160,7 +160,7 @@ class Loader:
         return np.arange(first, start + batches * self.batch, self.world_size, dtype=np.int64)
 
     def _run(self, start: int) -> None:
-        """Make batches until closed; hand over what goes wrong instead of a batch."""
+        """Make batches until closed; an error is handed over in place of a batch."""
         try:
             self._make_batches(start)
         except BaseException as error:
@@ -169,9 +169,9 @@ class Loader:
     def _make_batches(self, start: int) -> None:
         share = self.batch // self.world_size
         ahead = _Lookahead(self._shuffle, range(self.rank, self.streams, self.world_size), start // self.streams)
-        planned_batches = 1
+        located_batches = 1
         while True:
-            images = self._images(start, planned_batches)
+            images = self._images(start, located_batches)
             shards, rows = self._shuffle.locate(images)
             offsets = images // self.streams
             for first in range(0, len(images), share):
@@ -180,8 +180,8 @@ class Loader:
                     return
                 one = slice(first, first + share)
                 self._ready.put(self._make(shards[one], rows[one], offsets[one], ahead))
-            start += planned_batches * self.batch
-            planned_batches = min(2 * planned_batches, max(1, PLANNED_IMAGES // share))
+            start += located_batches * self.batch
+            located_batches = min(2 * located_batches, max(1, LOCATED_IMAGES // share))
 
     def _make(self, shards: Indices, rows: Indices, offsets: Indices, ahead: "_Lookahead") -> Batch:
         """Return the batch of the images at `rows` of `shards`."""
@@ -207,7 +207,7 @@ class Loader:
         return images, copies
 
     def _segments(self, shards: Indices) -> Iterator[tuple[int, int, list[int]]]:
-        """Cut a batch where it needs more shards than there are slots: yield (begin, end, its shards)."""
+        """Cut a batch where it needs more shards than the buffer has slots: yield (begin, end, shards)."""
         begin = 0
         needed: dict[int, None] = {}
         # Nearly always one segment: `dict.fromkeys` keeps the shards in the order of their first use.

@@ -1,4 +1,4 @@
-"""Shards in memory: one buffer of fixed size, cut into slots that verified shards are read into."""
+"""Shards in memory: one buffer of fixed size, cut into slots. A shard is verified as it is read into its slot."""
 
 import hashlib
 import os
@@ -23,17 +23,17 @@ Images = NDArray[np.uint8]
 Identity = tuple[int, int, int]
 
 PIECE_BYTES = 1 << 20
-"""Read and hashed at once: small enough to be hashed while it is in the processor's cache."""
+"""Bytes read and hashed at once: few enough to be hashed while they are in the processor's cache."""
 
 LOAD_THREADS = 4
-"""Shards read at once: enough to hide a store's latency at the start and where an epoch ends."""
+"""Threads that load shards: enough to hide a store's latency at the start and at the end of an epoch."""
 
 
 class ShardBuffer:
     """At most `slots` shards in memory, as decoded rows or as the files' bytes, each verified when first read.
 
-    Rows (packed data sets, and any other when `decode` is set) are uint8 images one behind the other. A shard
-    whose bytes are not those of dataset.json raises DataError from `wait`, before any of its images are used.
+    Packed data sets, and all others when `decode` is set, are kept as rows: decoded uint8 images, one after another.
+    A shard that differs from dataset.json raises DataError from `wait`, before any of its images are used.
     """
 
     def __init__(self, dataset: Dataset, *, slots: int, decode: bool, cache_dir: Path | None) -> None:
@@ -50,7 +50,7 @@ class ShardBuffer:
         self._sizes = np.concatenate([np.asarray(shard.sizes, np.int64) for shard in dataset.shards])
         slots = min(slots, len(dataset.shards))
         units = [shard.images if self.rows_kept else shard.bytes for shard in dataset.shards]
-        # Everything fits: each shard its own place. Otherwise all slots are as large as the largest shard.
+        # If everything fits, each shard has a slot of its size. Otherwise all slots are as large as the largest shard.
         widths = units if slots == len(units) else [max(units)] * slots
         self._bases = list(accumulate(widths, initial=0))
         unit_bytes = dataset.image_bytes if self.rows_kept else 1
@@ -66,11 +66,11 @@ class ShardBuffer:
 
     @property
     def slots(self) -> int:
-        """How many shards it can hold."""
+        """Number of shards that it can hold."""
         return len(self._holder)
 
     def hold(self, shards: Sequence[int]) -> None:
-        """Begin to load those of `shards` (distinct, at most `slots`) that are absent, in the slots of others."""
+        """Begin to load those of `shards` (distinct, at most `slots`) that are absent, into slots that hold others."""
         wanted = set(shards)
         free = (slot for slot, holder in enumerate(self._holder) if holder not in wanted)
         for shard in shards:
@@ -87,23 +87,23 @@ class ShardBuffer:
             self._loads[shard] = self._threads.submit(partial(self._load, shard, base, before))
 
     def wait(self, shards: Iterable[int]) -> None:
-        """Return when all of `shards`, which must be held, are loaded; raise what went wrong otherwise."""
+        """Return when all of `shards`, which must be held, are loaded. Raises the error of a load that failed."""
         for shard in shards:
             self._loads[shard].result()
 
     @property
     def complete(self) -> bool:
-        """Whether all shards are loaded, and so stay."""
+        """Whether all shards are loaded; then they stay loaded."""
         if not self._complete and len(self._loads) == len(self.dataset.shards):
             self._complete = all(load.done() and not load.exception() for load in self._loads.values())
         return self._complete
 
     def read_by(self, readers: Iterable["Future[None]"]) -> None:
-        """Let no slot be overwritten before `readers` are done."""
+        """Overwrite no slot before `readers` are done."""
         self._readers.extend(readers)
 
     def bases(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where the slots of held `shards` begin, for `copy`: valid until `hold` leaves the shards out."""
+        """Return where the slots of held `shards` begin, for `copy`. Valid until `hold` drops the shards."""
         return self._base_of[shards]
 
     def copy(self, shards: NDArray[np.int64], rows: NDArray[np.int64], bases: NDArray[np.int64], out: Images) -> None:
@@ -129,7 +129,7 @@ class ShardBuffer:
         self._threads.close()
 
     def join(self, until: float) -> None:
-        """Wait for the loaders to end, but not beyond `time.monotonic()` = `until`."""
+        """Wait for the threads to end, but not beyond `time.monotonic()` = `until`."""
         self._threads.join(until)
 
     def _load(self, shard: int, base: int, before: list["Future[None]"]) -> None:
@@ -144,7 +144,7 @@ class ShardBuffer:
             except DataError:
                 if self._cache is None:
                     raise
-                self._cache.drop(entry)  # damaged on this disk or on its way here: once more from the store
+                self._cache.drop(entry)  # damaged in the cache or in transit: read once more from the store
                 self._fill(shard, entry, target)
         except FileNotFoundError:
             raise DataError(
@@ -154,7 +154,7 @@ class ShardBuffer:
             raise describe_os_error(error) from error
 
     def _fill(self, shard: int, entry: Shard, target: Images) -> None:
-        """Read a shard's file into `target`, hashing it unless the very same file was verified before."""
+        """Read a shard's file into `target`, and hash it unless the same file was verified before."""
         path = self._store.path(entry.name)
         with FileIO(path) if self._cache is None else self._cache.open(self._store, entry) as file:
             self._read(shard, entry, file, target)
@@ -205,7 +205,7 @@ def _jpeg_decoder(shape: tuple[int, int, int]) -> Callable[[memoryview, Images],
     decode_jpeg = simplejpeg.decode_jpeg
 
     def decode_into(data: memoryview, out: Images) -> None:
-        """Decode a JPEG straight into its place: by way of another array it takes a third longer."""
+        """Decode a JPEG straight into `out`: through another array it takes a third longer."""
         try:
             found = decode_jpeg(data, mode, buffer=out).shape
         except ValueError as error:  # no JPEG, or larger than `out`
@@ -227,17 +227,17 @@ def _picture_decoder(shape: tuple[int, int, int]) -> Callable[[memoryview, Image
 
 
 def _check_offsets(entry: Shard, where: str) -> None:
-    """Raise DataError unless the members lie in the file one behind the other."""
+    """Raise DataError unless the members lie in the file one after another."""
     starts, ends = np.asarray(entry.offsets), np.asarray(entry.offsets) + np.asarray(entry.sizes)
     if starts[0] < 0 or (ends < starts).any() or (starts[1:] < ends[:-1]).any() or ends[-1] > entry.bytes:
         raise DataError(
-            f"{where}: dataset.json lists members outside its {entry.bytes} bytes or over one another; "
+            f"{where}: dataset.json lists members that overlap or lie outside its {entry.bytes} bytes; "
             "build the data set again"
         )
 
 
 def _pieces(entry: Shard, content: memoryview, encoding: Encoding) -> Iterable[memoryview]:
-    """Yield, in file order, where each part of a shard's file goes: pixels to `content`, tar headers to a scrap."""
+    """Yield, in file order, a target for each piece of a shard's file: pixels go to `content`, tar headers to scrap."""
     if encoding == "packed":
         position = filled = 0
         for offset, size in zip(entry.offsets, entry.sizes, strict=True):

@@ -1,4 +1,4 @@
-"""Shards of remote data sets on the local disk: bounded, least recently used goes first, shared by processes."""
+"""Cache of remote shards on the local disk: bounded, evicts the least recently used, shared by processes."""
 
 import fcntl
 import os
@@ -24,7 +24,7 @@ def default_directory() -> Path:
 class ShardCache:
     """At most `limit_bytes` of shards in `directory`, each under its SHA-256, so that equal shards are one file.
 
-    Nothing here trusts a file for its name: the reader verifies what it opens, and calls `drop` when it is damaged.
+    The cache does not verify its files. The reader does, and calls `drop` for a damaged one.
     """
 
     def __init__(self, directory: Path, limit_bytes: int = LIMIT_BYTES) -> None:
@@ -32,7 +32,7 @@ class ShardCache:
         self.limit_bytes = limit_bytes
 
     def open(self, store: Store, shard: Shard) -> FileIO:
-        """Return the shard's file, downloaded first if it is not here. Once open, its removal does no harm."""
+        """Return the shard's open file; download it first if it is absent. An open file survives its eviction."""
         path = self._path(shard)
         while True:
             try:
@@ -40,12 +40,12 @@ class ShardCache:
             except FileNotFoundError:
                 self._download(store, shard)
                 continue
-            with suppress(FileNotFoundError):  # the access time is what `_evict` goes by; mounts may not keep it
+            with suppress(FileNotFoundError):  # `_evict` sorts by access time, which mounts may not keep
                 os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
             return file
 
     def drop(self, shard: Shard) -> None:
-        """Forget a shard whose copy is damaged."""
+        """Remove a shard whose copy is damaged."""
         self._path(shard).unlink(missing_ok=True)
 
     def _path(self, shard: Shard) -> Path:
@@ -53,7 +53,7 @@ class ShardCache:
 
     def _download(self, store: Store, shard: Shard) -> None:
         path = self._path(shard)
-        # One of 256 locks, so that processes do not fetch the same shard twice and lock files stay few.
+        # A lock by the hash's first byte: processes do not fetch a shard twice, and lock files stay few.
         with self._locked(shard.sha256[:2]):
             if path.exists():
                 return

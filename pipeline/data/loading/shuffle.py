@@ -1,8 +1,10 @@
-"""Which image comes when: the pure arithmetic of the stream (docs/architecture.md, contract 3). Reads no shard.
+"""The shuffle: which image is number i of a run, by arithmetic alone. Reads no shard.
+
+See docs/architecture.md, contract 3.
 
 Image i of a run belongs to stream s = i mod S, at offset o = i div S. Epoch e = o div L, with L = floor(N / S),
-orders the N images anew; stream s reads the places s*L to (s+1)*L of that order, and the N - S*L last places are
-left over. An order is a permutation of the shards, and of the images inside each.
+orders the N images anew. Stream s reads the positions s*L to (s+1)*L of that order; the last N - S*L positions
+are not read. An order is a permutation of the shards, and of the images inside each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +31,7 @@ class Visit(NamedTuple):
 
 
 class Shuffle:
-    """The order of a run's images over shards of `shard_images` images each, at least `streams` together."""
+    """The order of a run's images, for shards of `shard_images` images each. There are at least `streams` images."""
 
     def __init__(self, shard_images: Sequence[int], *, seed: int, streams: int) -> None:
         self.sizes = np.asarray(shard_images, np.int64)
@@ -39,15 +41,15 @@ class Shuffle:
         self.images = int(self.sizes.sum())
         self.range_images = self.images // streams
         assert self.range_images > 0, "check_division comes first"
-        # An epoch's boundary falls inside a batch, so two are in use; a stream is in one shard, or between two.
+        # A batch may span two epochs, so two are in use; a stream is in one shard, or between two.
         self._epoch = lru_cache(maxsize=4)(self._order_shards)
         self._inside = lru_cache(maxsize=4 * streams)(self._order_images)
 
     def _order_shards(self, epoch: int) -> tuple[list[int], list[int], Indices, Indices]:
-        """Return an epoch's shards in order and their first places (and the total), as lists and as arrays."""
+        """Return an epoch's shards in order and their first positions (with the total last), as lists and as arrays."""
         shards = permutation(len(self.sizes), self.seed, Purpose.SHARD_ORDER, lane=epoch)
-        places = list(accumulate(self.sizes[shards].tolist(), initial=0))
-        return shards.tolist(), places, shards, np.asarray(places, np.int64)
+        positions = list(accumulate(self.sizes[shards].tolist(), initial=0))
+        return shards.tolist(), positions, shards, np.asarray(positions, np.int64)
 
     def _order_images(self, epoch: int, shard: int) -> Indices:
         # Epochs and shards both stay far below 2^32, so that no two pairs share a lane.
@@ -57,14 +59,14 @@ class Shuffle:
         """Return the shard of each image of the run, and its row inside that shard; int64, shaped like `images`."""
         stream, offset = images % self.streams, images // self.streams
         epochs, within = offset // self.range_images, offset % self.range_images
-        place = stream * self.range_images + within
-        shards, rows = np.empty_like(place), np.empty_like(place)
+        position = stream * self.range_images + within
+        shards, rows = np.empty_like(position), np.empty_like(position)
         for epoch in np.unique(epochs).tolist():
             here = np.flatnonzero(epochs == epoch)
-            _, _, order, places = self._epoch(epoch)
-            rank = np.searchsorted(places, place[here], side="right") - 1
+            _, _, order, positions = self._epoch(epoch)
+            rank = np.searchsorted(positions, position[here], side="right") - 1
             shards[here] = order[rank]
-            local = place[here] - places[rank]
+            local = position[here] - positions[rank]
             for shard in np.unique(shards[here]).tolist():
                 inside = shards[here] == shard
                 rows[here[inside]] = self._inside(epoch, shard)[local[inside]]
@@ -76,16 +78,16 @@ class Shuffle:
         return self.shard_starts[shards] + rows
 
     def visits(self, stream: int, offset: int) -> Iterator[Visit]:
-        """Yield, endlessly, each shard that `stream` enters from `offset` on, and where."""
+        """Yield, endlessly, each shard that `stream` enters from `offset` on, with the offset where it enters."""
         while True:
             epoch, within = divmod(offset, self.range_images)
-            shards, places, _, array = self._epoch(epoch)
-            place, end = stream * self.range_images + within, (stream + 1) * self.range_images
-            rank = int(np.searchsorted(array, place, side="right")) - 1
-            while place < end:
+            shards, positions, _, array = self._epoch(epoch)
+            position, end = stream * self.range_images + within, (stream + 1) * self.range_images
+            rank = int(np.searchsorted(array, position, side="right")) - 1
+            while position < end:
                 yield Visit(offset, stream, shards[rank])
                 rank += 1
-                offset, place = offset + places[rank] - place, places[rank]
+                offset, position = offset + positions[rank] - position, positions[rank]
             offset = (epoch + 1) * self.range_images
 
 
@@ -97,7 +99,7 @@ def image_ids(dataset: Dataset, seed: int, streams: int, start: int, count: int)
 
 
 def check_division(batch: int, streams: int, world_size: int, images: int) -> None:
-    """Raise ConfigConflict, with the numbers and the nearest that works, unless everything divides."""
+    """Raise ConfigConflict, with the nearest numbers that work, unless all of them divide."""
     if batch % streams:
         near = max(streams, round(batch / streams) * streams)
         raise ConfigConflict(

@@ -1,4 +1,4 @@
-"""Threads that never keep a process from ending, and whose errors reach whoever waits for the result."""
+"""A pool of threads that never keep a process from ending. An error reaches the caller that waits for the result."""
 
 import threading
 import time

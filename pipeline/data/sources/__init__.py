@@ -1,1 +1,1 @@
-"""One file a format, each behind the small interface of `interface.py`."""
+"""Sources of pictures: one file a format, all with the interface of `interface.py`."""

@@ -1,4 +1,4 @@
-"""CelebA: the aligned faces with their forty attributes and official split, as the authors or Kaggle hand them out."""
+"""CelebA: the aligned faces with their forty attributes and official split, from the authors or from Kaggle."""
 
 import csv
 import io

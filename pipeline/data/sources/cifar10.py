@@ -1,4 +1,4 @@
-"""CIFAR-10, the Python version: a folder or tar.gz of pickles, read without letting them run anything."""
+"""CIFAR-10, the Python version: a folder or tar.gz of pickles. Reading them never runs code."""
 
 import functools
 import io
@@ -81,7 +81,7 @@ def load_batch(location: str, name: str) -> dict[str, Any]:
         content = _Unpickler(io.BytesIO(_read(location, name)), encoding="latin1").load()
     except DataError:
         raise
-    except Exception as error:  # a damaged pickle raises whatever it likes
+    except Exception as error:  # a damaged pickle may raise anything
         raise DataError(f"{location}: {name}: refused: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{location}: {name}: expected a dictionary, found {type(content).__name__}")

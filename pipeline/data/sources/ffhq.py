@@ -18,7 +18,7 @@ class Ffhq:
     split: str | None = None
 
     def listing(self) -> Listing:
-        """Return the pictures, in which the folders of a thousand are no classes."""
+        """Return the pictures. Their folders of a thousand are not classes."""
         if self.split not in (None, "train", "val"):
             raise UsageError(f"--split {self.split}: FFHQ has train, val")
         listing = Folder(self.location, "none").listing()

@@ -1,4 +1,4 @@
-"""Image folders, nested or flat, on a disk or in an object store; the first folder of a path is the class."""
+"""Image folders, nested or flat, on a disk or in an object store. The first folder of a path is the class."""
 
 import os
 import stat
@@ -61,7 +61,7 @@ class Folder:
 
 
 File = tuple[str, int | str]
-"""A picture's path, and its size; of http servers, which tell none, the path as they spell it."""
+"""A picture's path and its size in bytes. An http server states no size; then the path as the server spells it."""
 
 
 def path_of(item: Item) -> str:
@@ -80,7 +80,7 @@ def read_file(location: str, path: str) -> bytes:
 
 
 def _find(location: str) -> tuple[list[File], list[str]]:
-    """Return the pictures below `location`, sorted, and notes about what else is there."""
+    """Return the pictures below `location`, sorted, and notes about files that were skipped."""
     found: Sequence[File]
     if is_url(location):
         store = Store(location)
@@ -93,14 +93,14 @@ def _find(location: str) -> tuple[list[File], list[str]]:
     files = [(path, where) for path, where in found if PurePosixPath(path).suffix.lower() in SUFFIXES]
     notes = []
     if others := len(found) - len(files):
-        notes.append(f"{others:,} files that are not images were passed over")
+        notes.append(f"{others:,} files that are not images were skipped")
     if not is_url(location) and loops:
-        notes.append(f"{loops:,} links that lead back to a folder above them were passed over")
+        notes.append(f"{loops:,} links that lead back to a folder above them were skipped")
     return sorted(files, key=lambda file: file[0]), notes
 
 
 def _walk(root: Path) -> tuple[list[tuple[str, int]], int]:
-    """Return (path below root, bytes) of all files that are not hidden, following links, and the loops met."""
+    """Return (path below root, bytes) of all files that are not hidden, through links, and the number of loops."""
     files: list[tuple[str, int]] = []
     loops = 0
     top = root.stat()

@@ -1,4 +1,4 @@
-"""What every source of images offers: a listing with labels, and any image of it at any time."""
+"""The interface of a source: a listing of its pictures with labels, and access to each picture."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -10,25 +10,25 @@ from pipeline.common.imaging import BadImage, Pixels
 from pipeline.data.dataset import LabelType, Refusals
 
 KEY = "key"
-"""The column of the images' names in every shard: no label can have this name."""
+"""The column of the images' names in every shard. No label can have this name."""
 EXAMPLES = 100
-"""Refused images that dataset.json names; refused.txt names all."""
+"""Refused images that dataset.json names. refused.txt names all of them."""
 
 
 class Item(NamedTuple):
     """One picture of a source."""
 
     key: str
-    """Its name, unique in the source: what decides its place in the order."""
+    """Its name, unique in the source. It decides the position in the order."""
     labels: tuple[Any, ...]
     """Values in the order of `Listing.labels`; None where there is none."""
     where: Any
-    """How the source finds it again. Small, and picklable: it travels to the process that reads the picture."""
+    """How the source finds the picture. Small and picklable, because it is sent to the process that reads it."""
 
 
 @dataclass
 class RefusalLog:
-    """Pictures that were left out, by name and reason."""
+    """Pictures that were left out, by name and reason; those without a name are counted by reason."""
 
     entries: list[tuple[str, str]] = field(default_factory=list)
     unnamed: Counter[str] = field(default_factory=Counter)
@@ -62,18 +62,18 @@ class Listing:
     """Name and type of every label."""
     items: list[Item]
     refused: RefusalLog = field(default_factory=RefusalLog)
-    """Pictures that already the listing shows to be unusable."""
+    """Pictures that the listing already knows to be unusable."""
     notes: list[str] = field(default_factory=list)
-    """What was passed over and is no picture, one line each."""
+    """What was skipped because it is no picture, one line each."""
     damaged: bool = False
-    """The source itself is broken and pictures are lost. Accepted only when the user says so."""
+    """Whether the source itself is broken and pictures are lost. The build then needs --max-bad."""
 
 
 class Source(Protocol):
-    """A kind of data set on disk. Small and picklable: every process that reads gets a copy."""
+    """Where pictures come from. Small and picklable, because every process that reads gets a copy."""
 
     def listing(self) -> Listing:
-        """Find all pictures and their labels. Raises UserError when there is nothing to build from."""
+        """Find all pictures and their labels. Raises UserError when there are none."""
         ...
 
     def read(self, item: Item) -> bytes | Pixels:
@@ -82,7 +82,7 @@ class Source(Protocol):
 
 
 def read_picture(source: Source, item: Item) -> bytes | Pixels:
-    """Return a picture of `source`. Raises BadImage when it stays unreadable, TryAgainError when that may pass."""
+    """Return a picture of `source`. Raises BadImage when it cannot be read, TryAgainError when a retry may succeed."""
     try:
         return source.read(item)
     except OSError as error:
@@ -93,12 +93,12 @@ def read_picture(source: Source, item: Item) -> bytes | Pixels:
 
 
 def printable(key: str) -> str:
-    """Return a name that any file can hold; undecodable bytes of file names are written as escapes."""
+    """Return a name as valid UTF-8; undecodable bytes of file names become escapes."""
     return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def infer_type(values: Iterable[Any]) -> LabelType:
-    """Return the narrowest type that holds all values (None aside)."""
+    """Return the narrowest type that holds all values; None fits every type."""
     kinds = {type(value) for value in values if value is not None}
     if not kinds <= {bool, int, float}:
         return "str"

@@ -54,7 +54,7 @@ class LabelTable:
             typed.append(values)
         for row, labels in zip(rows, zip(*typed, strict=True), strict=True):
             if self._rows.setdefault(row[0], labels) != labels:
-                raise DataError(f"{location}: {row[0]} is there twice, with different labels")
+                raise DataError(f"{location}: {row[0]} appears twice, with different labels")
         stems = (str(PurePosixPath(name).with_suffix("")) for name in self._rows)
         self._stems = dict(zip(stems, self._rows.values(), strict=True))
 
@@ -62,7 +62,7 @@ class LabelTable:
         return len(self._rows)
 
     def find(self, path: str) -> tuple[Any, ...] | None:
-        """Return the labels of a picture: by its whole path, else its file name, else either without extension."""
+        """Return the labels of a picture: by its path, else its file name, else either without the extension."""
         name = PurePosixPath(path)
         for table, key in (
             (self._rows, path),

@@ -1,4 +1,4 @@
-"""LSUN databases: one or several lmdb folders of encoded images under 40-hex keys."""
+"""LSUN: one or several lmdb folders of encoded images, under keys of 40 hexadecimal digits."""
 
 import functools
 import re
@@ -27,7 +27,7 @@ class Lsun:
     def listing(self) -> Listing:
         """Return all keys of all chosen databases, labeled with their category.
 
-        A database that breaks part-way keeps what can still be read: the listing is marked as damaged.
+        From a database that breaks part-way, what can still be read is listed, and the listing is marked as damaged.
         """
         listing = Listing({"class": "str"}, [])
         for path in self._databases():
@@ -106,7 +106,7 @@ def _open(path: str) -> Any:
 
 
 def _keys(path: Path) -> tuple[list[str], int]:
-    """Return the keys that can be reached, and how many the database says that it holds."""
+    """Return the keys that can be read, and the number that the database states."""
     stated = int(_open(str(path)).stat()["entries"])
     keys: list[str] = []
     start, stride = 0, 1  # in 1/65536 of the keys, which are uniform hex numbers

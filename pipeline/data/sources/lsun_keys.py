@@ -1,4 +1,4 @@
-"""Print the keys of an lmdb from a given one on. A program of its own: on a damaged database lmdb may abort."""
+"""Prints the keys of an lmdb from a given one on. A separate program, because lmdb may abort on a damaged database."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The kinds of sources by name, and which options each understands."""
+"""The sources by name, with the options that each takes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,14 +31,14 @@ _RECORDED_AS = {"split": "source_split"}  # `split` is the part that --val-fract
 
 
 def open_source(kind: str, location: str, options: dict[str, Any]) -> tuple[Source, dict[str, Any]]:
-    """Return the source and what of its options decides the data set. `options` holds only what was given.
+    """Return the source, and those of its options that decide the data set. `options` holds only the options given.
 
     Raises UsageError for an option that this source would ignore.
     """
     make, takes = SOURCES[kind]
     for name in options:
         if name not in takes:
-            raise UsageError(f"{_OPTION_NAMES[name]}: does nothing with the source {kind}")
+            raise UsageError(f"{_OPTION_NAMES[name]}: has no effect on the source {kind}")
     location = location.removeprefix("file://")
     source = make(location if is_url(location) else location.rstrip("/") or "/", **options)
     described = {_RECORDED_AS.get(name, name): value for name, value in options.items()}

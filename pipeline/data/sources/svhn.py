@@ -1,4 +1,4 @@
-"""SVHN, cropped digits: MATLAB v5 files, unpacked in blocks so that memory stays small."""
+"""SVHN, cropped digits: MATLAB v5 files, unpacked in blocks to save memory."""
 
 import struct
 import tempfile
@@ -32,7 +32,7 @@ class Svhn:
     _folder: "tempfile.TemporaryDirectory[str] | None" = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the temporary folder with the process that made it: workers only read."""
+        """Keep the temporary folder in the process that made it: workers only read from it."""
         return {**self.__dict__, "_folder": None}
 
     def listing(self) -> Listing:
@@ -148,7 +148,7 @@ def _plain(file: IO[bytes], size: int) -> Iterator[bytes]:
 
 
 class _Stream:
-    """Pieces of bytes, read as a file is."""
+    """Pieces of bytes as a file."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces, self._ahead = pieces, bytearray()

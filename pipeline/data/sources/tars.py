@@ -1,4 +1,4 @@
-"""Anyone's WebDataset tars, our own shards among them: images by their place in the tar, labels from .json and .cls."""
+"""WebDataset tars, of this project and of others: images by their offset in the tar, labels from .json and .cls."""
 
 import contextlib
 import json
@@ -26,12 +26,12 @@ _SAMPLE = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # webdataset's rule: a sampl
 
 @dataclass(frozen=True)
 class Tars:
-    """A folder of tars (or one tar), plain or with our dataset.json."""
+    """A folder of tars, with our dataset.json or without, or one tar."""
 
     location: str
 
     def listing(self) -> Listing:
-        """Return all images. Members of other kinds are never opened, whatever their names promise."""
+        """Return all images. Members that are neither images nor labels are never opened."""
         folder, names = _tars(self.location)
         if names is None:
             return list_dataset(open_dataset(folder))
@@ -40,9 +40,9 @@ class Tars:
         for name in names:
             samples += _samples(folder, name, listing)
         columns = sorted({label for _, labels, _ in samples for label in labels})
-        if KEY in columns:  # img2dataset writes one into every .json, and nobody can rename it there
+        if KEY in columns:  # img2dataset writes it into every .json
             columns.remove(KEY)
-            listing.notes.append(f"the label {KEY!r} was passed over: that is what the image's own name is called")
+            listing.notes.append(f"the label {KEY!r} was skipped: `key` is the image's own name")
         listing.labels = {name: infer_type(labels.get(name) for _, labels, _ in samples) for name in columns}
         listing.items = [
             Item(key, tuple(as_type(labels.get(name), kind) for name, kind in listing.labels.items()), where)
@@ -101,7 +101,7 @@ def folder_of(location: str) -> str:
 def tar_members(folder: str, name: str, listing: Listing) -> Iterator[tuple[str, int, int, Any]]:
     """Yield (name, offset, size, open file) of a tar's plain files. Raises DataError where the tar breaks.
 
-    A tar that just stops, without an end mark, makes `listing` a damaged one.
+    A tar without an end mark marks `listing` as damaged.
     """
     with contextlib.ExitStack() as stack:
         if is_url(folder):
@@ -123,16 +123,16 @@ def open_members(file: Any, where: str, listing: Listing) -> Iterator[tuple[str,
                     yield member.name, member.offset_data, member.size
     except tarfile.TarError as error:
         raise DataError(f"{where}: damaged tar near offset {file.tell()}: {error}") from None
-    # tarfile takes a header that it cannot read for the end, and says nothing: the end must look like one.
+    # tarfile silently takes an unreadable header for the end, so the end must be checked.
     file.seek(tar.offset)
-    if not (mark := file.read(RECORD)):  # some writers leave the mark away, but a cut-off copy looks just like that
+    if not (mark := file.read(RECORD)):  # some writers omit the mark, but a cut-off copy looks the same
         listing.refused.unnamed[f"tar without an end mark, perhaps cut off: {where}"] = 1
         listing.damaged = True
     while mark:
         if mark.strip(b"\0"):
             raise DataError(
-                f"{where}: damaged tar: at offset {tar.offset} stands neither a header nor the end of the tar, and "
-                "what follows would be lost; copy or make it again"
+                f"{where}: damaged tar: at offset {tar.offset} is neither a header nor the end of the tar, and "
+                "the rest would be lost; copy or make it again"
             )
         mark = file.read(1 << 20)
 
@@ -165,9 +165,9 @@ def _samples(folder: str, name: str, listing: Listing) -> list[tuple[str, dict[s
             else:
                 found.setdefault(sample, []).extend((f"{shown}/{member}#{i}", where) for i, where in enumerate(block))
     if passed:
-        listing.notes.append(f"{passed:,} members of {shown} that are neither images nor labels were passed over")
+        listing.notes.append(f"{passed:,} members of {shown} that are neither images nor labels were skipped")
     if unread:
-        listing.notes.append(f"{unread:,} .json members of {shown} are not JSON and gave no labels")
+        listing.notes.append(f"{unread:,} .json members of {shown} are not JSON and give no labels")
     return [
         (key, _row(labels.get(sample, {}), index, len(images)), where)
         for sample, images in found.items()

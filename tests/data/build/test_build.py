@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import psutil
@@ -19,9 +19,10 @@ from picture_files import as_bytes, make_folder, make_picture, tree
 from PIL import Image
 
 from pipeline.common.imaging import Pixels, decode, encode, load_square
-from pipeline.data.cli import main
-from pipeline.data.dataset import open_dataset
+from pipeline.data.cli import EncodingName, SourceKind, main
+from pipeline.data.dataset import Encoding, open_dataset
 from pipeline.data.shard_reader import iterate
+from pipeline.data.sources.registry import SOURCES
 
 
 def contents(out: Path) -> dict[str, tuple[Pixels, dict[str, Any]]]:
@@ -70,7 +71,7 @@ def test_finished_images_pass_through_byte_for_byte(dcgan_data: Any, tmp_path: P
 
 def test_labels_from_a_table_are_typed_and_matched_by_name_or_stem(dcgan_data: Any, tmp_path: Path) -> None:
     src = make_folder(tmp_path / "src", 4, classes=("a", "b"))
-    rows: list[list[object]] = [["file", "male", "age", "yaw", "name", "code"], ["0000.png", 1, 30, -1.5, "Zoë", "007"]]
+    rows: list[list[Any]] = [["file", "male", "age", "yaw", "name", "code"], ["0000.png", 1, 30, -1.5, "Zoë", "007"]]
     rows += [["0001.jpg", 0, 31, 2, "B", "010"], ["a/0002.png", 1, "", 0, "C", "1"], ["0003.png", 1, 5, 1, "", "2"]]
     with (tmp_path / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
@@ -401,3 +402,9 @@ def test_show_prints_the_numbers_and_writes_a_sheet(dcgan_data: Any, tmp_path: P
     assert "12 of 16x16x3" in done.out
     assert "cat 6, dog 6" in done.out
     assert decode((tmp_path / "sheet.png").read_bytes()).shape == (32, 48, 3)
+
+
+def test_the_command_line_offers_every_source_and_encoding() -> None:
+    """It lists them itself, because importing the sources would make --help slow."""
+    assert set(SourceKind) == set(SOURCES)
+    assert set(EncodingName) == set(get_args(Encoding))

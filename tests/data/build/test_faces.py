@@ -102,7 +102,7 @@ def test_options_of_the_detector(dcgan_data: Any, tmp_path: Path) -> None:
     bad = dcgan_data("build", "faces", tmp_path / "src", tmp_path / "b", "--model", tmp_path / "bad.onnx")
     assert (bad.code, "not a YuNet model" in bad.err) == (65, True)
     other = dcgan_data("build", "folder", tmp_path / "src", tmp_path / "c", "--margin", 0.1)
-    assert (other.code, "--margin: only for the source faces" in other.err) == (2, True)
+    assert (other.code, "--margin: applies to the source faces only" in other.err) == (2, True)
 
 
 def write_yunet(path: Path, outputs: tuple[str, ...] = ("cls", "obj", "bbox", "kps")) -> None:
@@ -113,8 +113,9 @@ def write_yunet(path: Path, outputs: tuple[str, ...] = ("cls", "obj", "bbox", "k
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
+    nodes: list[Any] = []
     constants: dict[str, Any] = {}
-    nodes, results = [], []
+    results: list[Any] = []
     for stride in (8, 16, 32):
         nodes += [
             helper.make_node(

@@ -84,7 +84,7 @@ def test_merge_takes_no_other_data_set_for_its_own(dcgan_data: Any, tmp_path: Pa
     foreign.mkdir()
     (foreign / "000000.tar").write_bytes(b"years of work")
     done = dcgan_data("merge", foreign, *parts)
-    assert (done.code, "no data set of ours" in done.err) == (2, True), done.err
+    assert (done.code, "not a data set of dcgan-data" in done.err) == (2, True), done.err
     assert list(tree(foreign)) == ["000000.tar"]
     for _ in range(2):  # the second time all is there already
         assert dcgan_data("merge", tmp_path / "merged", *parts).code == 0

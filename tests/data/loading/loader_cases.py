@@ -31,7 +31,7 @@ def write_dataset(
         shards.append(shard)
     dataset = Dataset(
         image_size=side,
-        channels=channels,
+        channels=3 if channels == 3 else 1,
         encoding=encoding,
         source={"kind": "test"},
         images=sum(sizes),

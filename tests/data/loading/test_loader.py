@@ -7,6 +7,7 @@ import tempfile
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from loader_cases import all_images, write_dataset
 
 from pipeline.common.errors import ConfigConflict, DataError
-from pipeline.data.dataset import open_dataset
+from pipeline.data.dataset import Encoding, open_dataset
 from pipeline.data.loading.loader import RESIDENT_BYTES, Loader
 from pipeline.data.loading.shuffle import image_ids
 
@@ -49,7 +50,7 @@ def runs(draw: st.DrawFn) -> dict[str, object]:
 @pytest.mark.timeout(240)
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(runs())
-def test_any_processes_batches_and_restarts_see_the_images_of_one_process(run: dict) -> None:  # type: ignore[type-arg]
+def test_any_processes_batches_and_restarts_see_the_images_of_one_process(run: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         dataset = write_dataset(Path(folder), run["sizes"], run["encoding"], channels=run["channels"])
         images = all_images(dataset)
@@ -96,8 +97,8 @@ def draw_until_shard(loader: Loader, first_id: int) -> None:
 
 @pytest.mark.parametrize("encoding", ["packed", "png"])
 @pytest.mark.parametrize("limit", [0, RESIDENT_BYTES])
-def test_an_altered_shard_is_refused_with_both_hashes(tmp_path: Path, encoding: str, limit: int) -> None:
-    dataset = write_dataset(tmp_path, [16, 16], encoding)  # type: ignore[arg-type]
+def test_an_altered_shard_is_refused_with_both_hashes(tmp_path: Path, encoding: Encoding, limit: int) -> None:
+    dataset = write_dataset(tmp_path, [16, 16], encoding)
     path = tmp_path / dataset.shards[1].name
     content = bytearray(path.read_bytes())
     content[dataset.shards[1].offsets[0]] ^= 1
@@ -180,8 +181,9 @@ def test_offsets_that_lie_are_refused_before_anything_is_read(tmp_path: Path) ->
 def test_what_cannot_be_divided_is_refused_before_the_first_step(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path, [20])
     for wrong in ({"batch": 15}, {"world_size": 3}, {"streams": 32, "batch": 32}):
+        settings: dict[str, Any] = {"seed": 0, "streams": 8, "batch": 16, **wrong}
         with pytest.raises(ConfigConflict):
-            Loader(dataset, **{"seed": 0, "streams": 8, "batch": 16, **wrong})
+            Loader(dataset, **settings)
 
 
 def test_memory_is_one_shard_a_stream_and_one_ahead(tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_memory_is_one_shard_a_stream_and_one_ahead(tmp_path: Path) -> None:
     write_dataset(tmp_path, [85] * 100, side=64)  # 100 shards of 1 MB
     script = f"""
         import resource, torch
-        from pipeline.data.dataset import open_dataset
+        from pipeline.data.dataset import Encoding, open_dataset
         from pipeline.data.loading.loader import Loader
         with Loader(open_dataset({str(tmp_path / "warm")!r}), seed=0, streams=8, batch=16) as loader:
             loader.next_batch()

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.shard_cache import ShardCache
 from pipeline.data.loading.shuffle import image_ids
 
-RUN = {"seed": 4, "streams": 4, "batch": 8}
+RUN: dict[str, Any] = {"seed": 4, "streams": 4, "batch": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def web(tmp_path: Path) -> Iterator[FaultyProxy]:
 def check(url: str, root: Path, cache: Path, batches: int = 40) -> None:
     """Compare a run over the network with the arithmetic on the local files."""
     images = all_images(open_dataset(root))
-    with Loader(open_dataset(url), cache_dir=cache, resident_limit=0, **RUN) as loader:  # type: ignore[arg-type]
+    with Loader(open_dataset(url), cache_dir=cache, resident_limit=0, **RUN) as loader:
         ids = image_ids(loader.dataset, 4, 4, 0, 8 * batches).reshape(batches, 8)
         for number in range(batches):
             assert np.array_equal(loader.ids(), ids[number])
@@ -68,7 +69,7 @@ def test_a_run_outlasts_a_bad_store(web: FaultyProxy, tmp_path: Path) -> None:
 
 
 def test_a_store_that_stays_away_ends_the_run_with_one_line(web: FaultyProxy, tmp_path: Path) -> None:
-    loader = Loader(open_dataset(web.url), cache_dir=tmp_path / "cache", resident_limit=0, **RUN)  # type: ignore[arg-type]
+    loader = Loader(open_dataset(web.url), cache_dir=tmp_path / "cache", resident_limit=0, **RUN)
     web.always = 503
     with loader, pytest.raises(TryAgainError, match=r"\.tar: the store failed"):
         draw(loader)
@@ -80,7 +81,7 @@ def test_a_shard_altered_in_the_store_is_refused_after_a_second_download(web: Fa
     content[700] ^= 1
     path.write_bytes(content)
     with (
-        Loader(open_dataset(web.url), cache_dir=tmp_path / "cache", resident_limit=0, **RUN) as loader,  # type: ignore[arg-type]
+        Loader(open_dataset(web.url), cache_dir=tmp_path / "cache", resident_limit=0, **RUN) as loader,
         pytest.raises(DataError, match=hashlib.sha256(content).hexdigest()) as caught,
     ):
         draw(loader)

@@ -225,10 +225,10 @@ def test_parts_are_built_from_one_bucket_into_another_and_merged(dcgan_data: Any
     assert dcgan_data("build", "folder", src, tmp_path / "local", *options).code == 0
     local = open_dataset(tmp_path / "local")
     assert open_dataset(f"{bucket}/out").fingerprint() == local.fingerprint()
-    run = {"seed": 1, "streams": 2, "batch": 8, "resident_limit": 0}
+    run: dict[str, Any] = {"seed": 1, "streams": 2, "batch": 8, "resident_limit": 0}
     with (
-        Loader(open_dataset(f"{bucket}/out"), cache_dir=tmp_path / "cache", **run) as far,  # type: ignore[arg-type]
-        Loader(open_dataset(tmp_path / "local"), **run) as near,  # type: ignore[arg-type]
+        Loader(open_dataset(f"{bucket}/out"), cache_dir=tmp_path / "cache", **run) as far,
+        Loader(open_dataset(tmp_path / "local"), **run) as near,
     ):
         for _ in range(9):
             assert np.array_equal(far.next_batch(), near.next_batch())

@@ -109,7 +109,7 @@ def test_tars_of_img2dataset(dcgan_data: Any, tmp_path: Path) -> None:
     write_tar(tmp_path / "src" / "00000.tar", members)
     done = dcgan_data("build", "webdataset", tmp_path / "src", tmp_path / "out", "--size", 16)
     assert done.code == 0, done.err
-    assert "note: the label 'key' was passed over" in done.err
+    assert "note: the label 'key' was skipped" in done.err
     assert open_dataset(tmp_path / "out").labels == {
         "caption": "str",
         "exif": "str",
@@ -117,9 +117,9 @@ def test_tars_of_img2dataset(dcgan_data: Any, tmp_path: Path) -> None:
         "url": "str",
         "width": "int",
     }
-    _, columns = next(iterate(open_dataset(tmp_path / "out"), labels=True))
-    assert sorted(columns["key"]) == [f"00000.tar/{index:09d}.jpg" for index in range(6)]
-    assert all(int(key[10:19]) == int(url[-1]) for key, url in zip(columns["key"], columns["url"], strict=True))
+    _, read = next(iterate(open_dataset(tmp_path / "out"), labels=True))
+    assert sorted(read["key"]) == [f"00000.tar/{index:09d}.jpg" for index in range(6)]
+    assert all(int(key[10:19]) == int(url[-1]) for key, url in zip(read["key"], read["url"], strict=True))
 
 
 def test_json_that_cannot_be_read_gives_no_labels_and_is_counted(dcgan_data: Any, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_json_that_cannot_be_read_gives_no_labels_and_is_counted(dcgan_data: Any
     write_tar(tmp_path / "src" / "0.tar", {**members, "c.json": b'{"age": 3}'})
     done = dcgan_data("build", "webdataset", tmp_path / "src", tmp_path / "out", "--size", 16)
     assert done.code == 0, done.err
-    assert "note: 2 .json members of 0.tar are not JSON and gave no labels" in done.err
+    assert "note: 2 .json members of 0.tar are not JSON and give no labels" in done.err
     _, columns = next(iterate(open_dataset(tmp_path / "out"), labels=True))
     assert dict(zip(columns["key"], columns["age"], strict=True)) == {
         "0.tar/a.png": None,

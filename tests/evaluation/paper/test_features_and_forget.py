@@ -9,7 +9,6 @@ import torch
 from planted import NETWORK, legible_generator, planted
 
 from pipeline.common.errors import DataError, UsageError
-from pipeline.common.imaging import Pixels
 from pipeline.evaluation.device import to_network
 from pipeline.evaluation.paper.discriminator_features import measure_batchnorm, random_discriminator
 from pipeline.evaluation.paper.features import (

@@ -2,5 +2,5 @@
 
 import os
 
-# webdataset reads this at import: no `pipe:` URLs, no unpickling of tar members (DESIGN contract 8).
+# webdataset reads this at import: no `pipe:` URLs, no unpickling of tar members (docs/architecture.md, contract 8).
 os.environ.setdefault("WDS_SECURE", "1")

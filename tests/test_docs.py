@@ -47,6 +47,19 @@ def test_the_rooms_stand_in_the_order_that_is_kept() -> None:
     assert [row.removesuffix("/").removesuffix(".py").replace("/", ".") for row in rows] == list(ROOMS)
 
 
+@pytest.mark.parametrize("folder", ["pipeline", "export", "deploy", "benchmarks", "k8s"])
+def test_what_the_code_cites_is_in_the_architecture(folder: str) -> None:
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    known = {f"contract {number}" for number in range(1, 10)} | {f'"{heading}"' for heading in headings}
+    assert sum(heading.startswith("Contract ") for heading in headings) == 9
+    for path in (ROOT / folder).rglob("*.*"):
+        if path.suffix in (".py", ".yaml", ".sh", ".md"):
+            text = path.read_text()
+            assert "DESIGN" not in text, path
+            cited = re.findall(r'docs/architecture\.md, (contract \d+|"[^"]*")', text)
+            assert set(cited) <= known, path
+
+
 def quotes() -> list[tuple[str, str]]:
     """Return (path, code) of each quote in docs/extending.md: its first line names the file."""
     page = (ROOT / "docs" / "extending.md").read_text()

@@ -1,4 +1,7 @@
-"""The card of an exported file: its input and output, its source, and its measured parity (contract 5)."""
+"""The card of an exported file: its input and output, its source, and its measured parity.
+
+See docs/architecture.md, contract 5.
+"""
 
 from contextlib import suppress
 from pathlib import Path

@@ -50,7 +50,7 @@ class LoadedDiscriminator:
 
 
 def load_generator(reference: str) -> LoadedGenerator:
-    """Return the generator that `reference` names (DESIGN contract 4).
+    """Return the generator that `reference` names (docs/architecture.md, contract 4).
 
     A run directory (its best checkpoint, else its last; `RUN@last`, `RUN@best` or `RUN@IMAGES` choose), a
     checkpoint directory, a generator's `.safetensors`, or a `netG_epoch_N.pth` of pytorch/examples; paths

@@ -1,4 +1,7 @@
-"""CheckpointStore: directories of which `state.json`, written last, is the commit (DESIGN contract 4)."""
+"""CheckpointStore: directories in which `state.json`, written last, is the commit.
+
+See docs/architecture.md, contract 4.
+"""
 
 import json
 import logging

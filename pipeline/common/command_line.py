@@ -62,7 +62,7 @@ def command_group(help: str) -> typer.Typer:
 
 
 def run_command(command: Callable[[], object]) -> None:
-    """Run a command line to its end and exit with our codes (DESIGN contract 6).
+    """Run a command line to its end and exit with our codes (docs/architecture.md, contract 6).
 
     `UserError` and `OSError` become one line on standard error; anything else is a bug of ours and keeps
     its traceback. Set `DCGAN_TRACEBACK=1` to see the traceback of user errors as well.

@@ -1,6 +1,6 @@
 """Reading and writing files, the same on a disk and in an object store: retries, time limits, atomic output.
 
-The one mechanism for both (DESIGN contract 9). A location is a directory, or the URL of a folder
+The one mechanism for both (docs/architecture.md, contract 9). A location is a directory, or the URL of a folder
 (`http(s)://`, `s3://`, `gs://`, `file://`); names inside it use forward slashes.
 """
 

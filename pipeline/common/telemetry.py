@@ -1,4 +1,7 @@
-"""The one list of metrics (DESIGN contract 7), and how Prometheus gets them: served at /metrics, pushed at the end."""
+"""The one list of metrics, and how Prometheus gets them: served at /metrics, pushed at the end.
+
+See docs/architecture.md, contract 7.
+"""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""The data set: what its dataset.json says, checked, and the store of its shards (DESIGN contract 2)."""
+"""The data set: what its dataset.json says, checked, and the store of its shards (docs/architecture.md, contract 2)."""
 
 import json
 import os

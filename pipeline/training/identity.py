@@ -45,7 +45,7 @@ def describe_process(accelerator: "Accelerator") -> dict[str, Any]:
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], allowed: Iterable[str], where: str) -> list[str]:
-    """Refuse to continue a run whose identity changed (contract 4 of docs/architecture.md).
+    """Refuse to continue a run whose identity changed (docs/architecture.md, contract 4).
 
     `saved` and `current` are `describe_run` results. Returns the changes that were allowed, in words. Raises
     ConfigConflict with the difference, UsageError for an allowed name that is no part of the identity.

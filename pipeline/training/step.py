@@ -1,4 +1,4 @@
-"""One adversarial update: the paper's semantics, arranged for speed (DESIGN "The adversarial step")."""
+"""One adversarial update: the paper's semantics, arranged for speed (docs/architecture.md, "The adversarial step")."""
 
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,7 @@
-"""Training batches: image i of a run is a pure function of (seed, i), read ahead by threads (DESIGN contract 3)."""
+"""Training batches: image i of a run is a pure function of (seed, i), read ahead by threads.
+
+See docs/architecture.md, contract 3.
+"""
 
 import threading
 import time

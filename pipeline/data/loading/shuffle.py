@@ -1,4 +1,6 @@
-"""The shuffle: which image is number i of a run, by arithmetic alone (DESIGN contract 3). Reads no shard.
+"""The shuffle: which image is number i of a run, by arithmetic alone. Reads no shard.
+
+See docs/architecture.md, contract 3.
 
 Image i of a run belongs to stream s = i mod S, at offset o = i div S. Epoch e = o div L, with L = floor(N / S),
 orders the N images anew. Stream s reads the positions s*L to (s+1)*L of that order; the last N - S*L positions

@@ -3,7 +3,7 @@
 Two questions, each a ratio of interleaved rounds in one run (medians of 15, with an A/A control):
 
 1. `step`: our update against the loop of every DCGAN tutorial, same networks, batch 64, 64x64, width 64, fp32.
-2. `loop`: the whole trainer (stream, EMA, gradient norms, metrics, checkpoints) against a bare update on a tensor
+2. `loop`: the whole trainer (loader, EMA, gradient norms, metrics, checkpoints) against a bare update on a tensor
    in memory, at the demo preset; and the share of /metrics alone.
 
     python benchmarks/training.py --data demo/data        # CPU, some 8 minutes; writes benchmarks/results/training.json

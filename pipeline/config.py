@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.common.division import batch_refusal, ranks_refusal
 from pipeline.common.errors import ConfigConflict, UsageError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -157,12 +158,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _streams_divide_batch(self) -> "RunConfig":
-        batch, streams = self.recipe.batch, self.recipe.streams
-        if batch % streams:
-            raise ValueError(
-                f"recipe.batch={batch} is not a multiple of recipe.streams={streams}; "
-                f"the nearest batch that is: {nearest_multiple(batch, streams)}"
-            )
+        if refusal := batch_refusal(self.recipe.batch, self.recipe.streams):
+            raise ValueError(refusal)
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -171,13 +168,9 @@ class RunConfig(Section):
 
     def check_processes(self, num_processes: int) -> None:
         """Raise ConfigConflict unless batch, streams and accumulation divide over `num_processes` ranks."""
-        batch, streams, micro_batches = self.recipe.batch, self.recipe.streams, self.runtime.accumulate
-        if streams % num_processes:
-            counts = [n for n in range(1, streams + 1) if streams % n == 0]
-            near = min(counts, key=lambda n: abs(n - num_processes))
-            raise ConfigConflict(
-                f"{num_processes} processes do not divide recipe.streams={streams}; the nearest count that does: {near}"
-            )
+        batch, micro_batches = self.recipe.batch, self.runtime.accumulate
+        if refusal := ranks_refusal(num_processes, self.recipe.streams):
+            raise ConfigConflict(refusal)
         if (batch // num_processes) % micro_batches:
             raise ConfigConflict(
                 f"runtime.accumulate={micro_batches} does not divide the {batch // num_processes} images of a process "
@@ -196,11 +189,6 @@ def explain(config: RunConfig) -> str:
             choices = f" One of: {', '.join(map(str, schema['enum']))}." if "enum" in schema else ""
             lines += [f"  # {schema['description']}{choices}", f"  {key}: {json.dumps(value)}"]
     return "\n".join(lines)
-
-
-def nearest_multiple(value: int, of: int) -> int:
-    """Return the multiple of `of` nearest to `value`, at least `of`."""
-    return max(of, round(value / of) * of)
 
 
 def _leaves() -> dict[str, str]:

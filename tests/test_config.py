@@ -69,7 +69,9 @@ def test_identity_is_architecture_and_recipe_only() -> None:
     assert config.identity() != load_config(overrides=["seed=1"]).identity()
 
 
-@pytest.mark.parametrize(("processes", "accumulate", "words"), [(3, 1, "the nearest count that does: 2"), (2, 3, "64")])
+@pytest.mark.parametrize(
+    ("processes", "accumulate", "words"), [(3, 1, "the nearest process count that works: 2"), (2, 3, "64")]
+)
 def test_what_does_not_divide_is_refused_with_numbers(processes: int, accumulate: int, words: str) -> None:
     with pytest.raises(ConfigConflict, match=words):
         load_config(overrides=[f"accumulate={accumulate}"]).check_processes(processes)

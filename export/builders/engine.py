@@ -15,12 +15,11 @@ from export.format.card import (
     read_card,
     read_model,
     require_replaceable,
-    split,
     write_card,
 )
 from pipeline.common.errors import DataError, UnavailableError, UsageError
 from pipeline.common.machine import versions
-from pipeline.common.storage import is_url, sha256_bytes, write_atomic
+from pipeline.common.storage import is_url, locate, sha256_bytes, write_atomic
 
 if TYPE_CHECKING:
     from export.builders.parity import Reference
@@ -205,7 +204,7 @@ def find_reference(engine: str, card: Card, weights: str | None) -> "Reference":
 
     assert card.engine is not None
     model = beside(engine, card.engine.onnx)
-    store, name = split(model)
+    store, name = locate(model)
     if store.exists(name):
         return _reference(_onnx_card(engine, card), model, weights)
     return parity.of_generator(load_source(card, weights).generator)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.records import Record, read_record
-from pipeline.common.storage import Store, sha256_bytes, sha256_file
+from pipeline.common.storage import Store, locate, sha256_bytes, sha256_file
 from pipeline.config import NetworkConfig
 
 VERSION = 1
@@ -128,12 +128,6 @@ def card_name(model: str) -> str:
     return model.rpartition(".")[0] + ".json"
 
 
-def split(model: str) -> tuple[Store, str]:
-    """Return the folder and file name of a model's path or URL."""
-    folder, slash, name = model.rpartition("/")
-    return Store(folder if folder else "/" if slash else "."), name
-
-
 def beside(model: str, name: str) -> str:
     """Return the path or URL of the file `name` in the folder of `model`."""
     folder, slash, _ = model.rpartition("/")
@@ -147,7 +141,7 @@ def write_card(folder: str, card: Card) -> None:
 
 def read_card(model: str) -> Card:
     """Read the card of `model`, a path or URL. Raises DataError when there is none or it is invalid."""
-    store, name = split(model)
+    store, name = locate(model)
     where = store.path(card_name(name))
     if not store.exists(name):
         raise DataError(f"{model}: no such file")
@@ -172,7 +166,7 @@ def read_model(model: str) -> tuple[Card, bytes]:
     Raises DataError when the file was cut short, edited, or belongs to another export.
     """
     card = read_card(model)
-    store, name = split(model)
+    store, name = locate(model)
     data = store.read(name)
     if len(data) != card.bytes:
         raise DataError(

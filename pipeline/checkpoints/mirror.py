@@ -92,7 +92,7 @@ class Mirror:
                     f"{self.store.location}: holds checkpoint {int(beyond[-1])}, but did not answer when this run "
                     "began further back: stop it and start it again to resume from there, or name another --mirror"
                 )
-            if newest:  # what is damaged there, and so passed over, or of a course that the run has left
+            if newest:  # damaged there, and so skipped, or written by a course that the run has abandoned
                 self.checkpoints.discard_after(int(newest[0]))
             self._copy(newest[0] if newest else None)
             self._copy(self.local.best())

@@ -12,7 +12,7 @@ from pipeline.checkpoints.examples import read_examples
 from pipeline.checkpoints.store import CheckpointStore
 from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize
 from pipeline.common.errors import DataError
-from pipeline.common.storage import Store, sha256_bytes
+from pipeline.common.storage import Store, locate, sha256_bytes
 from pipeline.config import NetworkConfig
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def _read(reference: str, kind: Kind) -> tuple[str, bytes]:
 def _resolve(reference: str, kind: Kind) -> tuple[Store, str]:
     """Return the store and file name of the weights of `kind` that a `--ckpt` value means."""
     if re.search(r"\.(safetensors|pth|pt)$", reference):
-        folder, _, name = reference.rpartition("/")
-        return Store(folder or ("/" if reference.startswith("/") else ".")), name
+        return locate(reference)
     location, _, choice = (
         reference.partition("@") if re.search(r"@(best|last|\d+)$", reference) else (reference, "", "")
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.common.errors import ConfigConflict, DataError
-from pipeline.common.storage import Store, sha256_bytes
+from pipeline.common.storage import Store, require_plain_name, sha256_bytes
 
 STATE = "state.json"
 VERSION = 1
@@ -72,6 +72,8 @@ class CheckpointStore:
             raise ConfigConflict(f"{where}: version {version}; this release reads version {VERSION}: use a newer one")
         if not isinstance(files, dict):
             raise DataError(f"{where}: damaged; expected the JSON that the trainer writes")
+        for file in files:  # they become paths: a store that is not ours must not name one outside the checkpoint
+            require_plain_name(file, where)
         return dict(state)
 
     def verify(self, name: str, file: str) -> bytes:
@@ -92,7 +94,7 @@ class CheckpointStore:
         return Checkpoint(self.path(name), state, {file: self.verify(name, file) for file in state["files"]})
 
     def load_latest(self) -> Checkpoint | None:
-        """Return the newest undamaged checkpoint, naming those passed over; None if there was never one.
+        """Return the newest undamaged checkpoint, naming those it skips; None if there was never one.
 
         Raises DataError when there are checkpoints but all are damaged: a run never silently starts over.
         """
@@ -151,7 +153,7 @@ class CheckpointStore:
         return name
 
     def discard_after(self, images_seen: int) -> None:
-        """Un-commit every checkpoint beyond a position: a run that fell back to an earlier one writes them anew."""
+        """Un-commit every checkpoint beyond a position: a run that fell back to an earlier one writes them again."""
         for name in self.names():
             if int(name) > images_seen:
                 self.store.delete(self._name(name, STATE))

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -126,6 +127,19 @@ def sha256_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_plain_name(name: str, where: str) -> str:
+    """Return `name`, which a file or a store gave, if it is safe as one component of a path; else raise DataError."""
+    if re.fullmatch(r"[A-Za-z0-9_.-]+", name) is None or name.strip(".") == "":
+        raise DataError(f"{where}: names the file {name!r}; expected a plain name: it is damaged, or not ours")
+    return name
+
+
+def locate(reference: str) -> tuple["Store", str]:
+    """Return the store and the name of the file that a path or URL means."""
+    folder, slash, name = reference.rpartition("/")
+    return Store(folder or ("/" if slash else ".")), name
 
 
 class Store:

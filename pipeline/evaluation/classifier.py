@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.checkpoints.weights import METADATA_KEY, deserialize
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import Pixels
-from pipeline.common.storage import Store, write_atomic
+from pipeline.common.storage import locate, write_atomic
 from pipeline.evaluation.device import device, to_network
 
 FILE_NAME = "classifier.safetensors"
@@ -105,8 +105,7 @@ class Classifier:
 
 def load_classifier(reference: str) -> Classifier:
     """Return the classifier in a file (path or URL). Raises DataError when the file is something else."""
-    folder, _, name = reference.rpartition("/")
-    store = Store(folder or ("/" if reference.startswith("/") else "."))
+    store, name = locate(reference)
     tensors, card = deserialize(store.read(name), store.path(name))
     if card.get("kind") != KIND:
         raise DataError(f"{reference}: not an attribute classifier; make one with `dcgan-eval classifier`")

@@ -125,7 +125,7 @@ class AdversarialStep:
         return to_float(self._upload(images), self.dtype, self.memory_format)
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
-        """Copy to the device without making the host wait, which takes pinned memory: the stream's is, z's is not."""
+        """Copy to the device without making the host wait, which takes pinned memory: the loader's is, z's is not."""
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if self.device.type == "cuda" and not tensor.is_pinned():
             tensor = tensor.pin_memory()  # its allocator keeps the memory until the copy is done

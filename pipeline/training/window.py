@@ -74,7 +74,7 @@ class Window:
     def reduce(self, data_wait_seconds: float, checkpoint_overdue: bool) -> Report:
         """Reduce over all ranks, so that all of them see the same values and do the same next.
 
-        `data_wait_seconds` is the stream's total so far.
+        `data_wait_seconds` is the loader's total so far.
         """
         requests, ranks = self.requests, self.accelerator.num_processes
         asked_to_save, requests.save = requests.save, False  # now: one that comes while we wait is for the next time

@@ -217,4 +217,19 @@ def test_a_mirror_that_is_away_costs_a_warning(
         mirror.push()
         mirror.close()
     assert mirror.failures >= 1
-    assert "the mirror lacks the last checkpoint" in caplog.text
+    assert "the last checkpoint is not mirrored" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["../../payload", "/tmp/payload", "a/b", "..", ".", "", "a\\b", "a\0b"])
+def test_a_file_list_cannot_name_a_path(store: CheckpointStore, tmp_path: Path, name: str) -> None:
+    saved = store.save(64, {"a.bin": b"a"}, {})
+    path = Path(store.path(saved)) / STATE
+    state = json.loads(path.read_text())
+    state["files"] = {name: state["files"]["a.bin"]}
+    path.write_text(json.dumps(state))
+    other = CheckpointStore(Store(tmp_path / "other"))
+    with pytest.raises(DataError, match="expected a plain name"):
+        other.copy(saved, store)
+    with pytest.raises(DataError, match="expected a plain name"):
+        store.load(saved)
+    assert not (tmp_path / "other").exists() or not list((tmp_path / "other").rglob("*"))

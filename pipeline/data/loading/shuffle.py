@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.division import batch_refusal, ranks_refusal
 from pipeline.common.errors import ConfigConflict
 from pipeline.common.randomness import Purpose, permutation
 from pipeline.data.dataset import Dataset
@@ -100,20 +101,13 @@ def image_ids(dataset: Dataset, seed: int, streams: int, start: int, count: int)
 
 def check_division(batch: int, streams: int, world_size: int, images: int) -> None:
     """Raise ConfigConflict, with the nearest numbers that work, unless all of them divide."""
-    if batch % streams:
-        near = max(streams, round(batch / streams) * streams)
-        raise ConfigConflict(
-            f"recipe.streams={streams} does not divide recipe.batch={batch}; the nearest batch that works: {near}"
-        )
+    if refusal := batch_refusal(batch, streams):
+        raise ConfigConflict(refusal)
     if images < streams:
         near = max(count for count in range(1, images + 1) if batch % count == 0)
         raise ConfigConflict(
             f"recipe.streams={streams} is more than the {images} images of the data set; "
             f"the most that work for recipe.batch={batch}: {near}"
         )
-    if streams % world_size:
-        near = min((n for n in range(1, streams + 1) if streams % n == 0), key=lambda n: abs(n - world_size))
-        raise ConfigConflict(
-            f"{world_size} processes do not divide recipe.streams={streams}; "
-            f"the nearest process count that works: {near}"
-        )
+    if refusal := ranks_refusal(world_size, streams):
+        raise ConfigConflict(refusal)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.common.errors import DataError, UnavailableError, UsageError
 from pipeline.common.imaging import Pixels
-from pipeline.common.storage import Store, is_url, sha256_bytes
+from pipeline.common.storage import is_url, locate, sha256_bytes
 from pipeline.evaluation.classifier import load_classifier
 from pipeline.evaluation.device import device
 
@@ -59,8 +59,8 @@ def load_extractor(reference: str, sha256: str | None = None, *, resize: int | N
         return FallbackExtractor(resize)
     if is_url(reference) and sha256 is None:
         raise UsageError(f"--extractor {reference}: a URL needs --extractor-sha256, which pins the file")
-    folder, _, name = reference.rpartition("/")
-    data = Store(folder or ("/" if reference.startswith("/") else ".")).read(name)
+    store, name = locate(reference)
+    data = store.read(name)
     found = sha256_bytes(data)
     if sha256 is not None and sha256.lower() != found:
         raise DataError(

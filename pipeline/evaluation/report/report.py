@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.common import svg
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.storage import write_atomic
-from pipeline.evaluation.report import sections
+from pipeline.evaluation.report import curves, sections
 from pipeline.evaluation.results import FOLDER, read_results
 
 LIMIT_BYTES = 5_000_000
@@ -63,7 +63,7 @@ def _collect(run: Path, results: dict[str, dict[str, Any]], folder: Path, bench:
         "summary": sections.summary(config, metrics),
         "grids": _spread(grids),
         "last_grid": grids[-1] if grids else None,
-        "charts": sections.charts(metrics, timing),
+        "charts": curves.charts(metrics, timing),
         "quality": sections.quality_table(metrics, results),
         "analyses": sections.analyses(results, folder),
         "benches": [sections.bench_table(_read_json(path), path.stem) for path in bench],

@@ -93,6 +93,7 @@ def supervise(arguments: list[str], environments: list[dict[str, str]], grace_se
     """
     running: dict[int, int] = {}  # process id -> local rank
     ended: list[int] = []  # exit codes in the order of exit
+    armed = False
 
     def forward(number: int, frame: object) -> None:
         for process in running:
@@ -120,7 +121,9 @@ def supervise(arguments: list[str], environments: list[dict[str, str]], grace_se
         if ended[-1] not in (0, *SAVED) and running:
             print(f"dcgan-launch: process {rank} exited with code {ended[-1]}; stopping the others", file=sys.stderr)
             forward(signal.SIGTERM, None)
-            signal.alarm(grace_seconds)
+            if not armed:  # once: a process that fails later must not prolong the grace of those that hang
+                signal.alarm(grace_seconds)
+                armed = True
     signal.alarm(0)
     return exit_code(ended)
 

@@ -38,6 +38,7 @@ from pipeline.common.errors import (
     UnavailableError,
     UsageError,
     UserError,
+    first_line,
 )
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 from pipeline.config import RunConfig, explain, load_config, preset_names, validate
@@ -108,7 +109,7 @@ def main(
             raise TryAgainError(lost) from error
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
             raise UnavailableError(
-                f"the device's memory is full ({str(error).splitlines()[0][:160]}); cut the batch of a process with "
+                f"the device's memory is full ({first_line(error)[:160]}); cut the batch of a process with "
                 "runtime.accumulate=2 or more, lower recipe.batch, or use more processes"
             ) from error
         raise
@@ -142,7 +143,7 @@ def lost_peer(error: RuntimeError) -> str:
         return ""
     rank = os.environ.get("RANK", "0")
     return (
-        f"rank {rank} lost contact with the other processes ({text.strip().splitlines()[0][:160]}); "
+        f"rank {rank} lost contact with the other processes ({first_line(error)[:160]}); "
         "run it again on all of them: it resumes from the last checkpoint"
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from export.format.card import Card, Precision, Source, ports, read_model
-from pipeline.common.errors import DataError
+from pipeline.common.errors import DataError, first_line
 from pipeline.config import NetworkConfig
 
 
@@ -34,7 +34,7 @@ def load_checked(model: str) -> tuple[Card, bytes]:
         proto: Any = onnx.load_from_string(data)
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # errors of protobuf and onnx have no common class
-        line = str(error).strip().splitlines()[0]
+        line = first_line(error)
         raise DataError(f"{model}: not a valid ONNX graph: {line}; export it again") from None
     _check_ports(model, card, proto)
     _check_metadata(model, card, proto)

@@ -7,7 +7,7 @@ from typing import Any
 
 from export.format.card import RuntimeName
 from export.format.driver import driver_version
-from pipeline.common.errors import UnavailableError
+from pipeline.common.errors import UnavailableError, first_line
 
 MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
@@ -19,7 +19,7 @@ def load_module(runtime: RuntimeName) -> Any:
     try:
         return importlib.import_module(MODULES[runtime])
     except (ImportError, OSError, RuntimeError) as error:
-        detail = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).splitlines()[0]})"
+        detail = "" if isinstance(error, ModuleNotFoundError) else f" ({first_line(error)})"
         raise UnavailableError(
             f"--runtime {runtime}: the Python package {MODULES[runtime]} cannot be imported{detail}; "
             f"pip install {package_for(runtime)}"

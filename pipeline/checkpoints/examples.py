@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from pipeline.common.errors import DataError
+from pipeline.common.errors import DataError, first_line
 from pipeline.config import NetworkConfig
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def read_examples(data: bytes, source: str) -> tuple[NetworkConfig, dict[str, "T
     try:
         loaded: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        line = first_line(error)
         raise DataError(f"{source}: cannot be read without running code ({line}); {expected}") from None
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()

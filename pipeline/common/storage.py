@@ -26,6 +26,9 @@ PAUSES_SECONDS = (0.5, 2.0, 5.0, 15.0)
 """Pauses between two attempts at a store; there is one attempt more than there are pauses."""
 TIMEOUT_SECONDS = 60.0
 """Longest silence of a store within an answer."""
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+"""Read once, here: it can only be read by changing it, and another thread may make a file meanwhile."""
 TEMPORARY = ".tmp"
 """Suffix of a file that is being written."""
 
@@ -53,7 +56,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~UMASK)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -110,12 +113,6 @@ def fsync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

@@ -10,6 +10,9 @@ from pipeline.common.randomness import Purpose, raw_bits
 
 Distribution = Literal["uniform", "normal"]
 
+LARGEST = 1.0 - 2.0**-53
+"""The largest float64 below 1."""
+
 
 def latents(
     seed: int,
@@ -34,6 +37,7 @@ def latents(
     blocks = -(-dim // 4)
     words = raw_bits(seed, purpose, start * blocks, count * blocks * 4).reshape(count, blocks * 4)[rows, :dim]
     unit = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    unit = np.minimum(unit, LARGEST)  # k + 1/2 of the very largest k rounds to 2^53, whose normal z would be infinite
     if distribution == "uniform":
         return (2.0 * unit - 1.0).astype(np.float32)
     if distribution == "normal":

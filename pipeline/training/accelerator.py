@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar, cast
 
 import torch
@@ -14,13 +14,26 @@ from pipeline.common.errors import ConfigConflict, TryAgainError, UnavailableErr
 
 T = TypeVar("T")
 
+HARMLESS = ("", "no", "false", "0")
+REFUSED_SETTINGS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ((*HARMLESS, "1"), "use runtime.accumulate"),
+    "ACCELERATE_DYNAMO_BACKEND": (HARMLESS, "use runtime.compile=true"),
+    "ACCELERATE_USE_DEEPSPEED": (HARMLESS, "the networks fit one device: DDP is all they need"),
+    "ACCELERATE_USE_FSDP": (HARMLESS, "the networks fit one device: DDP is all they need"),
+    "ACCELERATE_USE_MEGATRON_LM": (HARMLESS, "the networks fit one device: DDP is all they need"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (HARMLESS, "the networks fit one device: DDP is all they need"),
+    "ACCELERATE_MIXED_PRECISION": ((*HARMLESS, "bf16", "fp16"), "use bf16, fp16 or no"),
+}
+"""Settings of accelerate that would change or break training unseen: what is allowed, and what to do instead."""
+
 
 def make_accelerator() -> Accelerator:
     """Return the accelerator that launch options and environment ask for.
 
-    Raises UnavailableError when this machine cannot do the precision, ConfigConflict when two processes would share
-    a GPU over NCCL, which refuses that only later.
+    Raises UnavailableError when this machine cannot do the precision; ConfigConflict for a setting of accelerate that
+    training does not follow, and when two processes would share a GPU over NCCL, which refuses that only later.
     """
+    check_environment(os.environ)
     # Buffers are not broadcast: D runs twice before one backward. They are averaged before saving instead.
     # torch 2.13 renames the option to one that torch 2.11 and accelerate 1.15 do not know.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -38,6 +51,16 @@ def make_accelerator() -> Accelerator:
                 f"{processes} processes on a machine with {gpus} GPUs: each needs one of its own; start {gpus}"
             )
     return accelerator
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Raise ConfigConflict for a setting of accelerate, from its launcher or a config file, that training ignores."""
+    for name, (allowed, instead) in REFUSED_SETTINGS.items():
+        if (value := environment.get(name, "")).lower() not in allowed:
+            raise ConfigConflict(
+                f"{name}={value}: training does not follow this setting of accelerate (its launcher's options, or "
+                f"default_config.yaml); unset it: {instead}"
+            )
 
 
 def together(accelerator: Accelerator, work: Callable[[], T]) -> T:

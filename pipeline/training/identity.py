@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.common.errors import ConfigConflict, DataError, UsageError
+from pipeline.common.errors import ConfigConflict, DataError, UsageError, first_line
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset
 
@@ -58,7 +58,7 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], allowed: Iter
     try:
         before, now = identity(saved), identity(current)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: its configuration is of another version: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{where}: its configuration is of another version: {first_line(error)}") from None
     allowed = set(allowed)
     if unknown := sorted(allowed - before.keys()):
         raise UsageError(f"--allow-change {','.join(unknown)}: not part of a run's identity: {', '.join(before)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.checkpoints.mirror import HURRIED_SECONDS, PATIENCE_SECONDS, Mirror
 from pipeline.checkpoints.store import Checkpoint, CheckpointStore
 from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize, serialize
-from pipeline.common.errors import ConfigConflict, DataError
+from pipeline.common.errors import ConfigConflict, DataError, first_line
 from pipeline.common.storage import Store
 from pipeline.config import RunConfig
 from pipeline.training.accelerator import average_batchnorm, together
@@ -164,7 +164,7 @@ def restore(step: AdversarialStep, checkpoint: Checkpoint) -> None:
         if step.accelerator.scaler is not None and "scaler" in states:
             step.accelerator.scaler.load_state_dict(states["scaler"])
     except Exception as error:
-        raise DataError(f"{where}: cannot be restored: {str(error).strip().splitlines()[0]}") from None
+        raise DataError(f"{where}: cannot be restored: {first_line(error)}") from None
 
 
 def _fit(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.common.errors import UsageError
 from pipeline.common.randomness import Purpose, permutation
-from pipeline.model.latents import latents
+from pipeline.model.latents import Distribution, latents
 
 
 @given(st.integers(0, 2**40), st.integers(0, 300), st.integers(1, 40), st.integers(1, 130))
@@ -42,6 +42,17 @@ def test_purposes_and_seeds_share_nothing() -> None:
 def test_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(UsageError, match="seed"):
         latents(seed, Purpose.SAMPLE, 0, 1, 8)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "normal"])
+@pytest.mark.parametrize("word", [0, 2**64 - 1, 2**64 - 2**11 - 1, 2**63])
+def test_the_most_extreme_draws_are_finite(
+    word: int, distribution: Distribution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.model.latents.raw_bits", lambda *_: np.full(4, word, np.uint64))
+    z = latents(0, Purpose.SAMPLE, 0, 1, 4, distribution)
+    assert np.isfinite(z).all()
+    assert np.abs(z).max() <= (1 if distribution == "uniform" else 8.3)
 
 
 GOLDEN_UNIFORM = [-0.666147768497467, 0.08593065291643143, 0.5169968605041504]

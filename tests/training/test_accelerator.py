@@ -1,10 +1,16 @@
 """What all ranks do together: fail at once with the words of the one that failed, and average statistics."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
+from support import Trainer
+
+from pipeline.common.errors import ConfigConflict
+from pipeline.training.accelerator import REFUSED_SETTINGS, check_environment
 
 WORKER = """
 import os, sys
@@ -28,9 +34,10 @@ try:
     result = together(accelerator, work)
 except Exception as error:
     code = getattr(error, "exit_code", 1)
-    print(f"{rank} {type(error).__name__} {code} {getattr(error, 'on_all_ranks', False)} {error}", flush=True)
+    line = f"{rank} {type(error).__name__} {code} {getattr(error, 'on_all_ranks', False)} {error}"
 else:
-    print(f"{rank} returned {result}", flush=True)
+    line = f"{rank} returned {result}"
+os.write(1, f"{line}\\n".encode())  # at once: print would let the other rank in between
 os._exit(0)
 """
 
@@ -85,8 +92,8 @@ network[1].running_mean += torch.tensor([1.0, 3.0]) * (rank + 1)
 network[2].running_var *= 1 + 2 * rank
 network[1].num_batches_tracked += 5 + rank
 average_batchnorm(network, accelerator)
-print(rank, network[1].running_mean.tolist(), network[2].running_var.tolist(), int(network[1].num_batches_tracked))
-os.sys.stdout.flush()
+means, variances = network[1].running_mean.tolist(), network[2].running_var.tolist()
+os.write(1, f"{rank} {means} {variances} {int(network[1].num_batches_tracked)}\\n".encode())
 os._exit(0)
 """
 
@@ -94,3 +101,29 @@ os._exit(0)
 def test_running_statistics_become_the_mean_over_ranks(tmp_path: Path) -> None:
     expected = [f"{rank} [1.5, 4.5] [2.0, 2.0, 2.0] {5 + rank}" for rank in (0, 1)]
     assert start(tmp_path, AVERAGE) == expected
+
+
+@pytest.mark.parametrize("name", REFUSED_SETTINGS)
+def test_a_setting_of_accelerate_that_training_ignores_is_refused(name: str) -> None:
+    allowed, instead = REFUSED_SETTINGS[name]
+    check_environment({})
+    for value in allowed:
+        check_environment({name: value.upper()})
+    for value in ("true", "4", "fp8", "inductor"):
+        with pytest.raises(ConfigConflict, match=f"{name}={value}: .*{instead}"):
+            check_environment({name: value})
+
+
+def test_every_engine_that_accelerate_can_switch_to_is_known() -> None:
+    source = Path(accelerate.accelerator.__file__).read_text()
+    assert set(re.findall(r"ACCELERATE_USE_[A-Z_]+", source)) - {"ACCELERATE_USE_CPU"} <= set(REFUSED_SETTINGS)
+
+
+def test_the_trainer_refuses_gradient_accumulation_of_accelerate(
+    faces32: Path, tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    done = trainer(faces32, tmp_path / "run")
+    assert done.returncode == 78, done.stderr
+    assert done.stderr.startswith("error: ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4: ")
+    assert not (tmp_path / "run").exists()

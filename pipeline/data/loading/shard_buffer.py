@@ -100,7 +100,8 @@ class ShardBuffer:
 
     def read_by(self, readers: Iterable["Future[None]"]) -> None:
         """Overwrite no slot before `readers` are done."""
-        self._readers.extend(readers)
+        if self.slots < len(self.dataset.shards):  # else no slot is ever overwritten, and they would pile up
+            self._readers.extend(readers)
 
     def bases(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where the slots of held `shards` begin, for `copy`. Valid until `hold` drops the shards."""

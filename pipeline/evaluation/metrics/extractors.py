@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.common.errors import DataError, UnavailableError, UsageError
+from pipeline.common.errors import DataError, UnavailableError, UsageError, first_line
 from pipeline.common.imaging import Pixels
 from pipeline.common.storage import is_url, locate, sha256_bytes
 from pipeline.evaluation.classifier import load_classifier
@@ -119,7 +119,7 @@ class TorchScriptExtractor(Extractor):
         try:
             self.network = torch.jit.load(io.BytesIO(data), map_location=device()).eval()  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError) as error:
-            line = str(error).strip().splitlines()[0]
+            line = first_line(error)
             raise DataError(f"--extractor {name}: not a TorchScript module ({line})") from None
         arguments = {argument.name for argument in self.network.forward.schema.arguments}
         self._inception = "return_features" in arguments
@@ -156,7 +156,7 @@ class OnnxExtractor(Extractor):
         try:
             self.session = onnxruntime.InferenceSession(data, providers=onnxruntime.get_available_providers())
         except Exception as error:
-            raise DataError(f"--extractor {name}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from None
+            raise DataError(f"--extractor {name}: ONNX Runtime cannot load it ({first_line(error)})") from None
 
     def extract(self, images: Pixels) -> Extraction:
         batch = _prepare(images, self.resize).cpu().numpy()

@@ -1,11 +1,13 @@
 """Every process count, batch and restart must give the same images; damage must stop a run before it is learned."""
 
+import gc
 import os
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +212,20 @@ def test_memory_is_one_shard_a_stream_and_one_ahead(tmp_path: Path) -> None:
     largest = max(shard.images for shard in open_dataset(tmp_path).shards) * 64 * 64 * 3
     assert promised == 9 * largest + 5 * 16 * 64 * 64 * 3
     assert grown < promised + (6 << 20)
+
+
+@pytest.mark.parametrize("encoding", ["packed", "jpg", "png"])
+@pytest.mark.parametrize("resident_limit", [0, RESIDENT_BYTES])
+@pytest.mark.parametrize("shards", [[20, 20], [8] * 12])
+def test_batches_of_the_past_are_forgotten(
+    tmp_path: Path, encoding: Encoding, resident_limit: int, shards: list[int]
+) -> None:
+    """Where no slot is ever overwritten, nothing may wait for those who have read it."""
+    dataset = write_dataset(tmp_path, shards, encoding)
+    with Loader(dataset, seed=0, streams=4, batch=8, threads=1, resident_limit=resident_limit) as loader:
+        for _ in range(400):
+            loader.next_batch()
+        assert sum(type(thing) is Future for thing in gc.get_objects()) < 100
 
 
 def test_close_ends_the_threads_and_a_waiting_caller(tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ def telemetry_share(config: RunConfig, rounds: int) -> dict[str, float]:
         images=6400,
         steps=100,
         nonfinite_steps=0,
+        weights_finite=True,
         hopeless_steps=0,
         stop=0,
         save=False,

@@ -117,7 +117,7 @@ def train(
                 continue
 
             # A log boundary: the only sync, where all ranks agree on what was seen and what to do next.
-            report = window.reduce(loader.wait_seconds, schedule.checkpoint_overdue)
+            report = window.reduce(loader.wait_seconds, schedule.checkpoint_overdue, step.weights_finite())
             run_log.window(report, seen, mirror_failures=manager.mirror_failures)
             report.require_finite(manager.last_path)
             stop = report.stop

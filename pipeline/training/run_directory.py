@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import sys
@@ -61,6 +62,7 @@ class RunDirectory:
 
     def record(self, images_seen: int, values: dict[str, float], *, timing: dict[str, float] | None = None) -> None:
         """Append values that follow from position to metrics.jsonl, rates and times to timing.jsonl."""
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON knows no NaN
         _append(self.metrics, {"images": images_seen, **values})
         if timing is not None:
             _append(self.timing, {"images": images_seen, "time": round(time.time(), 3), **timing})
@@ -91,7 +93,7 @@ def _excepthook(arguments: threading.ExceptHookArgs) -> None:
 
 def _append(path: Path, record: dict[str, Any]) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def _lock(path: Path) -> IO[str]:

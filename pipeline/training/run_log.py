@@ -1,5 +1,6 @@
 """Records the progress of a run: metrics.jsonl, TensorBoard, /metrics, and the progress line."""
 
+import logging
 import math
 import sys
 import time
@@ -14,6 +15,9 @@ from pipeline.training.window import Report
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+log = logging.getLogger(__name__)
 
 
 class ProgressLine:
@@ -75,6 +79,8 @@ class RunLog:
         seconds = max(report.seconds - self._busy_seconds, 1e-9)  # without grids, evaluations and checkpoints
         self._busy_seconds = 0.0
         rate, wait = report.images / seconds, report.data_wait_seconds / seconds
+        if self.run is not None and report.nonfinite_steps:
+            log.warning("%d of %d updates had NaN or infinite gradients", report.nonfinite_steps, report.steps)
         if self.run is not None:
             timing = {
                 "images_per_second": round(rate, 2),

@@ -124,6 +124,12 @@ class AdversarialStep:
         """Return uint8 (n, size, size, channels) images as float (n, channels, size, size) in [-1, 1]."""
         return to_float(self._upload(images), self.dtype, self.memory_format)
 
+    @torch.no_grad()
+    def weights_finite(self) -> Tensor:
+        """Return whether all weights of both networks are finite: a scalar, 1 or 0, left on the device."""
+        weights = [*self.generator.parameters(), *self.discriminator.parameters()]
+        return torch.isfinite(nn.utils.get_total_norm(weights)).float()
+
     def _upload(self, array: NDArray[Any]) -> Tensor:
         """Copy to the device without making the host wait, which takes pinned memory: the loader's is, z's is not."""
         tensor = torch.from_numpy(np.ascontiguousarray(array))

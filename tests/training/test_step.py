@@ -183,6 +183,7 @@ def test_nonfinite_gradients_change_nothing_and_are_counted() -> None:
     assert statistics[STATISTICS.index("nonfinite")] == 1
     assert all(torch.equal(before[name], value) for name, value in step.discriminator.named_parameters())
     assert all(torch.isfinite(weight).all() for weight in step.generator.parameters())
+    assert step.weights_finite() == 1
 
 
 def test_nonfinite_gradients_are_counted_whatever_the_optimizer() -> None:
@@ -198,6 +199,7 @@ def test_nonfinite_gradients_are_counted_whatever_the_optimizer() -> None:
     statistics = step(*batch_of(config), 16)
     assert torch.isfinite(statistics[STATISTICS.index("loss_g")])
     assert statistics[STATISTICS.index("nonfinite")] == 1
+    assert step.weights_finite() == 0
 
 
 def test_no_host_sync_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

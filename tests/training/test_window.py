@@ -1,25 +1,52 @@
 """A window's report: what all ranks act on."""
 
+import math
+
+import pytest
 import torch
 from accelerate import Accelerator
 
+from pipeline.common.errors import DataError
 from pipeline.training.step import STATISTICS
 from pipeline.training.stop_requests import StopRequests
-from pipeline.training.window import SCALER_PATIENCE_STEPS, Window
+from pipeline.training.window import SCALER_PATIENCE_STEPS, Report, Window
+
+STEPS = SCALER_PATIENCE_STEPS
 
 
-def report(**shares: float) -> tuple[int, int]:
-    """Return (non-finite, hopeless) of an interval in which a statistic had so large a share of the steps."""
+def report(*, finite: bool = True, **shares: float) -> Report:
+    """Return the report of a window in which a statistic had so large a share of the steps."""
     window = Window(Accelerator(cpu=True), StopRequests())
-    for step in range(SCALER_PATIENCE_STEPS):
-        values = [float(step < shares.get(name, 0) * SCALER_PATIENCE_STEPS) for name in STATISTICS]
-        window.add(torch.tensor(values), 8, 0.0)
-    found = window.reduce(0.0, False)
+    for step in range(STEPS):
+        values = {name: float(step < shares.get(name, 0) * STEPS) for name in STATISTICS}
+        values["loss_d"] = float("nan") if values["nonfinite"] else 2.0
+        window.add(torch.tensor([*values.values()]), 8, 0.0)
+    found = window.reduce(0.0, False, torch.tensor(float(finite)))
     assert not {"nonfinite", "skipped"} & set(found.values)
-    return found.nonfinite_steps, found.hopeless_steps
+    return found
+
+
+def diverged(found: Report) -> bool:
+    try:
+        found.require_finite("RUN/checkpoints/1")
+    except DataError as error:
+        return "the last good checkpoint is RUN/checkpoints/1" in str(error)
+    return False
 
 
 def test_a_scale_that_is_found_is_no_reason_to_stop_and_one_that_is_not_is() -> None:
-    assert report(skipped=0.5) == (0, 0)
-    assert report(skipped=1.0) == (0, SCALER_PATIENCE_STEPS)
-    assert report(nonfinite=0.25) == (SCALER_PATIENCE_STEPS // 4, 0)
+    found, lost = report(skipped=0.5), report(skipped=1.0)
+    assert (found.nonfinite_steps, found.hopeless_steps, diverged(found)) == (0, 0, False)
+    assert (lost.nonfinite_steps, lost.hopeless_steps, diverged(lost)) == (0, STEPS, True)
+
+
+@pytest.mark.parametrize(("lost", "stops"), [(0, False), (1, False), (2, True), (8, True)])
+def test_one_lost_update_is_outlasted_and_many_are_not(lost: int, stops: bool) -> None:
+    found = report(nonfinite=lost / STEPS)
+    assert found.nonfinite_steps == lost
+    assert diverged(found) is stops
+    assert all(math.isfinite(value) for value in found.values.values())
+
+
+def test_weights_that_are_not_finite_stop_the_run_at_once() -> None:
+    assert diverged(report(finite=False))

@@ -10,22 +10,9 @@ from pipeline.common.command_line import command_group, run_command
 from pipeline.common.errors import UsageError
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 from pipeline.data.build.options import DEFAULT_MARGIN, DEFAULT_MAX_BAD, DEFAULT_QUALITY, BuildOptions
+from pipeline.data.sources.registry import SOURCES
 
 app = command_group(help="Build data sets of images, check them and show them.")
-
-
-class SourceKind(StrEnum):
-    """Kinds of sources."""
-
-    folder = "folder"
-    lsun = "lsun"
-    celeba = "celeba"
-    cifar10 = "cifar10"
-    svhn = "svhn"
-    imagenet = "imagenet"
-    ffhq = "ffhq"
-    webdataset = "webdataset"
-    faces = "faces"
 
 
 class EncodingName(StrEnum):
@@ -46,9 +33,23 @@ MaxBad = Annotated[
 ]
 
 
+def _require_source(kind: str) -> str:
+    if kind not in SOURCES:
+        raise typer.BadParameter(f"{kind!r} is not one of {', '.join(SOURCES)}")
+    return kind
+
+
 @app.command()
 def build(
-    kind: Annotated[SourceKind, typer.Argument(metavar="SOURCE", help="What SRC is: " + ", ".join(SourceKind))],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            callback=_require_source,
+            autocompletion=lambda: list(SOURCES),
+            help=f"What SRC is: {', '.join(SOURCES)}.",
+        ),
+    ],
     src: Annotated[str, typer.Argument(metavar="SRC", help="Folder, file or URL of the pictures.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the new data set.")],
     size: Annotated[int, typer.Option(min=4, max=4096, help="Height and width of the images in pixels.")] = (
@@ -127,7 +128,7 @@ def build(
         raise UsageError("--channels 2: expected 1 (gray) or 3 (RGB)")
     build_all(
         BuildOptions(
-            kind=kind.value,
+            kind=kind,
             src=src,
             out=out,
             size=size,

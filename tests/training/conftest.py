@@ -1,0 +1,38 @@
+"""Runs that several files look at or hit."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import train_command
+from training_cases import ENVIRONMENT, SCHEDULE
+
+
+@pytest.fixture(scope="session")
+def whole_run(faces32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = subprocess.run(
+        train_command(faces32, out, *SCHEDULE),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def started(faces32: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run in progress, slow enough to be hit."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        train_command(faces32, out, *SCHEDULE), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    yield process, out
+    if process.poll() is None:
+        process.kill()
+    process.communicate()

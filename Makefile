@@ -8,7 +8,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 	--num_cpu_threads_per_process $(shell nproc)
 
 .DELETE_ON_ERROR:
-.PHONY: help install system system-slow system-check demo clean-demo test lint types unit test-slow test-faults \
+.PHONY: help install system system-slow system-check demo clean-demo test lint types unit coverage test-slow test-faults \
 	test-multinode test-metrics test-k8s test-containers test-long metrics-demo gpu-check
 
 help:
@@ -80,13 +80,16 @@ types: .venv/.installed ## mypy --strict
 	$(BIN)/mypy
 	for file in tests/*/conftest.py; do $(BIN)/mypy $$file || exit; done # apart, because they all have one name
 
-unit: .venv/.installed ## pytest with coverage, without the slow tests
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --durations=15 --cov=pipeline --cov=export --cov=deploy --cov-report=term
+unit: .venv/.installed ## pytest, without the slow tests
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --durations=15
+
+coverage: .venv/.installed ## the same with a table of the lines that no test reached
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --cov=pipeline --cov=export --cov=deploy --cov-report=term-missing
 
 test-slow: test-faults test-multinode test-metrics test-k8s test-containers test-long ## every test that `make test` omits
 
-test-long: .venv/.installed ## the slow tests of export and deploy: every network exported, generation killed again and again
-	$(BIN)/pytest -m slow tests/export tests/deploy
+test-long: .venv/.installed ## the slow tests of export, deploy and training: every network exported, generation killed again and again
+	$(BIN)/pytest -m slow tests/export tests/deploy tests/training
 
 test-faults: .venv/.installed ## a power cut at every write, kills at random moments, a full disk, damaged checkpoints
 	$(BIN)/pytest tests/faults

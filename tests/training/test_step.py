@@ -144,7 +144,7 @@ def test_two_processes_equal_one(tmp_path: Path, accumulate: int) -> None:
     torch.testing.assert_close(one["e.layers.0.weight"], two["e.layers.0.weight"], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_generator_update_computes_no_gradients_of_discriminator_weights(compiled: bool) -> None:
     """Counted in what PyTorch really runs: a compiled backward computes all that its forward asked for."""
     from accelerate import Accelerator

@@ -50,7 +50,7 @@ def runs(draw: st.DrawFn) -> dict[str, object]:
 
 
 @pytest.mark.timeout(240)
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(runs())
 def test_any_processes_batches_and_restarts_see_the_images_of_one_process(run: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -90,7 +90,7 @@ def exit_with(code: int) -> NoReturn:
     and then ends in std::terminate (code 134): such a process exits without it. Closing the group first does not
     help after an error: NCCL waits for peers that are gone.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch.distributed" in sys.modules:
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1") and "torch.distributed" in sys.modules:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

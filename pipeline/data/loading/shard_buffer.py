@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.common.errors import DataError, describe_os_error
 from pipeline.common.imaging import BadImage, decode
 from pipeline.data.dataset import Dataset, Encoding, Shard
-from pipeline.data.loading.shard_cache import ShardCache, default_directory
+from pipeline.data.loading.shard_cache import ShardCache, default_directory, default_limit_bytes
 from pipeline.data.loading.thread_pool import ThreadPool
 
 Images = NDArray[np.uint8]
@@ -42,7 +42,9 @@ class ShardBuffer:
         self.dataset = dataset
         self.rows_kept = decode or dataset.encoding == "packed"
         self._store = dataset.store
-        self._cache = ShardCache(cache_dir or default_directory()) if self._store.remote else None
+        self._cache = (
+            ShardCache(cache_dir or default_directory(), default_limit_bytes()) if self._store.remote else None
+        )
         self._shape = (dataset.image_size, dataset.image_size, dataset.channels)
         self._decode = (_jpeg_decoder if dataset.encoding == "jpg" else _picture_decoder)(self._shape)
         self._first_member = np.cumsum([0, *(len(shard.offsets) for shard in dataset.shards)])

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pipeline.common.division import batch_refusal, ranks_refusal
 from pipeline.common.errors import ConfigConflict, UsageError
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200  # a small file with aliases may stand for gigabytes of text
 PRESETS = Path(__file__).parent / "presets"
 
 NETWORKS = {
@@ -40,7 +43,7 @@ def one_of(table: dict[str, str]) -> Any:
 class Section(BaseModel):
     """A group of settings. Unknown keys are refused. Values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class NetworkConfig(Section):
@@ -247,7 +250,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return f"no such key {key!r}{_nearest(key, list(_leaves()))}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}" if key else message
+    return f"{key}={_REPR.repr(error['input'])}: {message[0].lower()}{message[1:]}" if key else message
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -255,17 +258,38 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's own loader would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"it names {twice!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    """Return what YAML `text` holds. Raises ValueError."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
 def _scalar(text: str, origin: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return _load_yaml(text)
+    except ValueError:
         raise UsageError(f"{origin}: {text!r} is not a YAML value") from None
 
 
 def _merge(into: dict[str, dict[str, Any]], path: Path, origin: str) -> None:
     try:
-        loaded = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        loaded = _load_yaml(path.read_text())
+    except (OSError, ValueError) as error:
         raise UsageError(f"{origin}: cannot be read as YAML: {error}") from None
     for section, values in (loaded or {}).items() if isinstance(loaded, dict | None) else [("", None)]:
         if section not in RunConfig.model_fields or not isinstance(values, dict):

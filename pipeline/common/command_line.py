@@ -75,8 +75,7 @@ def run_command(command: Callable[[], object]) -> None:
         if os.environ.get("DCGAN_TRACEBACK"):
             raise
         known = describe_os_error(error) if isinstance(error, OSError) else error
-        line = " ".join(str(known).split())
-        print(f"{'stopped' if isinstance(known, Stopped) else 'error'}: {line}", file=sys.stderr)
+        print(f"{'stopped' if isinstance(known, Stopped) else 'error'}: {known}", file=sys.stderr)
         exit_with(known.exit_code)
     except KeyboardInterrupt:
         print("interrupted: run the same command again to resume", file=sys.stderr)

@@ -1,15 +1,26 @@
 """Errors a user can cause, each with its exit code."""
 
 import errno
+import re
 import signal
+
+LINE_CHARACTERS = 2_000
+"""Longest message; of a longer one the beginning and the end are kept: what is wrong, and what to do."""
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message says what was found, what was expected, where, and what to do."""
+    """An error that the user can fix. The message says what was found, what was expected, where, and what to do.
+
+    It is one line of printable characters, whatever the names in it hold.
+    """
 
     exit_code = 2
     on_all_ranks = False
     """Whether every rank of a run raises it, so that one of them may say it for all."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UsageError(UserError):
@@ -54,9 +65,25 @@ class Interrupted(Stopped):
     exit_code = 128 + signal.SIGINT
 
 
+def escaped(text: str) -> str:
+    """Return `text` with escapes such as `\\x1b` and `\\n` in place of what is not printable."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def one_line(text: str) -> str:
+    """Return `text` as one line of printable characters, cut in the middle when it is very long.
+
+    So a name that came from a file cannot forge a second line, or write elsewhere on the terminal.
+    """
+    line = escaped(" ".join(text.split()))
+    if len(line) > LINE_CHARACTERS:
+        line = f"{line[: LINE_CHARACTERS * 2 // 3]} … {line[-LINE_CHARACTERS // 4 :]}"
+    return line
+
+
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where it has none."""
-    lines = str(error).strip().splitlines()
+    """Return the first line of an error's message without its colors, or its class where it has none."""
+    lines = _STYLE.sub("", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 

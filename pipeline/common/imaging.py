@@ -137,7 +137,12 @@ def decode(data: bytes | memoryview, channels: int = 3) -> Pixels:
     """Decode an encoded image of one of our shards at its own size: (height, width, channels). Raises BadImage."""
     if bytes(data[:2]) == b"\xff\xd8":
         try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            if height * width > MAX_PIXELS:
+                raise BadImage("too many pixels")
             pixels: Pixels = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB")
+        except BadImage:
+            raise
         except ValueError as error:
             raise BadImage(f"undecodable ({error})") from None
         return pixels

@@ -40,7 +40,10 @@ T = TypeVar("T")
 def is_url(location: str | os.PathLike[str]) -> bool:
     """Whether `location` is a URL rather than a path. Raises UsageError for a scheme that is not allowed."""
     text = os.fspath(location)
-    scheme = urlsplit(text).scheme if ":" in text else ""
+    try:
+        scheme = urlsplit(text).scheme if ":" in text else ""
+    except ValueError as error:
+        raise UsageError(f"{text}: not a URL: {error}") from None
     if "://" not in text and scheme != "pipe":
         return False
     if scheme not in SCHEMES:
@@ -80,9 +83,12 @@ def _temporary(path: Path) -> tuple[int, str]:
 def remove_abandoned(directory: Path) -> None:
     """Remove the temporary files that killed processes left in `directory`; those being written stay."""
     for path in directory.glob(f".*{TEMPORARY}"):
-        with suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        with suppress(OSError):
+            # Neither through a link, nor waiting for the other end of a pipe.
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with open(handle, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def write_atomic(path: Path, data: bytes | str | Sequence[bytes | memoryview]) -> None:
@@ -126,11 +132,29 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is safe as one component of a path: what every name must be that a file of ours gives."""
+    return re.fullmatch(r"[A-Za-z0-9_.-]{1,255}", name) is not None and name.strip(".") != ""
+
+
 def require_plain_name(name: str, where: str) -> str:
     """Return `name`, which a file or a store gave, if it is safe as one component of a path; else raise DataError."""
-    if re.fullmatch(r"[A-Za-z0-9_.-]+", name) is None or name.strip(".") == "":
+    if not is_plain_name(name):
         raise DataError(f"{where}: names the file {name!r}; expected a plain name: it is damaged, or not ours")
     return name
+
+
+def public_name(location: str | os.PathLike[str]) -> str:
+    """Return `location` as files that travel state it: without what it tells of this machine and its user.
+
+    Of a path that is the last part; of a URL everything but user, password and query.
+    """
+    text = os.fspath(location)
+    if "://" in text and not text.startswith("file://"):
+        with suppress(ValueError):
+            parts = urlsplit(text)
+            return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    return os.path.basename(os.path.abspath(text.removeprefix("file://")))
 
 
 def locate(reference: str) -> tuple["Store", str]:
@@ -144,6 +168,10 @@ class Store:
 
     Every error becomes a UserError that names the file: DataError when it is not there or not allowed,
     TryAgainError when the store does not answer, or cuts its answers off, for longer than `PAUSES_SECONDS`.
+
+    No name leads out of the location: one that says so (`..`, a leading slash) is refused, and so is writing and
+    deleting through a link that leads out. Reading follows links, because people link their files; for a name that a
+    file gave, `inside` refuses them too.
     """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
@@ -162,12 +190,42 @@ class Store:
         """Return the full path or URL of `name`, for messages."""
         return f"{self.location}/{name}"
 
+    def inside(self, name: str) -> str:
+        """Return `name`, which a file or a listing gave. Raises DataError when it, or a link, leads out of here."""
+        _refuse_path(name, self.location)
+        if self.remote:
+            return name
+        here = self.location
+        for part in name.split("/"):
+            here = f"{here}/{part}"
+            if os.path.islink(here):
+                break
+        else:
+            return name
+        root, real = os.path.realpath(self.location), os.path.realpath(f"{self.location}/{name}")
+        if real != root and not real.startswith(f"{root.rstrip('/')}/"):
+            raise DataError(
+                f"{here}: a link that leads out of {self.location}, to {real}; put the files themselves there"
+            )
+        return name
+
+    def writable(self, name: str) -> Path:
+        """Return the path of `name` on this disk, to write or delete it. Raises DataError as `inside` does.
+
+        A link in its place is replaced or removed itself, so only the folders above it count.
+        """
+        _refuse_path(name, self.location)
+        if folder := name.rpartition("/")[0]:
+            self.inside(folder)
+        return Path(self.location) / name
+
     def shown(self, name: str) -> str:
         """Return a listed `name` as people write it: http servers list, and are asked for, percent-encoded names."""
         return unquote(name, errors="surrogateescape") if self.location.startswith(("http://", "https://")) else name
 
     def read(self, name: str) -> bytes:
         """Return the content of `name`."""
+        _refuse_path(name, self.location)
         if not self.remote:
             try:
                 return (Path(self.location) / name).read_bytes()
@@ -178,6 +236,7 @@ class Store:
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         """Return `size` bytes of `name` from `offset` on. Raises DataError when the file ends before."""
+        _refuse_path(name, self.location)
         if self.remote:
             end = offset + size
             data: bytes = self._retry(name, lambda: self._fs.cat_file(f"{self._root}/{name}", start=offset, end=end))
@@ -192,18 +251,21 @@ class Store:
 
     def fetch(self, name: str, path: Path) -> None:
         """Download `name` of a remote store to the local file `path`, whole, without holding it in memory."""
+        _refuse_path(name, self.location)
         self._retry(name, lambda: self._fs.get_file(f"{self._root}/{name}", str(path)))
 
     def write(self, name: str, data: bytes | Sequence[bytes | memoryview]) -> None:
         """Write `name` so that readers see all of `data`, given whole or in pieces, or nothing."""
         if self.remote:
+            _refuse_path(name, self.location)
             data = data if isinstance(data, bytes) else b"".join(data)
             self._retry(name, lambda: self._fs.pipe_file(f"{self._root}/{name}", data))
         else:
-            write_atomic(Path(self.location) / name, data)
+            write_atomic(self.writable(name), data)
 
     def exists(self, name: str) -> bool:
         """Whether `name` is there."""
+        _refuse_path(name, self.location)
         if not self.remote:
             return (Path(self.location) / name).exists()
 
@@ -223,6 +285,7 @@ class Store:
 
     def names(self, folder: str = "") -> list[str]:
         """Return the names of the files and folders in `folder`, sorted; empty if there is no such folder."""
+        _refuse_path(folder, self.location)
         if not self.remote:
             here = Path(self.location) / folder
             return sorted(entry.name for entry in here.iterdir()) if here.is_dir() else []
@@ -233,7 +296,8 @@ class Store:
                 found = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=False)
             except FileNotFoundError:
                 return []
-            return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
+            names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
+            return sorted(name for name in names if name not in ("", ".", ".."))
 
         return self._retry(folder, listing)
 
@@ -247,10 +311,14 @@ class Store:
             start = len(self._root) + 1
             return sorted((name[start:], int(entry.get("size") or 0)) for name, entry in found.items())
 
-        return self._retry(folder, listing)
+        found = self._retry(folder, listing)
+        for name, _ in found:
+            _refuse_path(name, self.location)
+        return found
 
     def delete(self, name: str) -> None:
         """Remove the file or folder `name` for good; nothing happens if it is not there."""
+        _refuse_path(name, self.location)
         if self.remote:
 
             def remove() -> None:
@@ -261,7 +329,7 @@ class Store:
             return
         import shutil
 
-        path = Path(self.location) / name
+        path = self.writable(name)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.exists() or path.is_symlink():
@@ -273,7 +341,7 @@ class Store:
     def remove_abandoned(self, folder: str = "") -> None:
         """Remove what killed processes left half-written in `folder`; an object store keeps no such files."""
         if not self.remote:
-            remove_abandoned(Path(self.location) / folder)
+            remove_abandoned(Path(self.location) / self.inside(folder))
 
     def _retry(self, name: str, action: Callable[[], T]) -> T:
         """Run `action`, again after passing faults with growing pauses; turn what remains into a UserError."""
@@ -293,6 +361,12 @@ class Store:
             f"{self.path(name)}: the store failed {len(PAUSES_SECONDS) + 1} times, last with {fault}. "
             "Run the same command again when it answers: it resumes"
         )
+
+
+def _refuse_path(name: str, location: str) -> None:
+    """Raise DataError for a name that is not below `location`, whatever is there."""
+    if name.startswith("/") or "\0" in name or ".." in name.split("/"):
+        raise DataError(f"{location}: {name!r} names a file outside of it: it is damaged, or not ours")
 
 
 _LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)

@@ -219,7 +219,7 @@ def _generate(
             )
     if sum(finished) < left:
         raise Stopped(f"{store.location}: finished shards are kept; run the same command again to resume")
-    if not missing(store, plan):
+    if missing(store, plan)[1] is None:
         merge(store)  # does not tidy: a retry of the same part may still be writing
     _report(store, plan, left, time.monotonic() - began)
 

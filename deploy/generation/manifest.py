@@ -9,15 +9,16 @@ A shard's name follows from its content, so two writers of one shard never overw
 their bytes are equal, or their names differ and the record decides which of the two counts.
 """
 
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from deploy.generation.plan import Plan, ShardRange
 from pipeline.common.errors import ConfigConflict, DataError, TryAgainError
-from pipeline.common.records import Record, read_record
+from pipeline.common.records import LARGEST, PlainName, Record, read_record
 from pipeline.common.storage import Store, sha256_bytes
 from pipeline.data.dataset import DATASET_FILE, Dataset, Shard, open_dataset
 from pipeline.data.shard_writer import ShardWriter
@@ -27,6 +28,7 @@ RECORDS = "records"
 PLAN = f"{RECORDS}/plan.json"
 PREFIX = "samples-"
 READERS = 16
+_OURS = re.compile(rf"\.?{PREFIX}[0-9]{{12,}}-[0-9a-f]{{12}}\.tar(\..*)?")  # a shard, or one half written
 
 T = TypeVar("T", bound=Record)
 
@@ -44,7 +46,7 @@ class FinishedShard(Record):
     """The record of a finished shard."""
 
     plan_sha256: str
-    start: int
+    start: int = Field(ge=0, le=LARGEST)
     """Index of its first image."""
     shard: Shard
     made_by: Provenance
@@ -53,12 +55,12 @@ class FinishedShard(Record):
 class ManifestShard(Record):
     """A shard in the manifest. dataset.json says where its images lie inside."""
 
-    name: str
-    start: int
-    images: int
-    bytes: int
-    sha256: str
-    made_by: int
+    name: PlainName
+    start: int = Field(ge=0, le=LARGEST)
+    images: int = Field(ge=1, le=LARGEST)
+    bytes: int = Field(ge=1, le=LARGEST)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    made_by: int = Field(ge=0)
     """Index into the manifest's `made_by`."""
 
 
@@ -66,8 +68,8 @@ class Manifest(Record):
     """The content of manifest.json: what made every image of a finished generation."""
 
     plan: Plan
-    images: int
-    bytes: int
+    images: int = Field(ge=1, le=LARGEST)
+    bytes: int = Field(ge=1)
     made_by: list[Provenance]
     shards: list[ManifestShard]
 
@@ -75,6 +77,11 @@ class Manifest(Record):
 def record_name(shard: ShardRange) -> str:
     """Return the name of a shard's record."""
     return f"{RECORDS}/{shard.prefix}.json"
+
+
+def shard_name(shard: ShardRange, sha256: str) -> str:
+    """Return the file name of a shard with this content."""
+    return f"{PREFIX}{shard.prefix}-{sha256[:12]}.tar"
 
 
 def begin(store: Store, plan: Plan) -> bool:
@@ -115,7 +122,7 @@ def finish_shard(
 ) -> FinishedShard:
     """Write a shard, then its record. It is safe to repeat this, and for two writers to do it at once."""
     data, written = writer.finish("unnamed.tar")
-    written = written.model_copy(update={"name": f"{PREFIX}{shard.prefix}-{written.sha256[:12]}.tar"})
+    written = written.model_copy(update={"name": shard_name(shard, written.sha256)})
     store.write(written.name, data)
     record = FinishedShard(plan_sha256=plan.sha256(), start=shard.start, shard=written, made_by=provenance)
     store.write(record_name(shard), _json(record))
@@ -130,8 +137,7 @@ def unfinished(store: Store, plan: Plan, shards: Iterable[ShardRange]) -> list[S
         if f"{shard.prefix}.json" not in present:
             return False
         try:
-            record = _read(store, record_name(shard), FinishedShard)
-            return record.plan_sha256 == plan.sha256() and _intact(store, record.shard)
+            return _intact(store, _read_finished(store, plan, shard).shard)
         except DataError:
             return False
 
@@ -140,10 +146,12 @@ def unfinished(store: Store, plan: Plan, shards: Iterable[ShardRange]) -> list[S
         return [shard for shard, done in zip(shards, pool.map(finished, shards), strict=True) if not done]
 
 
-def missing(store: Store, plan: Plan) -> list[ShardRange]:
-    """Return the shards that have no record yet. Lists names only; reads no shard."""
-    present = set(store.names(RECORDS))
-    return [shard for shard in plan.shards() if f"{shard.prefix}.json" not in present]
+def missing(store: Store, plan: Plan) -> tuple[int, ShardRange | None]:
+    """Return how many shards have no record yet, and the first of them. Lists names only; reads no shard."""
+    present = {name for name in store.names(RECORDS) if re.fullmatch(r"[0-9]{12,}\.json", name)}
+    # A plan may name more shards than a memory holds, so none is listed that follows the first gap.
+    first = next((shard for shard in plan.iterate_shards() if f"{shard.prefix}.json" not in present), None)
+    return plan.num_shards - len(present), first
 
 
 def merge(store: Store, *, verify: bool = False, tidy: bool = False) -> Manifest:
@@ -157,14 +165,16 @@ def merge(store: Store, *, verify: bool = False, tidy: bool = False) -> Manifest
     manifest = read_manifest(store)
     if manifest is not None:
         dataset = open_dataset(store)
+        _check_agreement(store, manifest, dataset)
     else:
         plan = read_plan(store)
         if plan is None:
             raise DataError(f"{store.location}: holds no generation; expected the --out of dcgan-generate")
-        if lacking := missing(store, plan):
+        lacking, first = missing(store, plan)
+        if first is not None:
             raise TryAgainError(
-                f"{store.location}: {len(lacking)} of {len(plan.shards())} shards are missing, the first with "
-                f"images {lacking[0].start} to {lacking[0].end - 1}; wait for every part, or run it again"
+                f"{store.location}: {lacking} of {plan.num_shards} shards are missing, the first with "
+                f"images {first.start} to {first.end - 1}; wait for every part, or run it again"
             )
         manifest, dataset = _assemble(store, plan)
     if verify:
@@ -176,16 +186,34 @@ def merge(store: Store, *, verify: bool = False, tidy: bool = False) -> Manifest
     return manifest
 
 
+def _read_finished(store: Store, plan: Plan, shard: ShardRange) -> FinishedShard:
+    """Return the record of a shard. Raises DataError unless it says of this shard what `finish_shard` writes."""
+    record = _read(store, record_name(shard), FinishedShard)
+    stated = (record.plan_sha256, record.start, record.shard.images, record.shard.name)
+    if stated != (plan.sha256(), shard.start, shard.images, shard_name(shard, record.shard.sha256)):
+        raise DataError(
+            f"{store.path(record_name(shard))}: belongs to another generation (another model or range); "
+            "delete it and run its part again"
+        )
+    return record
+
+
+def _check_agreement(store: Store, manifest: Manifest, dataset: Dataset) -> None:
+    """Raise DataError unless the manifest and dataset.json state the same shards, which are those of the plan."""
+    found = [(shard.name, shard.images, shard.bytes, shard.sha256) for shard in manifest.shards]
+    stated = [(shard.name, shard.images, shard.bytes, shard.sha256) for shard in dataset.shards]
+    planned = (range_.start for range_ in manifest.plan.iterate_shards())
+    agree = found == stated and len(found) == manifest.plan.num_shards
+    if not agree or any(shard.start != start for shard, start in zip(manifest.shards, planned, strict=True)):
+        raise DataError(f"{store.path(MANIFEST)}: names other shards than {DATASET_FILE}; generate into another folder")
+    if any(shard.made_by >= len(manifest.made_by) for shard in manifest.shards):
+        raise DataError(f"{store.path(MANIFEST)}: does not say what made its shards; generate into another folder")
+
+
 def _assemble(store: Store, plan: Plan) -> tuple[Manifest, Dataset]:
     """Return the manifest and the data set that the records add up to."""
     with ThreadPoolExecutor(READERS) as pool:
-        records = list(pool.map(lambda shard: _read(store, record_name(shard), FinishedShard), plan.shards()))
-    for shard, record in zip(plan.shards(), records, strict=True):
-        if record.plan_sha256 != plan.sha256() or record.start != shard.start or record.shard.images != shard.images:
-            raise DataError(
-                f"{store.path(record_name(shard))}: belongs to another generation (another model or range); "
-                "delete it and run its part again"
-            )
+        records = list(pool.map(lambda shard: _read_finished(store, plan, shard), plan.shards()))
     made_by = list(dict.fromkeys(record.made_by.model_dump_json() for record in records))
     shards = [
         ManifestShard(
@@ -247,7 +275,7 @@ def _verify(manifest: Manifest, dataset: Dataset) -> None:
 
 def _intact(store: Store, shard: Shard | ManifestShard) -> bool:
     try:
-        data = store.read(shard.name)
+        data = store.read(store.inside(shard.name))
     except DataError:
         return False
     return len(data) == shard.bytes and sha256_bytes(data) == shard.sha256
@@ -257,7 +285,7 @@ def _tidy(store: Store, manifest: Manifest) -> None:
     """Remove the records, and the shards that the manifest does not name: a killed part left them."""
     wanted = {shard.name for shard in manifest.shards}
     for name in store.names():
-        if name.lstrip(".").startswith(PREFIX) and name not in wanted:
+        if _OURS.fullmatch(name) and name not in wanted:
             store.delete(name)
     store.delete(RECORDS)
 

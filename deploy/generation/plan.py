@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.common.records import Record
+from pipeline.common.records import LARGEST, Record
 from pipeline.common.storage import sha256_bytes
-from pipeline.data.dataset import Encoding
+from pipeline.data.dataset import LARGEST_IMAGE, Encoding
 from pipeline.model.latents import Distribution
 
 SHARD_BYTES = 32_000_000
@@ -26,34 +26,40 @@ class Plan(Record):
     """Hash of the model file that made the images."""
     backend: str
     """The backend that ran the model. Backends agree within 1 LSB, not to the bit."""
-    block_images: int = Field(ge=1)
+    block_images: int = Field(ge=1, le=LARGEST)
     """Images in a block that the device computes at once. Blocks begin at multiples of it."""
     seed: int = Field(ge=0, lt=2**64)
     purpose: Literal["sample"] = "sample"
     """The latents are those of Purpose.SAMPLE."""
-    start: int = Field(ge=0)
+    start: int = Field(ge=0, le=LARGEST)
     """Index of the first image."""
-    count: int = Field(ge=1)
+    count: int = Field(ge=1, le=LARGEST)
     """Images in all parts together."""
-    latent_dim: int
+    latent_dim: int = Field(ge=1)
     latent_distribution: Distribution
-    image_size: int
+    image_size: int = Field(ge=1, le=LARGEST_IMAGE)
     channels: Literal[1, 3]
     format: Encoding
     quality: int | None
     """Quality of jpg and webp; null for packed and png."""
-    shard_images: int = Field(ge=1)
+    shard_images: int = Field(ge=1, le=LARGEST)
     """Images in a full shard. Shards begin at multiples of it."""
 
     def sha256(self) -> str:
         """Return the hash that all parts of one generation share."""
         return sha256_bytes(self.model_dump_json().encode())
 
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return -(-(self.start + self.count) // self.shard_images) - self.start // self.shard_images
+
     def shards(self) -> list["ShardRange"]:
         """Return the shards in order. Each but the first begins at a multiple of `shard_images`."""
-        return list(self._shards())
+        return list(self.iterate_shards())
 
-    def _shards(self) -> Iterator["ShardRange"]:
+    def iterate_shards(self) -> Iterator["ShardRange"]:
+        """Yield the shards in order."""
         end = self.start + self.count
         for aligned in range(self.start - self.start % self.shard_images, end, self.shard_images):
             yield ShardRange(max(aligned, self.start), min(aligned + self.shard_images, end))

@@ -1,14 +1,15 @@
 """The data set: what its dataset.json says, checked, and the store of its shards (docs/architecture.md, contract 2)."""
 
 import json
+import operator
 import os
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
 from pipeline.common.errors import DataError
-from pipeline.common.records import Record, read_record
+from pipeline.common.records import LARGEST, PlainName, Record, read_record
 from pipeline.common.storage import Store, sha256_bytes
 
 DATASET_FILE = "dataset.json"
@@ -16,22 +17,26 @@ VERSION = 1
 
 Encoding = Literal["packed", "jpg", "webp", "png"]
 LabelType = Literal["bool", "int", "float", "str"]
+LARGEST_IMAGE = 4096
+"""Height and width in pixels of the largest images that a data set holds."""
+
+Place = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 class Shard(Record):
     """One tar: an ordinary WebDataset shard whose members can also be reached by their offsets."""
 
-    name: str = Field(pattern=r"^[^/\\]+\.tar$")
+    name: PlainName = Field(pattern=r"\.tar$")
     """File name beside dataset.json."""
-    images: int = Field(ge=1)
+    images: int = Field(ge=1, le=LARGEST)
     """Images in it."""
-    bytes: int = Field(ge=1)
+    bytes: int = Field(ge=1, le=LARGEST)
     """Size of the file."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """SHA-256 of the file."""
-    offsets: list[int]
+    offsets: list[Place]
     """Where each image's data begins in the file: the encoded bytes, or a packed block's first pixel."""
-    sizes: list[int]
+    sizes: list[Place]
     """Bytes of data at each offset. A packed block holds sizes[i] / (image_size^2 * channels) images."""
 
 
@@ -53,7 +58,7 @@ class Dataset(Record):
     """
 
     version: int = VERSION
-    image_size: int = Field(ge=1)
+    image_size: int = Field(ge=1, le=LARGEST_IMAGE)
     """Height and width of every image in pixels."""
     channels: Literal[1, 3]
     encoding: Encoding
@@ -151,3 +156,17 @@ def _check_counts(dataset: Dataset, where: str) -> None:
             raise DataError(
                 f"{where}: states {shard.images} images in {shard.name}, but lists {members}; build the data set again"
             )
+        if dataset.encoding == "packed" and any(size % dataset.image_bytes for size in shard.sizes):
+            raise DataError(f"{where}: lists a part of an image in {shard.name}; build the data set again")
+        check_places(shard, where)
+
+
+def check_places(shard: Shard, where: str) -> None:
+    """Raise DataError unless the members lie in the file one after another."""
+    ends = list(map(operator.add, shard.offsets, shard.sizes))
+    inside = all(map(operator.le, ends, [*shard.offsets[1:], shard.bytes]))
+    if not inside or min(shard.offsets[:1] + shard.sizes, default=0) < 0:
+        raise DataError(
+            f"{where}: lists members of {shard.name} that overlap or lie outside its {shard.bytes} bytes; "
+            "build the data set again"
+        )

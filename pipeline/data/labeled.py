@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import Pixels
+from pipeline.common.storage import public_name
 from pipeline.data.dataset import Dataset, LabelType
 from pipeline.data.shard_reader import iterate
 
@@ -73,7 +74,7 @@ def load_labeled(dataset: Dataset, limit: int | None = None) -> Labeled:
         if limit is not None and have >= limit:
             break
     description = {
-        "location": dataset.location,
+        "location": public_name(dataset.location),
         "fingerprint": dataset.fingerprint(),
         "images": dataset.images,
         "used": have if limit is None else min(have, limit),

@@ -1,6 +1,5 @@
 """Reads shards: their members, images and labels, checked against dataset.json."""
 
-import json
 from collections.abc import Iterator
 from typing import Any, Literal, overload
 
@@ -8,9 +7,13 @@ import numpy as np
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import BadImage, Pixels, decode
+from pipeline.common.records import parse_json
 from pipeline.common.storage import Store, sha256_bytes
-from pipeline.data.dataset import Dataset, Shard
+from pipeline.data.dataset import Dataset, LabelType, Shard
 from pipeline.data.shard_writer import RECORD
+
+LARGEST_LABEL = (1 << 63) - 1
+_TYPES: dict[LabelType, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
 
 Columns = dict[str, list[Any]]
 """Labels by name, each in the images' order; the images' names are under `key`."""
@@ -36,7 +39,7 @@ def members(data: bytes | memoryview, where: str) -> Iterator[tuple[str, int, in
             size = int(header[124:135], 8)
         except ValueError:
             stated = size = -1
-        if stated != sum(header) - sum(header[148:156]) + 8 * 32 or header[156:157] != b"0":
+        if size < 0 or stated != sum(header) - sum(header[148:156]) + 8 * 32 or header[156:157] != b"0":
             raise DamagedTar(where, "damaged tar header", position)
         name = header[:100].rstrip(b"\0").decode("ascii", "replace")
         if position + RECORD + size > len(data):
@@ -48,7 +51,7 @@ def members(data: bytes | memoryview, where: str) -> Iterator[tuple[str, int, in
 
 def read_shard(store: Store, shard: Shard) -> bytes:
     """Return a shard's file, checked against its size and SHA-256. Raises DataError."""
-    data = store.read(shard.name)
+    data = store.read(store.inside(shard.name))
     where = store.path(shard.name)
     if len(data) != shard.bytes:
         raise DataError(
@@ -89,13 +92,29 @@ def shard_columns(dataset: Dataset, shard: Shard, data: bytes) -> Columns:
         if not name.endswith(".json"):
             continue
         try:
-            content = json.loads(data[offset : offset + size])
-            values = {"key": content["key"], **{label: content["labels"][label] for label in dataset.labels}}
-        except (ValueError, KeyError, TypeError):
+            content = parse_json(data[offset : offset + size], where, nan=True)
+            rows = [content["key"], *(content["labels"][label] for label in dataset.labels)]
+            rows = [value if isinstance(value, list) else [value] for value in rows]
+            if len({len(row) for row in rows}) != 1 or not all(map(_fits, rows, ["str", *dataset.labels.values()])):
+                raise ValueError
+        except (DataError, ValueError, KeyError, TypeError):
             raise DataError(f"{where}: {name} at offset {offset} lacks the labels that dataset.json states") from None
-        for label, value in values.items():
-            columns[label].extend(value if isinstance(value, list) else [value])
+        for label, row in zip(columns, rows, strict=True):
+            columns[label].extend(row)
+    if len(columns["key"]) != shard.images:
+        raise DataError(
+            f"{where}: names {len(columns['key'])} images, but dataset.json states {shard.images}; build it again"
+        )
     return columns
+
+
+def _fits(row: list[Any], kind: LabelType) -> bool:
+    """Whether all values of a label are of its type, or None, and no larger than an array holds."""
+    return all(
+        value is None
+        or (isinstance(value, _TYPES[kind]) and (not isinstance(value, int) or abs(value) <= LARGEST_LABEL))
+        for value in row
+    )
 
 
 @overload

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.common.errors import UsageError
+from pipeline.common.errors import UsageError, escaped, one_line
 from pipeline.common.imaging import grid, save_png
 from pipeline.data.dataset import Dataset
 from pipeline.data.shard_reader import Columns, iterate
@@ -40,14 +40,15 @@ def show(dataset: Dataset, sheet: Path | None, images: int) -> None:
     shape = f"{dataset.image_size}x{dataset.image_size}x{dataset.channels}"
     table.add_row("images", f"{dataset.images:,} of {shape}, {dataset.encoding}")
     table.add_row("shards", f"{len(dataset.shards):,}, {dataset.bytes / 1e6:,.1f} MB")
-    table.add_row("source", ", ".join(f"{k}={v}" for k, v in dataset.source.items() if v not in (None, [], "")))
-    table.add_row("left out", f"{dataset.refused.count:,} {dataset.refused.reasons or ''}")
+    source = ", ".join(f"{k}={v}" for k, v in dataset.source.items() if v not in (None, [], ""))
+    table.add_row("source", one_line(source))
+    table.add_row("left out", one_line(f"{dataset.refused.count:,} {dataset.refused.reasons or ''}"))
     table.add_row("fingerprint", dataset.fingerprint())
     for name, kind in dataset.labels.items():
-        table.add_row(f"label {name}", f"{kind}: {summary(columns[name], kind)}")
+        table.add_row(escaped(f"label {name}"), escaped(f"{kind}: {summary(columns[name], kind)}"))
     if dataset.labels and seen < dataset.images:
         table.add_row("", f"(labels: the first {seen:,} images)")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
     width = max(1, int(np.ceil(np.sqrt(images * 1.5))))
     save_png(sheet, grid(np.concatenate(batches), width))
     print(f"contact sheet: {sheet}")

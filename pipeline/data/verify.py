@@ -1,14 +1,14 @@
 """`dcgan-data verify`: checks every byte of a data set, and names shard, key and offset of each damage."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.common.errors import DataError
+from pipeline.common.errors import DataError, one_line
 from pipeline.common.imaging import BadImage, decode
 from pipeline.common.machine import available_cores
 from pipeline.common.progress import Progress
+from pipeline.common.records import parse_json
 from pipeline.common.storage import sha256_bytes
 from pipeline.data.build.process_pool import run_tasks
 from pipeline.data.dataset import DATASET_FILE, Dataset, Shard
@@ -51,7 +51,7 @@ def verify(dataset: Dataset) -> None:
     damages = [Damage(s.name, "missing") for s in dataset.shards if s.name not in present]
     stray = sorted(n for n in present if n.endswith(".tar") and n not in {s.name for s in dataset.shards})
     for name in stray:
-        print(f"note: {dataset.store.path(name)} is not part of the data set")
+        print(one_line(f"note: {dataset.store.path(name)} is not part of the data set"))
     there = [shard for shard in dataset.shards if shard.name in present]
     checker = Checker(dataset.model_copy(update={"shards": []}))
     with Progress("verifying", sum(shard.images for shard in there)) as progress:
@@ -59,7 +59,7 @@ def verify(dataset: Dataset) -> None:
             progress.advance(images)
             damages += found
     for damage in sorted(damages, key=lambda damage: (damage.shard, damage.offset or 0))[:SHOWN]:
-        print(damage)
+        print(one_line(str(damage)))
     if damages:
         shards = len({damage.shard for damage in damages})
         raise DataError(
@@ -73,7 +73,11 @@ def verify(dataset: Dataset) -> None:
 
 def check_shard(dataset: Dataset, shard: Shard) -> Iterator[Damage]:
     """Yield everything that is wrong with one shard."""
-    data = dataset.store.read(shard.name)
+    try:
+        data = dataset.store.read(dataset.store.inside(shard.name))
+    except DataError as error:
+        yield Damage(shard.name, str(error))
+        return
     if len(data) != shard.bytes:
         yield Damage(shard.name, f"{len(data):,} bytes, but {DATASET_FILE} states {shard.bytes:,}")
     elif sha256_bytes(data) == shard.sha256:
@@ -120,12 +124,13 @@ def _check_images(data: bytes, dataset: Dataset, shard: Shard) -> Iterator[Damag
 def _entry(content: bytes, dataset: Dataset) -> list[tuple[str, list[Any], int]] | None:
     """Return (key, labels, checksum) of each image that a .json member describes, or None if it is damaged."""
     try:
-        values = json.loads(content)
+        values = parse_json(content, "", nan=True)
         columns = [values["key"], *(values["labels"][name] for name in dataset.labels), values["crc32"]]
         if dataset.encoding != "packed":
             columns = [[value] for value in columns]
-        return [(key, labels, crc) for key, *labels, crc in zip(*columns, strict=True)]
-    except (ValueError, KeyError, TypeError):
+        entries = [(key, labels, crc) for key, *labels, crc in zip(*columns, strict=True)]
+        return entries if all(isinstance(key, str) for key, _, _ in entries) else None
+    except (DataError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -9,16 +9,20 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipeline.common.errors import DataError
+from pydantic import ValidationError
+
+from pipeline.common.errors import DataError, escaped
 from pipeline.common.imaging import BadImage, Pixels
 from pipeline.common.partition import Partition
 from pipeline.common.progress import Progress
-from pipeline.common.storage import Store, is_url
+from pipeline.common.records import first_problem
+from pipeline.common.storage import Store, is_url, public_name
 from pipeline.common.telemetry import Telemetry
 from pipeline.data.build.options import DEFAULT_MAX_BAD
 from pipeline.data.build.plan import PlannedBuild
 from pipeline.data.build.process_pool import run_tasks
 from pipeline.data.build.state import (
+    HINT,
     REFUSED,
     SKIPPED,
     STATE_FILE,
@@ -28,12 +32,14 @@ from pipeline.data.build.state import (
     built_as,
     compare,
     finish_clearing,
+    finished_groups,
     group_name,
     identity,
     read_group,
     read_groups,
     read_state,
     refuse_foreign,
+    shard_name,
     tidy,
 )
 from pipeline.data.build.transform import Recipe, Skipped
@@ -123,11 +129,6 @@ class Builder:
             return error
 
 
-def shard_name(group: int, number: int) -> str:
-    """Return a shard's file name. A group overflows into further shards only when its images are unusually large."""
-    return f"{group:06d}.tar" if number == 0 else f"{group:06d}-{number}.tar"
-
-
 def run(
     source: Source,
     listing: Listing,
@@ -210,14 +211,14 @@ def merge(out: str, parts: Iterable[str], *, max_bad: float | None = None) -> Da
             compare(plan, identity(read_state(target).plan), out, f"{location} is not a part of that build")
         else:
             target.write(STATE_FILE, store.read(STATE_FILE))
-        present = set(target.names(STATE_FOLDER))
-        for name in store.names(STATE_FOLDER):
-            if name in present or not name[:6].isdigit():
+        present = set(finished_groups(target))
+        for index in finished_groups(store):
+            if index in present:
                 continue
-            group = read_group(store, f"{STATE_FOLDER}/{name}")
+            group = read_group(store, index)
             for shard in group.shards:
                 target.write(shard.name, read_shard(store, shard))
-            target.write(f"{STATE_FOLDER}/{name}", group.model_dump_json().encode())
+            target.write(group_name(index), group.model_dump_json().encode())
     if finished is not None:
         tidy(target)  # the merge before may have been killed just before this
         return finished
@@ -232,12 +233,12 @@ def finish(out: str, *, max_bad: float | None) -> Dataset:
     state = read_state(store)
     plan = state.plan
     groups = read_groups(store, range(plan.groups))
-    missing = [index for index in range(plan.groups) if index not in groups]
     refused = _refusals(state, groups.values())
     _check_refusals(refused, state, max_bad, out)
-    if missing:
+    if missing := plan.groups - len(groups):
+        first = next(index for index in range(plan.groups) if index not in groups)
         raise DataError(
-            f"{out}: {len(missing)} of {plan.groups} groups are missing (the first is {missing[0]}); "
+            f"{out}: {missing} of {plan.groups} groups are missing (the first is {first}); "
             "build the missing parts, then merge again"
         )
     shards = [shard for group in groups.values() for shard in group.shards]
@@ -245,20 +246,24 @@ def finish(out: str, *, max_bad: float | None) -> Dataset:
     if not shards:
         examples = "; ".join(f"{key}: {reason}" for key, reason in (refused.entries + skipped)[:3])
         raise DataError(f"{state.location}: none of {plan.pictures:,} pictures gives an image ({examples})")
-    dataset = Dataset(
-        image_size=plan.source["size"],
-        channels=plan.source["channels"],
-        encoding=plan.source["encoding"],
-        labels=plan.labels,
-        source={"location": state.location, **identity(plan)},
-        images=sum(shard.images for shard in shards),
-        bytes=sum(shard.bytes for shard in shards),
-        shards=shards,
-        refused=refused.summary(),
-    ).at(store)
+    try:
+        dataset = Dataset(
+            image_size=plan.source.get("size"),
+            channels=plan.source.get("channels"),
+            encoding=plan.source.get("encoding"),
+            labels=plan.labels,
+            source={"location": public_name(state.location), **identity(plan)},
+            images=sum(shard.images for shard in shards),
+            bytes=sum(shard.bytes for shard in shards),
+            shards=shards,
+            refused=refused.summary(),
+        ).at(store)
+    except ValidationError as error:
+        raise DataError(f"{store.path(STATE_FILE)}: its plan is damaged: {first_problem(error)}; {HINT}") from None
     for name, entries in ((REFUSED, sorted(refused.entries)), (SKIPPED, skipped)):
         if entries:
-            store.write(name, "".join(f"{key}\t{reason}\n" for key, reason in entries).encode())
+            lines = (f"{escaped(key)}\t{escaped(reason)}\n" for key, reason in entries)
+            store.write(name, "".join(lines).encode())
     store.write(DATASET_FILE, dump_dataset(dataset))
     tidy(store)
     return dataset

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.common.errors import Stopped, UsageError
+from pipeline.common.errors import Stopped, UsageError, one_line
 from pipeline.common.imaging import encode, grid
 from pipeline.common.machine import available_cores
 from pipeline.common.partition import Partition, parse_partition
@@ -39,7 +39,7 @@ def build_all(options: BuildOptions) -> None:
         listing = source.listing()
         print(f"{options.src}: {len(listing.items):,} pictures", file=sys.stderr)
         for note in listing.notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(one_line(f"note: {note}"), file=sys.stderr)
         splits = ("train", "val") if options.val_fraction else ("all",)
         for split in splits:
             out = options.out if split == "all" else f"{options.out.rstrip('/')}/{split}"
@@ -122,7 +122,7 @@ def _recipe(options: BuildOptions) -> Recipe:
 
 def report(dataset: Dataset) -> None:
     """Print what a finished data set holds; of faces, write a contact sheet as well."""
-    if dataset.source["kind"] == "faces":
+    if dataset.source.get("kind") == "faces":
         _write_sheet(dataset)
     print(
         f"{dataset.location}: {dataset.images:,} images of "
@@ -132,7 +132,7 @@ def report(dataset: Dataset) -> None:
     if dataset.refused.count:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in dataset.refused.reasons.items())
         names = dataset.store.path(state.REFUSED)
-        print(f"left out: {dataset.refused.count:,} ({reasons}); named in {names}")
+        print(one_line(f"left out: {dataset.refused.count:,} ({reasons}); named in {names}"))
 
 
 def _write_sheet(dataset: Dataset) -> None:

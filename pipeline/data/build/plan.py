@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
+
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import BadImage
-from pipeline.common.records import Record
+from pipeline.common.records import LARGEST, Record
 from pipeline.data.build.options import BuildOptions
 from pipeline.data.build.transform import Recipe, Skipped
 from pipeline.data.dataset import LabelType
@@ -59,11 +61,11 @@ class Plan(Record):
     labels: dict[str, LabelType]
     listing: str
     """SHA-256 over the names, labels and sizes of all selected pictures in their order."""
-    pictures: int
+    pictures: int = Field(ge=1, le=LARGEST)
     """Number of selected pictures."""
-    groups: int
+    groups: int = Field(ge=1, le=LARGEST)
     """Number of groups."""
-    shard_bytes: int
+    shard_bytes: int = Field(ge=1)
     """Largest size of a shard."""
 
 

@@ -2,10 +2,12 @@
 
 import os
 import re
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from pipeline.common.errors import ConfigConflict, DataError, UsageError
-from pipeline.common.records import Record, read_record
+from pipeline.common.records import LARGEST, Record, read_record
 from pipeline.common.storage import Store, is_url
 from pipeline.data.build.plan import Plan
 from pipeline.data.dataset import DATASET_FILE, Dataset, Shard, open_dataset
@@ -17,6 +19,7 @@ CLEARING = f"{STATE_FOLDER}/clearing"
 REFUSED, SKIPPED = "refused.txt", "skipped.txt"
 REPORTS = "duplicates."
 """Prefix of the files that `dedup` writes beside the data set."""
+_RECORD = re.compile(r"[0-9]{6,12}\.json")
 HINT = "--overwrite starts again from nothing"
 
 
@@ -27,7 +30,7 @@ class BuildState(Record):
     location: str
     refused: list[tuple[str, str]]
     """Pictures that the listing refused, as (name, reason)."""
-    lost: dict[str, int]
+    lost: dict[str, Annotated[int, Field(ge=0, le=LARGEST)]]
     """Pictures that the listing lost without their names: their number by reason."""
     damaged: bool
     """Whether the source itself is damaged."""
@@ -45,6 +48,11 @@ class Group(Record):
 def group_name(group: int) -> str:
     """Return the file name of a group's record."""
     return f"{STATE_FOLDER}/{group:06d}.json"
+
+
+def shard_name(group: int, number: int) -> str:
+    """Return a shard's file name. A group overflows into further shards only when its images are unusually large."""
+    return f"{group:06d}.tar" if number == 0 else f"{group:06d}-{number}.tar"
 
 
 def find_finished(out: str, plan: Plan) -> Dataset | None:
@@ -110,7 +118,7 @@ def clear(out: str) -> None:
     if DATASET_FILE in names or STATE_FOLDER in names:
         store.write(CLEARING, b"")
         records = [f"{STATE_FOLDER}/{name}" for name in store.names(STATE_FOLDER)]
-        shards = [name for name in names if re.fullmatch(r"\d{6}(-\d+)?\.tar", name)]
+        shards = [name for name in names if re.fullmatch(r"[0-9]{6}(-[0-9]+)?\.tar", name)]
         # First the files that vouch for the others. The mark stays until the next build is finished: see `tidy`.
         for name in [DATASET_FILE, STATE_FILE, *shards, REFUSED, SKIPPED, *records]:
             if name != CLEARING:
@@ -158,9 +166,12 @@ def compare(wanted: dict[str, Any], found: dict[str, Any], where: str, advice: s
 
 def read_groups(store: Store, wanted: range) -> dict[int, Group]:
     """Return the records of those of the wanted groups that are finished, in their order."""
-    present = set(store.names(STATE_FOLDER))
-    names = {index: group_name(index) for index in wanted}
-    return {i: read_group(store, name) for i, name in names.items() if name.rpartition("/")[2] in present}
+    return {index: read_group(store, index) for index in finished_groups(store) if index in wanted}
+
+
+def finished_groups(store: Store) -> list[int]:
+    """Return the groups that have a record in `store`, in order."""
+    return sorted(int(name[:-5]) for name in store.names(STATE_FOLDER) if _RECORD.fullmatch(name))
 
 
 def read_state(store: Store) -> BuildState:
@@ -168,9 +179,14 @@ def read_state(store: Store) -> BuildState:
     return read_record(BuildState, store.read(STATE_FILE), store.path(STATE_FILE), hint=HINT)
 
 
-def read_group(store: Store, name: str) -> Group:
-    """Return the record `name` of a finished group. Raises DataError when another version wrote it."""
-    return read_record(Group, store.read(name), store.path(name), hint=HINT)
+def read_group(store: Store, group: int) -> Group:
+    """Return the record of a finished group. Raises DataError when another version wrote it, or it is another's."""
+    name = group_name(group)
+    record = read_record(Group, store.read(store.inside(name)), store.path(name), hint=HINT)
+    for number, shard in enumerate(record.shards):
+        if shard.name != shard_name(group, number):
+            raise DataError(f"{store.path(name)}: names {shard.name}, expected {shard_name(group, number)}; {HINT}")
+    return record
 
 
 def make_local_folder(out: str) -> None:

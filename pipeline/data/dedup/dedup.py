@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels, decode, encode, labeled_sheet
 from pipeline.common.progress import Progress
 from pipeline.common.storage import Store, atomic_path, is_url
@@ -20,7 +21,7 @@ from pipeline.data.build.transform import Recipe
 from pipeline.data.dataset import DATASET_FILE, Dataset, open_dataset
 from pipeline.data.dedup.hamming import close_pairs
 from pipeline.data.dedup.hash_recall import RADII, measure
-from pipeline.data.dedup.semantic_hash import Codes, SemanticHash
+from pipeline.data.dedup.semantic_hash import BITS, Codes, SemanticHash
 from pipeline.data.shard_reader import iterate
 from pipeline.data.sources.interface import Item, Listing
 from pipeline.data.sources.tars import Tars, list_dataset
@@ -83,7 +84,7 @@ def dedup(dataset: Dataset, out: str, *, radius: int, seed: int, workers: int, o
     listing = list_dataset(dataset)
     times: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        kept_in = Path(temporary) if is_url(out) else Path(out) / state.STATE_FOLDER
+        kept_in = Path(temporary) if is_url(out) else Path(out) / Store(out).inside(state.STATE_FOLDER)
         semantic_hash, codes = _codes(dataset, seed, kept_in, times)
     began = time.monotonic()
     found = keep_first(codes, radius)
@@ -94,7 +95,7 @@ def dedup(dataset: Dataset, out: str, *, radius: int, seed: int, workers: int, o
         source,
         Listing(listing.labels, kept),
         description,
-        Selection(seed=int(dataset.source.get("seed", 0))),
+        Selection(seed=_recorded(dataset, "seed", 0, 1 << 64)),
         recipe,
         shard_bytes=max(BuildOptions.shard_bytes, *(shard.bytes for shard in dataset.shards)),
         shard_images=None,
@@ -123,9 +124,17 @@ def _finished(store: Store, description: dict[str, object]) -> Dataset | None:
     return dataset if {key: dataset.source.get(key) for key in description} == description else None
 
 
+def _recorded(dataset: Dataset, name: str, default: int, end: int) -> int:
+    """Return a number that dataset.json records of the build, from 0 to `end` - 1. Raises DataError."""
+    value = dataset.source.get(name, default)
+    if type(value) is not int or not 0 <= value < end:
+        raise DataError(f"{dataset.store.path(DATASET_FILE)}: source.{name} is {value!r}; expected a number")
+    return value
+
+
 def _recipe(dataset: Dataset) -> Recipe:
     """Return the recipe that keeps the data set's images byte for byte."""
-    quality = int(dataset.source.get("quality", 100))
+    quality = _recorded(dataset, "quality", 100, 101)
     return Recipe(
         size=dataset.image_size,
         channels=dataset.channels,
@@ -140,8 +149,8 @@ def _codes(dataset: Dataset, seed: int, folder: Path, times: dict[str, float]) -
     weights, coded = folder / "hash.safetensors", folder / "codes.npy"
     marker = folder / "hash-of.txt"
     identity = f"{dataset.fingerprint()} {seed}"
-    if marker.exists() and marker.read_text() == identity and weights.exists() and coded.exists():
-        return SemanticHash.load(weights), np.load(coded, allow_pickle=False)
+    if (kept := _kept_codes(marker, weights, coded, identity, dataset.images)) is not None:
+        return kept
     semantic_hash = SemanticHash(seed=seed)
     began = time.monotonic()
     sample: list[Pixels] = []
@@ -167,6 +176,21 @@ def _codes(dataset: Dataset, seed: int, folder: Path, times: dict[str, float]) -
     with atomic_path(marker) as path:
         path.write_text(identity)
     return semantic_hash, all_codes
+
+
+def _kept_codes(
+    marker: Path, weights: Path, coded: Path, identity: str, images: int
+) -> tuple[SemanticHash, Codes] | None:
+    """Return what a killed run kept of the same work; None if there is nothing, or it cannot be used."""
+    try:
+        if marker.read_bytes() != identity.encode():
+            return None
+        codes = np.load(coded, allow_pickle=False)
+        semantic_hash = SemanticHash.load(weights)
+    except (OSError, ValueError, EOFError, MemoryError, DataError):
+        return None
+    whole = isinstance(codes, np.ndarray) and codes.dtype == np.uint8 and codes.shape == (images, BITS // 8)
+    return (semantic_hash, codes) if whole else None
 
 
 def _write_report(

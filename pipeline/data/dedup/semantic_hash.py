@@ -105,7 +105,10 @@ class SemanticHash:
         try:
             tensors = load_file(path)
             loaded = cls()
+            shapes = loaded._weight.shape, loaded._threshold.shape
             loaded._weight, loaded._threshold = tensors["weight"], tensors["threshold"]
+            if (loaded._weight.shape, loaded._threshold.shape) != shapes:
+                raise KeyError(f"weights of {BITS} bits")
         except (SafetensorError, KeyError, FileNotFoundError) as error:
             raise DataError(f"{path}: not a semantic hash: {error}; `dcgan-data dedup` writes one") from None
         return loaded

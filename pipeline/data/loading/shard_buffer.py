@@ -8,14 +8,15 @@ from functools import partial
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from pipeline.common.errors import DataError, describe_os_error
+from pipeline.common.errors import DataError, UnavailableError, describe_os_error
 from pipeline.common.imaging import BadImage, decode
-from pipeline.data.dataset import Dataset, Encoding, Shard
+from pipeline.data.dataset import Dataset, Encoding, Shard, check_places
 from pipeline.data.loading.shard_cache import ShardCache, default_directory, default_limit_bytes
 from pipeline.data.loading.thread_pool import ThreadPool
 
@@ -38,7 +39,7 @@ class ShardBuffer:
 
     def __init__(self, dataset: Dataset, *, slots: int, decode: bool, cache_dir: Path | None) -> None:
         for shard in dataset.shards:
-            _check_offsets(shard, dataset.store.path(shard.name))
+            check_places(shard, dataset.location)
         self.dataset = dataset
         self.rows_kept = decode or dataset.encoding == "packed"
         self._store = dataset.store
@@ -57,7 +58,13 @@ class ShardBuffer:
         self._bases = list(accumulate(widths, initial=0))
         unit_bytes = dataset.image_bytes if self.rows_kept else 1
         self.nbytes = self._bases[-1] * unit_bytes
-        self._buffer = np.empty((self._bases[-1], unit_bytes), np.uint8)
+        try:
+            self._buffer = np.empty((self._bases[-1], unit_bytes), np.uint8)
+        except MemoryError:
+            raise UnavailableError(
+                f"{dataset.location}: {slots} of its shards need {self.nbytes:,} bytes of memory, more than is here; "
+                "lower recipe.streams, or build it with smaller shards (--shard-bytes)"
+            ) from None
         self._holder: list[int | None] = [None] * slots
         self._base_of = np.full(len(units), -1, np.int64)
         self._loads: dict[int, Future[None]] = {}
@@ -158,13 +165,18 @@ class ShardBuffer:
 
     def _fill(self, shard: int, entry: Shard, target: Images) -> None:
         """Read a shard's file into `target`, and hash it unless the same file was verified before."""
-        path = self._store.path(entry.name)
+        path = self._store.path(self._store.inside(entry.name))
         with FileIO(path) if self._cache is None else self._cache.open(self._store, entry) as file:
             self._read(shard, entry, file, target)
 
     def _read(self, shard: int, entry: Shard, file: FileIO, target: Images) -> None:
         stat = os.fstat(file.fileno())
         identity = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        if S_ISREG(stat.st_mode) and stat.st_size != entry.bytes:  # before anything as large as stated is made
+            raise DataError(
+                f"{self._store.path(entry.name)}: damaged: {stat.st_size} bytes, but dataset.json says {entry.bytes} "
+                "bytes; copy or build the data set again"
+            )
         if self.rows_kept and self.dataset.encoding != "packed":
             content = np.empty((entry.bytes, 1), np.uint8)
         else:
@@ -227,16 +239,6 @@ def _picture_decoder(shape: tuple[int, int, int]) -> Callable[[memoryview, Image
         out[:] = pixels
 
     return decode_into
-
-
-def _check_offsets(entry: Shard, where: str) -> None:
-    """Raise DataError unless the members lie in the file one after another."""
-    starts, ends = np.asarray(entry.offsets), np.asarray(entry.offsets) + np.asarray(entry.sizes)
-    if starts[0] < 0 or (ends < starts).any() or (starts[1:] < ends[:-1]).any() or ends[-1] > entry.bytes:
-        raise DataError(
-            f"{where}: dataset.json lists members that overlap or lie outside its {entry.bytes} bytes; "
-            "build the data set again"
-        )
 
 
 def _pieces(entry: Shard, content: memoryview, encoding: Encoding) -> Iterable[memoryview]:

@@ -4,6 +4,7 @@ import functools
 import io
 import pickle
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from pipeline.data.sources.interface import Item, Listing
 
 TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 FILES = {"train": TRAIN, "test": ("test_batch",)}
+FILE_BYTES = 1 << 28
+"""Largest file that is taken out of an archive; CIFAR's have 31 MB."""
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -95,11 +98,11 @@ def _read(location: str, name: str) -> bytes:
         try:
             with tarfile.open(location if source is None else None, fileobj=source) as tar:
                 member = next((m for m in tar if m.isreg() and m.name.rpartition("/")[2] == name), None)
-                file = tar.extractfile(member) if member else None
+                file = tar.extractfile(member) if member and member.size <= FILE_BYTES else None
                 if file is None:
                     raise DataError(f"{location}: no member {name}; expected cifar-10-python.tar.gz")
                 return file.read()
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
             if isinstance(error, FileNotFoundError):
                 raise UsageError(f"{location}: no such file") from None
             raise DataError(f"{location}: damaged archive: {error}") from None

@@ -93,9 +93,10 @@ def _parse(cell: str) -> Any:
     if cell.lower() in _TRUE_FALSE:
         return _TRUE_FALSE[cell.lower()]
     digits = cell.lstrip("+-")
-    if digits.isdecimal() and digits.isascii() and (digits == "0" or not digits.startswith("0")):
-        return int(cell)
+    whole = digits.isdecimal() and digits.isascii() and (digits == "0" or not digits.startswith("0"))
     try:
+        if whole and len(digits) <= 19 and abs(number := int(cell)) < 1 << 63:  # else it is larger than arrays hold
+            return number
         value = float(cell)
     except ValueError:
         return cell

@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from pipeline.common.errors import DataError, UsageError
+from pipeline.common.errors import DataError, UsageError, first_line
 from pipeline.common.imaging import Pixels
 from pipeline.common.storage import Store, is_url
 from pipeline.data.sources.interface import Item, Listing
@@ -47,8 +47,10 @@ class Svhn:
                 with path.open("rb") as file, unpacked.open("wb") as target:
                     images = unpack_images(file, target)
                 digits = loadmat(path, variable_names=["y"])["y"].ravel() % 10
-            except (ValueError, zlib.error, struct.error, KeyError, NotImplementedError) as error:
-                raise DataError(f"{path}: not an SVHN file (MATLAB v5 with X and y): {error}") from None
+            except OSError:
+                raise
+            except Exception as error:  # scipy meets hostile bytes here and raises whatever it likes
+                raise DataError(f"{path}: not an SVHN file (MATLAB v5 with X and y): {first_line(error)}") from None
             if len(digits) != images:
                 raise DataError(f"{path}: {images} images but {len(digits)} labels")
             self._unpacked[name] = str(unpacked)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import tarfile
 import tempfile
@@ -21,6 +22,8 @@ from pipeline.data.shard_writer import RECORD
 from pipeline.data.sources.interface import KEY, Item, Listing, as_type, infer_type
 
 IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "gif", "tif", "tiff"}
+LABEL_BYTES = 64 << 20
+"""Largest .json or .cls member; a larger one gives no labels."""
 _SAMPLE = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # webdataset's rule: a sample's name ends at the first dot
 
 
@@ -119,9 +122,11 @@ def open_members(file: Any, where: str, listing: Listing) -> Iterator[tuple[str,
     try:
         with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
             for member in tar:
-                if member.isreg():
+                if member.size < 0:  # tarfile would go back by it, for ever
+                    raise tarfile.ReadError(f"{member.name!r} has a negative size")
+                if member.isreg() and not member.issparse():  # a sparse one is larger than its tar
                     yield member.name, member.offset_data, member.size
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # of headers that are none
         raise DataError(f"{where}: damaged tar near offset {file.tell()}: {error}") from None
     # tarfile silently takes an unreadable header for the end, so the end must be checked.
     file.seek(tar.offset)
@@ -152,7 +157,7 @@ def _samples(folder: str, name: str, listing: Listing) -> list[tuple[str, dict[s
         sample = match[1]
         if extension in ("json", "cls"):
             file.seek(offset)
-            some = _labels(file.read(size), extension)
+            some = _labels(file.read(size), extension) if size <= LABEL_BYTES else None
             labels.setdefault(sample, {}).update(some or {})
             unread += some is None
         elif extension in IMAGES:
@@ -183,10 +188,17 @@ def _labels(data: bytes, extension: str) -> dict[str, Any] | None:
         text = data.decode("utf-8", "replace").strip()
         return {"label": text} if extension == "cls" else None
     if extension == "cls" or not isinstance(content, dict):
-        return {"label": content} if isinstance(content, (int, str)) else {}
+        return {"label": content} if isinstance(content, (int, str)) and _is_label(content) else {}
     inner = content.get("labels")
     content = inner if isinstance(inner, dict) else content
-    return {name: value for name, value in content.items() if isinstance(value, (bool, int, float, str, list))}
+    return {name: value for name, value in content.items() if isinstance(value, list) or _is_label(value)}
+
+
+def _is_label(value: Any) -> bool:
+    """Whether a value can be a label: a text, or a number that an array holds."""
+    if isinstance(value, str):
+        return not any("\ud800" <= char <= "\udfff" for char in value)
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 def _row(labels: dict[str, Any], index: int, images: int) -> dict[str, Any]:
@@ -195,7 +207,7 @@ def _row(labels: dict[str, Any], index: int, images: int) -> dict[str, Any]:
     for name, value in labels.items():
         if not isinstance(value, list):
             row[name] = value
-        elif len(value) == images and not isinstance(value[index], (list, dict)):
+        elif len(value) == images and (value[index] is None or _is_label(value[index])):
             row[name] = value[index]
     return row
 
@@ -206,11 +218,11 @@ def _block(file: Any, name: str, offset: int, size: int) -> list[tuple[str, int,
         version = np.lib.format.read_magic(file)
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = reader(file)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError, MemoryError, TypeError):  # numpy reads the header as Python
         return None
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] not in (1, 3):
         return None
-    start, each = file.tell(), int(np.prod(shape[1:]))
-    if start - offset + each * shape[0] != size:
+    start, each = file.tell(), math.prod(shape[1:])  # numpy's product would overflow
+    if min(shape) < 1 or start - offset + each * shape[0] != size:
         return None
     return [(name, start + i * each, each, tuple(shape[1:])) for i in range(shape[0])]

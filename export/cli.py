@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.common.command_line import command_group, run_command
+from pipeline.common.errors import escaped, one_line
 
 app = command_group(help="Export a checkpoint to an ONNX file or a TensorRT engine, with measured parity and speed.")
 
@@ -43,7 +44,9 @@ class OutputOption(StrEnum):
 Ckpt = Annotated[
     str, typer.Option(help="A run, a checkpoint, or a weights file (.safetensors, netG_epoch_N.pth); path or URL.")
 ]
-OptionalCkpt = Annotated[str | None, typer.Option(help="The weights that the model was made from, if they have moved.")]
+OptionalCkpt = Annotated[
+    str | None, typer.Option(help="The weights that the model was made from. For an engine, default: its ONNX file.")
+]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 ParityImages = Annotated[int, typer.Option(min=1, help="Images compared with PyTorch at the largest batch.")]
 MaxBatch = Annotated[int, typer.Option(help="Largest batch that the file accepts.")]
@@ -150,7 +153,7 @@ def triton(
     how = "parsed by Triton's schema, equal to the card" if checked else "not checked: pip install tritonclient grpcio"
     typer.echo(f"wrote {path} ({how}) and {path.parent / '1'}")
     if card.engine:
-        typer.echo(f"serve it on {card.engine.gpu}, with a Triton image that has TensorRT {card.engine.version}")
+        typer.echo(one_line(f"serve it on {card.engine.gpu}, with a Triton image of TensorRT {card.engine.version}"))
 
 
 @app.command()
@@ -191,7 +194,7 @@ def inspect(model: Model) -> None:
     from export.builders.inspection import describe_model
 
     for line in describe_model(model):
-        typer.echo(line)
+        typer.echo(escaped(line))
 
 
 @app.command()

@@ -14,9 +14,9 @@ Without accelerate's launcher:
 """
 
 import ctypes
-import json
 import logging
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
@@ -40,6 +40,7 @@ from pipeline.common.errors import (
     UserError,
     first_line,
 )
+from pipeline.common.records import parse_json
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 from pipeline.config import RunConfig, explain, load_config, preset_names, validate
 
@@ -122,12 +123,23 @@ def resolve(
     stored = out / "config.json"
     if preset is not None or config is not None or not stored.is_file():
         return load_config(preset, config, overrides), data
-    try:
-        content = json.loads(stored.read_text())
-        settings = validate(content["config"], str(stored))
-        data = data or content["dataset"]["location"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{stored}: damaged; name --preset or --config and --data to do without it") from None
+    advice = "name --preset or --config and --data to do without it"
+    content = parse_json(stored.read_bytes(), str(stored), hint=advice)
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise DataError(f"{stored}: damaged; {advice}")
+    settings = validate(content["config"], str(stored))
+    if extractor := settings.schedule.extractor:
+        from pipeline.evaluation.metrics.extractors import FALLBACK
+
+        if extractor != FALLBACK and not any(re.match(r"(schedule\.)?extractor=", one) for one in overrides):
+            raise UsageError(
+                f"{stored}: names the extractor {extractor}, which may be a program; name it yourself to use it: "
+                f"schedule.extractor={extractor}"
+            )
+    if data is None:
+        from pipeline.training.run_directory import known_location
+
+        data = known_location(out, content)
     return load_config(None, None, overrides, base=settings), data
 
 

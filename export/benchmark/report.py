@@ -16,6 +16,7 @@ from export.benchmark.cases import BASELINE, Case
 from export.benchmark.roofline import ImageCost, Rooflines, cost_of
 from export.benchmark.timing import MeasurementSettings, Timings
 from export.format.driver import driver_version
+from pipeline.common.errors import escaped
 from pipeline.common.machine import versions
 from pipeline.common.storage import atomic_path, write_atomic
 from pipeline.config import NetworkConfig
@@ -135,7 +136,7 @@ def print_tables(content: Row, out: Path) -> None:
     from rich.table import Table
 
     # Piped output has no width of its own; 120 columns cut no cell.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
     table = Table(title=f"{content['title']} on {', '.join(content['hardware'].values())}")
     on_gpu = any("device_p50_ms" in row for row in content["rows"])
     headings = [
@@ -176,7 +177,8 @@ def print_tables(content: Row, out: Path) -> None:
         console.print(_once_table(content["backends"]))
     for reason in dict.fromkeys(content["left_out"].values()):
         labels = ", ".join(label for label, why in content["left_out"].items() if why == reason)
-        console.print(f"not measured: {labels}: {reason}", style="dim", highlight=False, soft_wrap=True)
+        line = escaped(f"not measured: {labels}: {reason}")
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
     console.print(f"wrote {out / 'bench.json'} and bench.png", highlight=False)
 
 

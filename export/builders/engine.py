@@ -17,7 +17,7 @@ from export.format.card import (
     require_replaceable,
     write_card,
 )
-from pipeline.common.errors import DataError, UnavailableError, UsageError
+from pipeline.common.errors import DataError, UsageError
 from pipeline.common.machine import versions
 from pipeline.common.storage import is_url, locate, sha256_bytes, write_atomic
 
@@ -205,7 +205,7 @@ def find_reference(engine: str, card: Card, weights: str | None) -> "Reference":
     assert card.engine is not None
     model = beside(engine, card.engine.onnx)
     store, name = locate(model)
-    if store.exists(name):
+    if store.exists(store.inside(name)):
         return _reference(_onnx_card(engine, card), model, weights)
     return parity.of_generator(load_source(card, weights).generator)
 
@@ -216,6 +216,8 @@ def _onnx_card(engine: str, card: Card) -> Card:
 
     assert card.engine is not None
     model = beside(engine, card.engine.onnx)
+    store, name = locate(model)
+    store.inside(name)
     found, _ = load_checked(model)
     if found.sha256 != card.engine.onnx_sha256:
         raise DataError(
@@ -240,11 +242,8 @@ def _reference(onnx_card: Card, model: str, weights: str | None) -> "Reference":
     from export.builders.onnx_model import float_runner, load_source
     from pipeline.common.machine import available_threads
 
-    try:
+    if weights is not None:
         return parity.of_generator(load_source(onnx_card, weights).generator)
-    except (DataError, UnavailableError):
-        if weights is not None:
-            raise
     run = float_runner(onnx_card, read_model(model)[1], model, available_threads())
     return parity.Reference(onnx_card.file, onnx_card.network, run)
 

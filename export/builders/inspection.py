@@ -52,7 +52,8 @@ def _graph(model: str, data: bytes) -> str:
         raise DataError(f"{model}: not an ONNX file ({error}); export it again") from None
     operators = Counter(node.op_type for node in proto.graph.node)
     listed = ", ".join(f"{count} {name}" for name, count in operators.items())
-    return f"opset {proto.opset_import[0].version}, {sum(operators.values())} nodes: {listed}"
+    opset = proto.opset_import[0].version if proto.opset_import else "unknown"
+    return f"opset {opset}, {sum(operators.values())} nodes: {listed}"
 
 
 def _engine(card: Card) -> str:

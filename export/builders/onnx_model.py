@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.builders import parity
-from export.format.card import Card, ComputePrecision, Output, Parity, Source, ports, write_card
+from export.format.card import MAX_BATCH, Card, ComputePrecision, Output, Parity, Source, ports, write_card
 from export.format.graph import DeployedGenerator
 from export.format.onnx_file import check_network, load_checked, metadata
 from export.samplers.base import Sampler
@@ -25,7 +25,6 @@ from pipeline.common.storage import sha256_bytes, write_atomic
 from pipeline.model.networks import Generator
 
 OPSET = 20
-MAX_BATCH = 4096
 
 
 def export_onnx(
@@ -98,7 +97,7 @@ def build(loaded: LoadedGenerator, precision: ComputePrecision, output: Output, 
 
 def source_of(loaded: LoadedGenerator) -> Source:
     """Return the weights as the card describes them."""
-    return Source(reference=loaded.source, sha256=loaded.sha256, kind=loaded.kind, images_seen=loaded.images_seen)
+    return Source(reference=loaded.reference, sha256=loaded.sha256, kind=loaded.kind, images_seen=loaded.images_seen)
 
 
 class _quiet:
@@ -160,7 +159,9 @@ def float_runner(
     output = "image"
     if card.output_kind == "uint8":
         proto: Any = onnx.load_from_string(data)
-        permute = next(node for node in proto.graph.node if node.op_type == "Transpose")
+        permute = next((node for node in proto.graph.node if node.op_type == "Transpose"), None)
+        if permute is None or not permute.input:
+            raise DataError(f"{model}: its graph has no float images before the uint8 ones; export it again")
         output = permute.input[0]
         proto.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
         data = proto.SerializeToString()
@@ -174,7 +175,7 @@ def float_runner(
 
 
 def verify_onnx(model: str, *, reference: str | None = None, images: int = parity.IMAGES) -> tuple[Card, list[Parity]]:
-    """Check hash, card, graph and parity again. `reference` is the checkpoint, if it has moved.
+    """Check hash, card, graph and parity again. `reference` is the checkpoint.
 
     Raises DataError with the check that fails.
     """
@@ -184,19 +185,18 @@ def verify_onnx(model: str, *, reference: str | None = None, images: int = parit
 
 
 def load_source(card: Card, reference: str | None) -> LoadedGenerator:
-    """Return the generator that `card` was exported from.
+    """Return the generator that `card` was exported from, which `reference` names.
 
-    Raises DataError when it is gone, has another hash, or contradicts the card.
+    A card says what its weights were, but it may come from anyone: only what the user names is opened or fetched.
+
+    Raises DataError when it is not named, is gone, has another hash, or contradicts the card.
     """
-    where = reference or card.source.reference
-    try:
-        loaded = load_generator(where)
-    except DataError as error:
-        if reference is not None:
-            raise
+    if reference is None:
         raise DataError(
-            f"{card.file}: the weights it was made from cannot be read ({error}); pass them as --ckpt"
-        ) from None
+            f"{card.file}: its images can only be compared with those of the weights it was made from; name them "
+            f"with --ckpt (the card says {card.source.reference}, SHA-256 {card.source.sha256[:12]}...)"
+        )
+    loaded = load_generator(reference)
     if loaded.sha256 != card.source.sha256:
         raise DataError(
             f"{loaded.source}: its SHA-256 is {loaded.sha256[:12]}..., but {card.file} was made from "

@@ -187,7 +187,7 @@ def describe(parity: Parity) -> str:
         floats = f"float difference {parity.max_float_error:.1e} (at most {parity.float_bar:g}), "
     if parity.share_bar is not None:
         share = f" (at most {parity.share_bar:.1%})"
-    stand_in = "" if parity.reference == "PyTorch" else f"with {parity.reference} in place of the lost weights, "
+    stand_in = "" if parity.reference == "PyTorch" else f"with {parity.reference} in place of the weights, "
     return (
         f"parity {stand_in}over {parity.images:,} images at batch {', '.join(map(str, parity.batches))} on "
         f"{parity.backend}: {floats}uint8 difference {parity.max_uint8_error} (at most {parity.uint8_bar}), "

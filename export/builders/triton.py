@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from export.format.card import Card, read_model, write_card
-from export.format.onnx_file import load_checked
+from export.format.onnx_file import check_network, load_checked
 from pipeline.common.errors import DataError, UnavailableError, UsageError
 from pipeline.common.storage import write_atomic
 
@@ -33,6 +33,7 @@ def export_repository(
             "expected at least 1 and 0"
         )
     card, data = read_model(model) if model.endswith(".plan") else load_checked(model)
+    check_network(model, card, card.network)  # the names of its input and output go into the configuration
     if card.engine is not None and card.engine.runtime != "tensorrt":
         raise UnavailableError(
             f"{model}: Triton's server has no {card.engine.runtime} backend; use the ONNX file, or --runtime tensorrt"

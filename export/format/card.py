@@ -5,16 +5,20 @@ See docs/architecture.md, contract 5.
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pipeline.common.errors import DataError, UsageError
-from pipeline.common.records import Record, read_record
+from pipeline.common.records import LARGEST, Record, read_record
 from pipeline.common.storage import Store, locate, sha256_bytes, sha256_file
 from pipeline.config import NetworkConfig
 
 VERSION = 1
+MAX_BATCH = 4096
+"""Largest batch that a file can be exported for."""
+SHA256 = r"^[0-9a-f]{64}$"
+Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 SUFFIXES = (".onnx", ".plan")
 
 Precision = Literal["fp32", "tf32", "fp16"]
@@ -38,11 +42,11 @@ class Source(Record):
     """The weights that were exported."""
 
     reference: str
-    """The file they were read from."""
-    sha256: str
+    """The file they were read from, for people: its place in the run, or a URL. No program opens it."""
+    sha256: str = Field(pattern=SHA256)
     """Hash of that file."""
     kind: Literal["ema", "raw", "netG", "discriminator"]
-    images_seen: int | None = None
+    images_seen: int | None = Field(None, ge=0, le=LARGEST)
     """Real images seen in training; null if the file does not say."""
 
 
@@ -76,16 +80,16 @@ class Engine(Record):
     gpu: str | None
     """Name of the GPU that it was built on; null for TensorRT-RTX, which builds for several."""
     compute_capability: str | None
-    driver: str | None = Field(pattern=r"^\d+(\.\d+)*$")
+    driver: str | None = Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})*$")
     """CUDA version that the driver supports."""
     system: str
     """Operating system and processor, for example Linux-x86_64."""
-    profiles: list[list[int]]
+    profiles: list[Annotated[list[Batch], Field(min_length=3, max_length=3)]] = Field(min_length=1)
     """Smallest, best and largest batch of each optimization profile."""
-    optimization_level: int
-    onnx: str
-    """Name of the ONNX file beside it that it was built from."""
-    onnx_sha256: str
+    optimization_level: int = Field(ge=0, le=5)
+    onnx: str = Field(pattern=r"^[^/\\\x00-\x1f\x7f]{1,250}\.onnx$")
+    """Name of the ONNX file beside it that it was built from. People choose it, so it may be any name."""
+    onnx_sha256: str = Field(pattern=SHA256)
 
 
 class Card(Record):
@@ -94,10 +98,10 @@ class Card(Record):
     version: int = VERSION
     file: str
     """Name of the model beside the card."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=SHA256)
+    bytes: int = Field(ge=1, le=LARGEST)
     precision: Precision
-    max_batch: int = Field(ge=1)
+    max_batch: int = Field(ge=1, le=MAX_BATCH)
     input: Port
     output: Port
     network: NetworkConfig

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from export.format.card import Card, Precision, Source, ports, read_model
 from pipeline.common.errors import DataError, first_line
+from pipeline.common.onnx_graph import refuse_external_data
 from pipeline.config import NetworkConfig
 
 
@@ -32,7 +33,10 @@ def load_checked(model: str) -> tuple[Card, bytes]:
     card, data = read_model(model)
     try:
         proto: Any = onnx.load_from_string(data)
+        refuse_external_data(proto, model)
         onnx.checker.check_model(proto, full_check=True)
+    except DataError:
+        raise
     except Exception as error:  # errors of protobuf and onnx have no common class
         line = first_line(error)
         raise DataError(f"{model}: not a valid ONNX graph: {line}; export it again") from None
@@ -55,9 +59,9 @@ def _check_ports(model: str, card: Card, proto: Any) -> None:
         for value in (*proto.graph.input, *proto.graph.output)
     ]
     expected = [(port.name, port.dtype, port.shape) for port in (card.input, card.output)]
-    if any(isinstance(shape[0], int) for _, _, shape in found if shape):
+    if fixed := [shape[0] for _, _, shape in found if shape and isinstance(shape[0], int)]:
         raise DataError(
-            f"{model}: its batch is fixed at {found[0][2][0]}, expected a dynamic one; export it with dcgan-export onnx"
+            f"{model}: its batch is fixed at {fixed[0]}, expected a dynamic one; export it with dcgan-export onnx"
         )
     if found != expected:
         raise DataError(f"{model}: the graph has {found}, its card says {expected}; export it again")

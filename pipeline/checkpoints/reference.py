@@ -2,23 +2,27 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
 from pipeline.checkpoints.examples import read_examples
-from pipeline.checkpoints.store import CheckpointStore
+from pipeline.checkpoints.store import CHECKPOINTS, STATE, CheckpointStore
 from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize
 from pipeline.common.errors import DataError
-from pipeline.common.storage import Store, locate, sha256_bytes
+from pipeline.common.records import LARGEST, first_problem
+from pipeline.common.storage import Store, is_url, locate, public_name, sha256_bytes
 from pipeline.config import NetworkConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pipeline.model.networks import Discriminator, Generator
+
+N = TypeVar("N", bound="nn.Module")
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,17 @@ class LoadedGenerator:
     """On the CPU, float32, in eval mode."""
     config: NetworkConfig
     source: str
-    """The file that was read in the end: a URL or an absolute path, since it goes into cards that travel."""
+    """The file that was read in the end: a URL or an absolute path, for messages."""
     sha256: str
     """Of that file."""
     images_seen: int | None
     """Real images seen in training, where the file tells."""
     kind: Kind
+
+    @property
+    def reference(self) -> str:
+        """The file as cards and results name it."""
+        return public_reference(self.source)
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,23 @@ class LoadedDiscriminator:
     source: str
     sha256: str
     images_seen: int | None
+
+    @property
+    def reference(self) -> str:
+        """The file as results name it."""
+        return public_reference(self.source)
+
+
+def public_reference(source: str) -> str:
+    """Return the name of a weights file for files that travel: `RUN/checkpoints/POSITION/FILE`, or FILE alone.
+
+    A card is made to be published, and must not say where on whose machine the weights lay. Their SHA-256 says which
+    they are.
+    """
+    if is_url(source):
+        return public_name(source)
+    parts = Path(source).parts
+    return "/".join(parts[-4:]) if parts[-3:-2] == (CHECKPOINTS,) else parts[-1]
 
 
 def load_generator(reference: str) -> LoadedGenerator:
@@ -61,19 +87,17 @@ def load_generator(reference: str) -> LoadedGenerator:
     from pipeline.model.networks import build_generator
 
     source, data = _read(reference, "ema")
-    if source.endswith((".pth", ".pt")):
+    if source.lower().endswith((".pth", ".pt")):
         config, tensors = read_examples(data, source)
-        generator = build_generator(config)
-        _fill(generator, tensors, source)
+        generator = _filled(build_generator, config, tensors, source)
         return LoadedGenerator(generator, config, source, sha256_bytes(data), None, "netG")
     tensors, card = deserialize(data, source)
     if card.get("kind") not in ("ema", "raw"):
         raise DataError(f"{source}: holds {card.get('kind', 'weights of another project')}, expected a generator")
     config = _network_config(card, source)
-    generator = build_generator(config)
-    _fill(generator, tensors, source)
+    generator = _filled(build_generator, config, tensors, source)
     kind: Kind = "ema" if card["kind"] == "ema" else "raw"
-    return LoadedGenerator(generator, config, source, sha256_bytes(data), card.get("images_seen"), kind)
+    return LoadedGenerator(generator, config, source, sha256_bytes(data), _images_seen(card, source), kind)
 
 
 def load_discriminator(reference: str) -> LoadedDiscriminator:
@@ -85,9 +109,8 @@ def load_discriminator(reference: str) -> LoadedDiscriminator:
     from pipeline.model.networks import build_discriminator
 
     config = _network_config(card, source)
-    discriminator = build_discriminator(config)
-    _fill(discriminator, tensors, source)
-    return LoadedDiscriminator(discriminator, config, source, sha256_bytes(data), card.get("images_seen"))
+    discriminator = _filled(build_discriminator, config, tensors, source)
+    return LoadedDiscriminator(discriminator, config, source, sha256_bytes(data), _images_seen(card, source))
 
 
 def _read(reference: str, kind: Kind) -> tuple[str, bytes]:
@@ -98,7 +121,7 @@ def _read(reference: str, kind: Kind) -> tuple[str, bytes]:
 
 def _resolve(reference: str, kind: Kind) -> tuple[Store, str]:
     """Return the store and file name of the weights of `kind` that a `--ckpt` value means."""
-    if re.search(r"\.(safetensors|pth|pt)$", reference):
+    if re.search(r"\.(safetensors|pth|pt)$", reference, re.IGNORECASE):
         return locate(reference)
     location, _, choice = (
         reference.partition("@") if re.search(r"@(best|last|\d+)$", reference) else (reference, "", "")
@@ -106,10 +129,13 @@ def _resolve(reference: str, kind: Kind) -> tuple[Store, str]:
     store = Store(location)
     if not store.remote and not Path(store.location).exists():
         raise DataError(f"--ckpt {reference}: nothing there; expected a run, a checkpoint, or a weights file")
-    if store.exists("state.json"):
-        parent, _, here = str(store.location).rpartition("/")
-        checkpoints = CheckpointStore(Store(parent or "."), folder="")
-        checkpoints.verify(here, FILE_OF_KIND[kind])
+    if not store.remote and not Path(store.location).is_dir():
+        raise DataError(
+            f"--ckpt {reference}: a file, and its name does not say what it holds; expected a run, a checkpoint, "
+            "a .safetensors, or a .pth or .pt of pytorch/examples: rename it if it is one of these"
+        )
+    if store.exists(STATE):
+        CheckpointStore(store, folder="").verify("", FILE_OF_KIND[kind])
         return store, FILE_OF_KIND[kind]
     checkpoints = CheckpointStore(store)
     chosen = checkpoints.choose(choice)
@@ -125,20 +151,34 @@ def _network_config(card: dict[str, Any], source: str) -> NetworkConfig:
     try:
         return NetworkConfig.model_validate(card.get("network"))
     except ValidationError as error:
-        raise DataError(f"{source}: its network is of another version: {error.errors()[0]['msg']}") from None
+        raise DataError(f"{source}: its network is of another version: {first_problem(error)}") from None
 
 
-def _fill(network: "nn.Module", tensors: dict[str, "Tensor"], source: str) -> None:
-    """Load `tensors` into `network` and put it into eval mode."""
+def _images_seen(card: dict[str, Any], source: str) -> int | None:
+    seen = card.get("images_seen")
+    if seen is not None and (type(seen) is not int or not 0 <= seen <= LARGEST):
+        raise DataError(f"{source}: says that {seen!r} images were seen in training; expected a number")
+    return seen
+
+
+def _filled(build: Callable[[NetworkConfig], N], config: NetworkConfig, tensors: dict[str, "Tensor"], source: str) -> N:
+    """Return the network of `config` with `tensors` in it, in eval mode. Raises DataError when they do not fit.
+
+    They are compared first with a network that takes no memory: a small file may name a very large one.
+    """
     import torch
 
-    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise DataError(
-            f"{source}: its weights are not finite ({broken[0]}): the training diverged; use an earlier checkpoint"
-        )
+    with torch.device("meta"):
+        skeleton = build(config)
     try:
+        skeleton.load_state_dict({name: tensor.to("meta") for name, tensor in tensors.items()}, assign=True)
+        if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+            raise DataError(
+                f"{source}: its weights are not finite ({broken[0]}): the training diverged; use an earlier checkpoint"
+            )
+        network = build(config)
         network.load_state_dict(tensors)
-    except RuntimeError as error:
+    except RuntimeError as error:  # also what torch cannot do with tensors of an unusual type
         detail = " ".join(str(error).split())[:200]
         raise DataError(f"{source}: the weights do not fit the network they name: {detail}") from None
-    network.eval()
+    return network.eval()

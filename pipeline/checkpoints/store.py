@@ -5,15 +5,23 @@ See docs/architecture.md, contract 4.
 
 import json
 import logging
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.common.errors import ConfigConflict, DataError
+from pipeline.common.records import parse_json
 from pipeline.common.storage import Store, require_plain_name, sha256_bytes
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints."""
 STATE = "state.json"
 VERSION = 1
+POSITION_DIGITS = 15
+"""Digits of the longest position; a checkpoint's folder has 12 of them, or more when it needs more."""
+_POSITION = re.compile(f"[0-9]{{1,{POSITION_DIGITS}}}")
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +41,12 @@ class Checkpoint:
         """Position of the run: real images seen over all processes."""
         return int(self.state["images_seen"])
 
+    def file(self, name: str) -> bytes:
+        """Return one file. Raises DataError when the checkpoint lists none of that name."""
+        if name not in self.files:
+            raise DataError(f"{self.path}/{name}: the checkpoint has no such file")
+        return self.files[name]
+
 
 class CheckpointStore:
     """The checkpoints of a run, on a disk or in an object store.
@@ -40,7 +54,7 @@ class CheckpointStore:
     A checkpoint is complete exactly when its state.json is there; it names every other file and its SHA-256.
     """
 
-    def __init__(self, store: Store, *, folder: str = "checkpoints") -> None:
+    def __init__(self, store: Store, *, folder: str = CHECKPOINTS) -> None:
         self.store = store
         self.folder = folder
 
@@ -53,7 +67,7 @@ class CheckpointStore:
 
     def names(self) -> list[str]:
         """Return the names of the complete checkpoints, oldest first."""
-        found = (name for name in self.store.names(self.folder) if name.isdigit())
+        found = (name for name in self.store.names(self.folder) if _POSITION.fullmatch(name))
         return [name for name in found if self.store.exists(self._name(name, STATE))]
 
     def state(self, name: str) -> dict[str, Any]:
@@ -63,18 +77,23 @@ class CheckpointStore:
         must not make a run fall back and overwrite it.
         """
         where = self.store.path(self._name(name, STATE))
-        try:
-            state = json.loads(self.store.read(self._name(name, STATE)))
-            version, files = state["version"], state["files"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{where}: damaged; expected the JSON that the trainer writes") from None
-        if version != VERSION:
+        state = parse_json(self.store.read(self._name(name, STATE)), where, nan=True)
+        damaged = DataError(f"{where}: damaged; expected the JSON that the trainer writes")
+        if not isinstance(state, dict) or "version" not in state:
+            raise damaged
+        if (version := state["version"]) != VERSION:
             raise ConfigConflict(f"{where}: version {version}; this release reads version {VERSION}: use a newer one")
-        if not isinstance(files, dict):
-            raise DataError(f"{where}: damaged; expected the JSON that the trainer writes")
-        for file in files:  # they become paths: a store that is not ours must not name one outside the checkpoint
+        files, seen = state.get("files"), state.get("images_seen")
+        if not isinstance(files, dict) or type(seen) is not int or not 0 <= seen < 10**POSITION_DIGITS:
+            raise damaged
+        if any(not isinstance(state.get(key, {}), dict) for key in ("config", "dataset", "metrics")):
+            raise damaged
+        for file, sha256 in files.items():
+            # They become paths: a store that is not ours must not name one outside the checkpoint.
             require_plain_name(file, where)
-        return dict(state)
+            if not isinstance(sha256, str):
+                raise damaged
+        return state
 
     def verify(self, name: str, file: str) -> bytes:
         """Return one file of a checkpoint. Raises DataError when it is missing, cut short or altered."""
@@ -82,7 +101,7 @@ class CheckpointStore:
         where = self.store.path(self._name(name, file))
         if expected is None:
             raise DataError(f"{where}: the checkpoint has no such file")
-        data = self.store.read(self._name(name, file))
+        data = self.store.read(self.store.inside(self._name(name, file)))
         found = sha256_bytes(data)
         if found != expected:
             raise DataError(f"{where}: its SHA-256 is {found[:12]}..., state.json says {expected[:12]}...: damaged")
@@ -91,6 +110,9 @@ class CheckpointStore:
     def load(self, name: str) -> Checkpoint:
         """Read a whole checkpoint. Raises DataError when anything in it is damaged."""
         state = self.state(name)
+        if state["images_seen"] != int(name):
+            where = self.store.path(self._name(name, STATE))
+            raise DataError(f"{where}: says {state['images_seen']} images, its folder says {int(name)}: damaged")
         return Checkpoint(self.path(name), state, {file: self.verify(name, file) for file in state["files"]})
 
     def load_latest(self) -> Checkpoint | None:
@@ -124,9 +146,12 @@ class CheckpointStore:
                 log.warning("%s", error)
         if not states:
             return None
-        metric = states[max(states)].get("config", {}).get("schedule", {}).get("best_metric", "swd")
-        values = {name: state.get("metrics", {}).get(metric) for name, state in states.items()}
-        evaluated = {name: float(value) for name, value in values.items() if value is not None}
+        schedule = states[max(states)].get("config", {}).get("schedule")
+        metric = schedule.get("best_metric", "swd") if isinstance(schedule, dict) else "swd"
+        values = {name: state.get("metrics", {}).get(str(metric)) for name, state in states.items()}
+        evaluated = {
+            name: value for name, value in values.items() if isinstance(value, int | float) and abs(value) < math.inf
+        }
         return min(evaluated, key=lambda name: evaluated[name]) if evaluated else None
 
     def choose(self, choice: str = "") -> str | None:
@@ -170,6 +195,6 @@ class CheckpointStore:
         kept = {*names[-keep:], self.best()}
         newest = names[-1] if names else ""
         for name in self.store.names(self.folder):
-            if name.isdigit() and name not in kept and name < newest:
+            if _POSITION.fullmatch(name) and name not in kept and name < newest:
                 self.store.delete(self._name(name, STATE))  # first, so that what is half deleted never counts
                 self.store.delete(self._name(name))

@@ -4,6 +4,7 @@ import json
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.common.errors import DataError
+from pipeline.common.records import parse_json
 from pipeline.config import NetworkConfig
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def deserialize(data: bytes, source: str) -> tuple[dict[str, "Tensor"], dict[str
 
     try:
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        card: Any = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:  # the last for a type of numbers that torch has not
         raise DataError(f"{source}: not a whole safetensors file ({error}); copy it again") from None
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], source)
+    card = parse_json((header.get("__metadata__") or {}).get(METADATA_KEY, "{}"), source, nan=True)
     return tensors, card if isinstance(card, dict) else {}

@@ -3,10 +3,12 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -103,16 +105,29 @@ class Classifier:
         write_atomic(path, save(state, {METADATA_KEY: json.dumps(card)}))
 
 
+class _Card(BaseModel):
+    """What a classifier's file says of it."""
+
+    shape: tuple[int, int, Literal[1, 3]]
+    heads: list[Head] = Field(max_length=4096)
+    data: str
+
+
 def load_classifier(reference: str) -> Classifier:
     """Return the classifier in a file (path or URL). Raises DataError when the file is something else."""
     store, name = locate(reference)
-    tensors, card = deserialize(store.read(name), store.path(name))
-    if card.get("kind") != KIND:
-        raise DataError(f"{reference}: not an attribute classifier; make one with `dcgan-eval classifier`")
-    height, width, channels = card["shape"]
-    network = AttributeNet(channels, width, len(card["heads"]))
+    return parse_classifier(store.read(name), reference)
+
+
+def parse_classifier(data: bytes, where: str) -> Classifier:
+    """Return the classifier in the file `where`, whose content is `data`. Raises DataError as `load_classifier`."""
+    tensors, content = deserialize(data, where)
+    if content.get("kind") != KIND:
+        raise DataError(f"{where}: not an attribute classifier; make one with `dcgan-eval classifier`")
     try:
+        card = _Card.model_validate(content)
+        network = AttributeNet(card.shape[2], card.shape[1], len(card.heads))
         network.load_state_dict(tensors)
-    except RuntimeError:
-        raise DataError(f"{reference}: of another version; make it again with `dcgan-eval classifier`") from None
-    return Classifier(network, [Head(**head) for head in card["heads"]], (height, width, channels), card["data"])
+    except (ValidationError, RuntimeError):
+        raise DataError(f"{where}: of another version; make it again with `dcgan-eval classifier`") from None
+    return Classifier(network, card.heads, card.shape, card.data)

@@ -4,6 +4,7 @@ from typing import Any
 
 from pipeline.checkpoints.reference import LoadedDiscriminator, LoadedGenerator, load_discriminator, load_generator
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.storage import public_name
 from pipeline.config import NetworkConfig
 from pipeline.data.dataset import open_dataset
 from pipeline.evaluation.device import device
@@ -26,7 +27,7 @@ def discriminator(ckpt: str) -> tuple[LoadedDiscriminator, dict[str, Any]]:
 
 def _describe(loaded: LoadedGenerator | LoadedDiscriminator) -> dict[str, Any]:
     return {
-        "source": loaded.source,
+        "source": loaded.reference,
         "sha256": loaded.sha256,
         "images_seen": loaded.images_seen,
         "network": loaded.config.model_dump(),
@@ -46,7 +47,7 @@ def fakes(ckpt: str | None, samples: str | None, count: int, seed: int) -> tuple
     assert samples is not None
     images = ShardImages(open_dataset(samples), count)
     _check_set(images)
-    return images, {"kind": "samples", "source": samples, "sha256": images.dataset.fingerprint()}
+    return images, {"kind": "samples", "source": public_name(samples), "sha256": images.dataset.fingerprint()}
 
 
 def reals(data: str, count: int | None) -> tuple[ShardImages, dict[str, Any]]:
@@ -54,7 +55,7 @@ def reals(data: str, count: int | None) -> tuple[ShardImages, dict[str, Any]]:
     images = ShardImages(open_dataset(data), count)
     _check_set(images)
     return images, {
-        "location": images.dataset.location,
+        "location": public_name(images.dataset.location),
         "fingerprint": images.dataset.fingerprint(),
         "images": images.dataset.images,
         "used": images.count,

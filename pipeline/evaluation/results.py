@@ -8,7 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ValidationError
+
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.records import first_problem, parse_json
 from pipeline.common.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -18,6 +21,30 @@ if TYPE_CHECKING:
 
 FOLDER = "evaluation"
 """The folder of results in a run directory; the report reads them from there."""
+
+
+class _Picture(BaseModel):
+    file: str
+    caption: str = ""
+
+
+class _Published(BaseModel):
+    what: str
+    source: str
+    values: dict[str, Any]
+
+
+class _Stored(BaseModel):
+    """What the report reads of a result; the rest of the file is for people."""
+
+    command: str
+    results: dict[str, Any]
+    settings: dict[str, Any] = {}
+    summary: str = ""
+    note: str = ""
+    table: list[list[Any]] = []
+    published: list[_Published] = []
+    pictures: list[_Picture]
 
 
 @dataclass
@@ -96,12 +123,13 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the results in `folder` by command; other JSON files are ignored. Raises DataError for a damaged file."""
     found = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text())
-        except (ValueError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not JSON ({error}); remove it or run the command again") from None
+        advice = "remove it or run the command again"
+        content = parse_json(path.read_bytes(), str(path), hint=advice, nan=True)
         if isinstance(content, dict) and {"command", "results", "pictures"} <= content.keys():
-            found[path.stem] = content
+            try:
+                found[path.stem] = _Stored.model_validate(content).model_dump()
+            except ValidationError as error:
+                raise DataError(f"{path}: {first_problem(error)}; {advice}") from None
     return found
 
 

@@ -4,12 +4,12 @@ import os
 import platform
 from collections.abc import Iterable
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline.common.errors import ConfigConflict, DataError, UsageError, first_line
+from pipeline.common.storage import public_name
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset
 
@@ -18,15 +18,21 @@ if TYPE_CHECKING:
 
 
 def describe_run(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """Return what config.json and state.json say about a run."""
+    """Return what config.json and state.json say about a run: nothing of this machine, for both are published.
+
+    `RunDirectory` keeps the data set's location, for resuming here.
+    """
+    source = dict(dataset.source)
+    if isinstance(location := source.get("location"), str):
+        source["location"] = public_name(location)
     return {
         "config": config.model_dump(),
         "dataset": {
-            "location": dataset.location if dataset.store.remote else str(Path(dataset.location).resolve()),
+            "location": public_name(dataset.location),
             "fingerprint": dataset.fingerprint(),
             "images": dataset.images,
             "encoding": dataset.encoding,
-            "source": dataset.source,
+            "source": source,
         },
     }
 

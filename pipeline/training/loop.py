@@ -64,7 +64,7 @@ def train(
         def open_run() -> tuple[Dataset, RunDirectory | None, CheckpointManager]:
             dataset = open_dataset(data)
             check_settings(config, dataset, accelerator)
-            run = resources.enter_context(RunDirectory(out)) if main else None
+            run = resources.enter_context(RunDirectory(out, dataset.location)) if main else None
             manager = CheckpointManager(config, describe_run(config, dataset), accelerator, out, mirror)
             return dataset, run, manager
 

@@ -65,7 +65,7 @@ class CheckpointManager:
                 for change in changes:
                     log.warning("resuming with a change: %s", change)
                 if before is not None and before != now:
-                    log.info("%d threads, %d before: results may differ in the last bits", now, before)
+                    log.info("%s threads, %s before: results may differ in the last bits", now, before)
         return checkpoint
 
     def _newest(self, resume: str, allow_change: Iterable[str]) -> Checkpoint | None:
@@ -89,7 +89,7 @@ class CheckpointManager:
         if checkpoint is not None:
             restore(step, checkpoint)
             self.last_path = checkpoint.path
-            images_seen, metrics = checkpoint.images_seen, checkpoint.files[METRICS]
+            images_seen, metrics = checkpoint.images_seen, checkpoint.file(METRICS)
         if run is not None:
             self.store.discard_after(images_seen)
             run.restore_metrics(metrics)
@@ -151,14 +151,14 @@ def restore(step: AdversarialStep, checkpoint: Checkpoint) -> None:
     }
     for kind, network in networks.items():
         where = f"{checkpoint.path}/{FILE_OF_KIND[kind]}"
-        tensors, _ = deserialize(checkpoint.files[FILE_OF_KIND[kind]], where)
+        tensors, _ = deserialize(checkpoint.file(FILE_OF_KIND[kind]), where)
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:
             raise DataError(f"{where}: does not fit the network: {' '.join(str(error).split())[:160]}") from None
     where = f"{checkpoint.path}/{OPTIMIZERS}"
     try:
-        states = torch.load(io.BytesIO(checkpoint.files[OPTIMIZERS]), map_location="cpu", weights_only=True)
+        states = torch.load(io.BytesIO(checkpoint.file(OPTIMIZERS)), map_location="cpu", weights_only=True)
         step.optimizer_g.optimizer.load_state_dict(_fit(states["generator"], step.optimizer_g.optimizer))
         step.optimizer_d.optimizer.load_state_dict(_fit(states["discriminator"], step.optimizer_d.optimizer))
         if step.accelerator.scaler is not None and "scaler" in states:

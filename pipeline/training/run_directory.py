@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.common.errors import TryAgainError
-from pipeline.common.storage import make_directory, remove_abandoned, write_atomic
+from pipeline.common.errors import DataError, TryAgainError
+from pipeline.common.records import LARGEST, parse_json
+from pipeline.common.storage import Store, make_directory, remove_abandoned, write_atomic
 
 LOCK_PATIENCE_SECONDS = 30.0
+LOCATION = ".data"
+"""The file that says where the run's data set lies. It belongs to this machine: nothing copies or publishes it."""
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +26,15 @@ log = logging.getLogger(__name__)
 class RunDirectory:
     """Owned by the main process of a run. `metrics.jsonl` follows from position; `timing.jsonl` does not."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, location: str = "") -> None:
+        """`location` is the data set's, a path or a URL."""
         self.path = path
+        self._location = location if "://" in location else str(Path(location).resolve())
         self.metrics = path / "metrics.jsonl"
         self.timing = path / "timing.jsonl"
         make_directory(path)
+        for name in (".lock", LOCATION, "log.txt", "metrics.jsonl", "timing.jsonl", "samples", "tensorboard"):
+            Store(path).inside(name)  # a run directory of others may link what this writes to files of ours
         self._lock = _lock(path / ".lock")
         for folder in (path, path / "samples"):
             remove_abandoned(folder)
@@ -40,9 +47,12 @@ class RunDirectory:
         """Write config.json, which also counts how often the run was started; return that."""
         path = self.path / "config.json"
         try:
-            starts = 1 + int(json.loads(path.read_text())["starts"])
-        except (OSError, ValueError, KeyError, TypeError):
-            starts = 1
+            before = parse_json(path.read_bytes(), str(path))
+        except (OSError, DataError):
+            before = None
+        known = before.get("starts") if isinstance(before, dict) else None
+        starts = known + 1 if type(known) is int and 0 < known < LARGEST else 1
+        write_atomic(self.path / LOCATION, f"{self._location}\n")
         write_atomic(path, json.dumps({**content, "starts": starts}, indent=1) + "\n")
         return starts
 
@@ -83,6 +93,24 @@ class RunDirectory:
         logging.getLogger("pipeline").removeHandler(self._log)
         self._log.close()
         self._lock.close()
+
+
+def known_location(run: Path, config: dict[str, Any]) -> str | None:
+    """Return where the data set of a run lies, by RUN/.data, or by its config.json when that is of 0.1.0; else None.
+
+    Raises DataError when .data is damaged.
+    """
+    if (run / LOCATION).is_file():
+        try:
+            location = (run / LOCATION).read_bytes().decode().strip()
+        except UnicodeDecodeError:
+            location = ""
+        if not location.isprintable() or not location:
+            raise DataError(f"{run / LOCATION}: damaged; name --data to do without it")
+        return location
+    data = config.get("dataset")
+    old = data.get("location") if isinstance(data, dict) else None
+    return old if isinstance(old, str) and (os.path.isabs(old) or "://" in old) else None
 
 
 def _excepthook(arguments: threading.ExceptHookArgs) -> None:

@@ -58,7 +58,7 @@ def test_references(run: Path, scheme: str, suffix: str, images: int, kind: str)
 
 
 def test_the_source_is_absolute(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes into cards, which are read from other folders."""
+    """It goes into messages."""
     monkeypatch.chdir(run)
     source = load_generator("checkpoints/000000000100/generator.safetensors").source
     assert source == str(run / "checkpoints/000000000100/generator.safetensors")

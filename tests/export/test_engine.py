@@ -29,11 +29,10 @@ DRIVERS = (
 
 @pytest.fixture
 def model(exported: Export, tmp_path: Path) -> Path:
-    """model.onnx beside the checkpoint that it was made from, which a test may remove."""
-    checkpoint = tmp_path / "weights" / "generator.safetensors"
-    checkpoint.parent.mkdir()
-    checkpoint.write_bytes(exported.checkpoint.read_bytes())
-    export_onnx(str(checkpoint), tmp_path / "model", max_batch=16, parity_images=8)
+    """model.onnx with its card."""
+    (tmp_path / "model").mkdir()
+    for path in (exported.model, exported.model.with_suffix(".json")):
+        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
     return tmp_path / "model" / "model.onnx"
 
 
@@ -58,10 +57,9 @@ def driver_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("runs_here")
-def test_an_engine_is_compared_with_pytorch_or_else_with_its_onnx_file(model: Path) -> None:
-    card = export_engine(str(model), model.parent, options=RTX, parity_images=8)
+def test_an_engine_is_compared_with_pytorch_or_else_with_its_onnx_file(exported: Export, model: Path) -> None:
+    card = export_engine(str(exported.checkpoint), model.parent, options=RTX, max_batch=16, parity_images=8)
     assert [proven.reference for proven in card.parity] == ["PyTorch"]
-    Path(card.source.reference).unlink()
     card = export_engine(str(model), model.parent, options=RTX, parity_images=8)
     assert [proven.reference for proven in card.parity] == ["model.onnx"]
     assert [proven.reference for proven in rebuild(str(model.with_name("engine.plan"))).parity] == ["model.onnx"]
@@ -70,7 +68,6 @@ def test_an_engine_is_compared_with_pytorch_or_else_with_its_onnx_file(model: Pa
 @pytest.mark.usefixtures("runs_here")
 def test_the_reference_is_found_before_the_build(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not after minutes of it."""
-    Path(read_card(str(model)).source.reference).unlink()
 
     def fail(*_: object) -> None:
         raise UnavailableError("no runtime for the ONNX file")
@@ -81,10 +78,10 @@ def test_the_reference_is_found_before_the_build(model: Path, monkeypatch: pytes
         export_engine(str(model), model.parent, options=RTX)
 
 
-def test_weights_that_were_named_must_be_the_right_ones(model: Path, tmp_path: Path) -> None:
+def test_weights_that_were_named_must_be_the_right_ones(exported: Export, model: Path, tmp_path: Path) -> None:
     card = export_engine(str(model), model.parent, options=RTX)
     engine = str(model.with_name("engine.plan"))
-    assert find_reference(engine, card, card.source.reference).name == "PyTorch"
+    assert find_reference(engine, card, str(exported.checkpoint)).name == "PyTorch"
     with pytest.raises(DataError, match="was made from"):
         find_reference(engine, card, str(write_checkpoint(tmp_path, SMALL, seed=1)))
 
@@ -110,15 +107,17 @@ def test_the_card_of_an_engine_is_compared_with_its_onnx_file(model: Path, edit:
         rebuild(engine)
 
 
-def test_an_engine_alone_is_compared_with_its_weights(model: Path) -> None:
+def test_an_engine_alone_is_compared_with_its_weights(exported: Export, model: Path) -> None:
     """Published without its ONNX file."""
     card = export_engine(str(model), model.parent, options=RTX)
     model.unlink()
     engine = str(model.with_name("engine.plan"))
-    assert find_reference(engine, card, None).name == "PyTorch"
+    assert find_reference(engine, card, str(exported.checkpoint)).name == "PyTorch"
+    with pytest.raises(DataError, match="name them with --ckpt"):
+        find_reference(engine, card, None)
     edited = card.model_copy(update={"network": SMALL.model_copy(update={"width": 9})})
     with pytest.raises(DataError, match="another network"):
-        find_reference(engine, edited, None)
+        find_reference(engine, edited, str(exported.checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -135,9 +134,9 @@ def test_options_that_contradict_the_onnx_file_are_refused(model: Path, options:
     export_engine(str(model), model.parent, options=RTX, max_batch=16, output="uint8", precision="tf32")
 
 
-def test_an_onnx_file_that_another_engine_needs_is_not_replaced(model: Path, tmp_path: Path) -> None:
+def test_an_onnx_file_that_another_engine_needs_is_not_replaced(exported: Export, model: Path, tmp_path: Path) -> None:
     """The other engine could not be rebuilt any more."""
-    checkpoint = read_card(str(model)).source.reference
+    checkpoint = str(exported.checkpoint)
     export_engine(str(model), model.parent, options=RTX, name="first.plan")
     before = model.read_bytes()
     for options in ({"max_batch": 8}, {"max_batch": 16, "output": "float"}):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from pipeline.common.errors import DataError, UnavailableError, UsageError, first_line
 from pipeline.common.imaging import Pixels
+from pipeline.common.onnx_graph import refuse_external_data
 from pipeline.common.storage import is_url, locate, sha256_bytes
-from pipeline.evaluation.classifier import load_classifier
+from pipeline.evaluation.classifier import parse_classifier
 from pipeline.evaluation.device import device
 
 FALLBACK = "fallback"
@@ -69,7 +70,7 @@ def load_extractor(reference: str, sha256: str | None = None, *, resize: int | N
     if name.endswith(".onnx"):
         return OnnxExtractor(data, name, found, resize)
     if name.endswith(".safetensors"):
-        return ClassifierExtractor(reference, name, found)
+        return ClassifierExtractor(data, name, found)
     if name.endswith((".pt", ".pth", ".jit")):
         return TorchScriptExtractor(data, name, found, resize)
     raise UsageError(
@@ -149,12 +150,16 @@ class OnnxExtractor(Extractor):
 
     def __init__(self, data: bytes, name: str, sha256: str, resize: int | None) -> None:
         try:
+            import onnx
             import onnxruntime
         except ImportError:
             raise UnavailableError("--extractor *.onnx needs ONNX Runtime: install the extra `cpu` or `gpu`") from None
         self.name, self.sha256, self.resize = name, sha256, resize
         try:
+            refuse_external_data(onnx.load_from_string(data), f"--extractor {name}")
             self.session = onnxruntime.InferenceSession(data, providers=onnxruntime.get_available_providers())
+        except DataError:
+            raise
         except Exception as error:
             raise DataError(f"--extractor {name}: ONNX Runtime cannot load it ({first_line(error)})") from None
 
@@ -176,8 +181,8 @@ class ClassifierExtractor(Extractor):
     MOST_ATTRIBUTES = 6
     """The first so many bool attributes make the classes, so there are 2^6 at most."""
 
-    def __init__(self, reference: str, name: str, sha256: str) -> None:
-        self.classifier = load_classifier(reference)
+    def __init__(self, data: bytes, name: str, sha256: str) -> None:
+        self.classifier = parse_classifier(data, f"--extractor {name}")
         bools = [head.name for head in self.classifier.heads.values() if head.kind == "bool"]
         self.attributes = bools[: self.MOST_ATTRIBUTES]
         self.name = f"{name} (attribute classifier; classes from {', '.join(self.attributes)})"

@@ -9,12 +9,11 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.errors import DataError
+from pipeline.common.errors import DataError, first_line
 from pipeline.common.ranks import Ranks
 from pipeline.common.storage import sha256_bytes, write_atomic
 from pipeline.evaluation.images import BLOCK, Images, WithProgress, num_blocks
@@ -81,8 +80,8 @@ def cached(path: Path | None, key: dict[str, Any], make: Callable[[], dict[str, 
         try:
             with np.load(file, allow_pickle=False) as kept:
                 return {name: kept[name] for name in kept.files}
-        except (ValueError, OSError, KeyError, EOFError, BadZipFile) as error:
-            raise DataError(f"{file}: damaged ({error}); delete it and run the command again") from None
+        except Exception as error:  # numpy, zipfile and zlib raise whatever they like at damaged bytes
+            raise DataError(f"{file}: damaged ({first_line(error)}); delete it and run the command again") from None
     arrays = make()
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)

@@ -233,6 +233,6 @@ def read_boxes(path: Path, size: int) -> list[Box]:
                 if not (0 <= box.left < box.right <= size and 0 <= box.top < box.bottom <= size):
                     raise DataError(f"{path}: line {number}: the box is not inside an image of {size}x{size} pixels")
                 boxes.append(box)
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, csv.Error):
         raise DataError(f"{path}: not a text file; expected CSV") from None
     return boxes

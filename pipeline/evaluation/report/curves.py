@@ -1,5 +1,6 @@
 """The report's line charts: what metrics.jsonl and timing.jsonl recorded, over the images seen."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ def charts(metrics: Entries, timing: Entries) -> list[dict[str, str]]:
     def line(key: str, name: str, source: Entries = metrics, dashed: bool = False) -> Line:
         return Line(name, [(e["images"], float(e[key])) for e in source if e.get(key) is not None], dashed)
 
-    levels = sorted({k for e in metrics for k in e if k.startswith("swd_")}, key=lambda k: -int(k[4:]))
+    levels = sorted({k for e in metrics for k in e if re.fullmatch(r"swd_[0-9]{1,6}", k)}, key=lambda k: -int(k[4:]))
     made = [
         (
             "Losses",

@@ -2,19 +2,22 @@
 
 import base64
 import io
-import json
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.common import svg
 from pipeline.common.errors import DataError, UsageError
-from pipeline.common.storage import write_atomic
+from pipeline.common.imaging import BadImage, open_image, upright
+from pipeline.common.records import LARGEST, parse_json
+from pipeline.common.storage import Store, write_atomic
 from pipeline.evaluation.report import curves, sections
 from pipeline.evaluation.results import FOLDER, read_results
 
@@ -55,9 +58,11 @@ def write_report(
 
 def _collect(run: Path, results: dict[str, dict[str, Any]], folder: Path, bench: Sequence[Path]) -> dict[str, Any]:
     """Return everything that the template shows, with pictures as paths."""
-    config = _read_json(run / "config.json")
+    config = _read_run(run / "config.json")
     metrics, timing = read_lines(run / "metrics.jsonl"), read_lines(run / "timing.jsonl")
-    grids = [(int(path.stem), path) for path in sorted((run / "samples").glob("*.png")) if path.stem.isdigit()]
+    store = Store(run)
+    names = (name for name in store.names("samples") if re.fullmatch(r"[0-9]{1,15}\.png", name))
+    grids = [(int(name[:-4]), run / store.inside(f"samples/{name}")) for name in names]
     return {
         "facts": sections.facts(config, metrics, timing),
         "summary": sections.summary(config, metrics),
@@ -72,7 +77,9 @@ def _collect(run: Path, results: dict[str, dict[str, Any]], folder: Path, bench:
     }
 
 
-def _render(content: dict[str, Any], quality: int, width: int) -> bytes:
+@cache
+def _environment() -> Environment:
+    """Return the environment that keeps the compiled template."""
     environment = Environment(
         loader=PackageLoader("pipeline.evaluation.report"),
         autoescape=True,
@@ -80,17 +87,21 @@ def _render(content: dict[str, Any], quality: int, width: int) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["picture"] = lambda path, most=width: picture(path, quality, min(most, width))
     environment.filters["short"] = svg.short
+    return environment
+
+
+def _render(content: dict[str, Any], quality: int, width: int) -> bytes:
+    environment = _environment()
+    environment.filters["picture"] = lambda path, most=width: picture(path, quality, min(most, width))
     return environment.get_template("report.html").render(**content).encode()
 
 
 def picture(path: Path, quality: int, width: int) -> dict[str, Any]:
     """Return {"src": data URL, "width", "height"} of a picture, scaled down to `width` if it is wider."""
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+        image = upright(open_image(path.read_bytes()), 3)
+    except (BadImage, OSError) as error:
         raise DataError(f"{path}: not a readable picture ({error}); remove it or write it again") from None
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
@@ -116,18 +127,32 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            found.append(parse_json(line, str(path), nan=True))
+        except DataError:
             if number < len(lines):
                 raise DataError(f"{path}: line {number} is not JSON; restore the file or remove the line") from None
-    return [entry for entry in found if isinstance(entry, dict) and "images" in entry]
+    entries = [_numbers(entry) for entry in found if isinstance(entry, dict)]
+    return [entry for entry in entries if isinstance(entry.get("images"), int)]
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a line that a chart can show: a diverging run may have written others."""
+    numbers = {key: value for key, value in entry.items() if type(value) in (int, float)}
+    return {key: value for key, value in numbers.items() if abs(value) <= LARGEST}
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """Return config.json, of which `config` and `dataset` are objects if they are there."""
+    content = _read_json(path)
+    data = content.get("dataset", {})
+    images = data.get("images", 1) if isinstance(data, dict) else None
+    if not isinstance(content.get("config", {}), dict) or type(images) is not int or not 1 <= images <= LARGEST:
+        raise DataError(f"{path}: not what the trainer writes; restore it or remove it")
+    return content
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON ({error}); restore it or remove it") from None
+    content = parse_json(path.read_bytes(), str(path), hint="restore it or remove it", nan=True)
     return content if isinstance(content, dict) else {"rows": content}

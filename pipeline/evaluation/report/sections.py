@@ -207,7 +207,7 @@ def analyses(results: dict[str, dict[str, Any]], folder: Path) -> list[dict[str,
 def bench_table(content: dict[str, Any], name: str) -> dict[str, Any]:
     """Return a throughput table from the JSON of a benchmark, whose rows are objects with the same keys."""
     rows = content.get("rows") or content.get("results") or []
-    rows = [row for row in rows if isinstance(row, dict)]
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     columns = [key for key in (rows[0] if rows else {}) if not isinstance(rows[0][key], dict | list)]
     hardware = content.get("hardware") or content.get("machine") or ""
     if isinstance(hardware, dict):

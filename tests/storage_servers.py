@@ -38,7 +38,8 @@ def wait_for_port(port: int, patience_seconds: float = 20) -> None:
 class FaultyProxy:
     """Passes requests on to `upstream`; the next ones meet `faults` first, one each: what a bad day brings.
 
-    A fault is a status (503), or "cut" (half of the answer's body), "reset" (nothing at all), "hang", or None.
+    A fault is a status (503), a status with S3's code ("400 BadDigest"), or "cut" (half of the answer's body), "reset"
+    (nothing at all), "hang", or None.
     """
 
     def __init__(self, upstream: int) -> None:
@@ -63,6 +64,14 @@ class FaultyProxy:
                     return
                 if isinstance(fault, int):
                     self.send_error(fault)
+                    return
+                if fault is not None and fault[0].isdigit():
+                    status, _, code = fault.partition(" ")
+                    told = f"<Error><Code>{code}</Code><Message>{code} it is</Message></Error>".encode()
+                    self.send_response(int(status))
+                    self.send_header("Content-Length", str(len(told)))
+                    self.end_headers()
+                    self.wfile.write(told)
                     return
                 connection = HTTPConnection("127.0.0.1", upstream, timeout=20)
                 headers = {key: value for key, value in self.headers.items() if key.lower() != "connection"}

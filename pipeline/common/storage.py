@@ -20,12 +20,17 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pipeline.common.errors import DataError, TryAgainError, UnavailableError, UsageError, describe_os_error
+from pipeline.common.store_errors import credentials_expired, refusal, renew_credentials
 
 SCHEMES = ("http", "https", "s3", "gs", "file", "memory")
 PAUSES_SECONDS = (0.5, 2.0, 5.0, 15.0)
 """Pauses between two attempts at a store; there is one attempt more than there are pauses."""
 TIMEOUT_SECONDS = 60.0
 """Longest silence of a store within an answer."""
+CONNECT_SECONDS = 10.0
+"""Longest wait for a connection."""
+PATIENCE_SECONDS = sum(PAUSES_SECONDS) + (len(PAUSES_SECONDS) + 1) * (CONNECT_SECONDS + TIMEOUT_SECONDS)
+"""Time until a store that says nothing at all has failed for good: six minutes."""
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 """Read once, here: it can only be read by changing it, and another thread may make a file meanwhile."""
@@ -351,8 +356,10 @@ class Store:
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in _LOCAL_FAULTS and error.filename:
                     raise describe_os_error(error) from None
-                if (refusal := _refusal(error)) is not None:
-                    raise DataError(f"{self.path(name)}: {refusal}") from None
+                # At the last attempt expired credentials are a refusal like any other.
+                renewed = pause is not None and credentials_expired(error) and renew_credentials(self._fs)
+                if not renewed and (words := refusal(error)) is not None:
+                    raise DataError(f"{self.path(name)}: {words}") from None
                 fault = f"{type(error).__name__}: {error}".rstrip(": ")
             if pause is not None:
                 log.warning("%s: %s; retrying in %g s", self.path(name), fault, pause)
@@ -370,30 +377,6 @@ def _refuse_path(name: str, location: str) -> None:
 
 
 _LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-_PASSING_STATUS = (408, 409, 425, 429)
-
-
-def _refusal(error: Exception) -> str | None:
-    """Return the words for a store's final answer, or None for a fault that may pass."""
-    if isinstance(error, FileNotFoundError):
-        return "the store has no such file"
-    # s3fs wraps botocore's error; aiohttp's carries its status itself; gcsfs names a 403 only in words.
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    if isinstance(error, OSError) and str(error).startswith("Forbidden: "):
-        status = 403
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", status)
-    said = getattr(error, "message", None) or str(error)
-    if isinstance(error, PermissionError) or status in (401, 403):
-        return f"the store refuses access ({status or 'no status'}: {said}); check the credentials and the rights"
-    if "Credential" in type(error).__name__:
-        return f"no credentials for the store ({said}); set them in the environment, such as AWS_ACCESS_KEY_ID"
-    if status == 404:
-        return "the store has no such file"
-    if status is not None and (400 <= status < 500 or status == 501) and status not in _PASSING_STATUS:
-        return f"the store answers {status} ({said})"
-    return None
 
 
 def _filesystem(location: str) -> tuple[Any, str]:
@@ -406,19 +389,21 @@ def _filesystem(location: str) -> tuple[Any, str]:
         import aiohttp
 
         options["client_kwargs"] = {
-            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=TIMEOUT_SECONDS)
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=TIMEOUT_SECONDS)
         }
     elif scheme == "s3":
         # Tries are counted in one place, `Store._retry`: botocore and s3fs would each multiply them by five.
         options["config_kwargs"] = {
-            "connect_timeout": 10,
+            "connect_timeout": CONNECT_SECONDS,
             "read_timeout": TIMEOUT_SECONDS,
             "retries": {"total_max_attempts": 1},
         }
     elif scheme == "gs":
         import aiohttp
 
-        options["requests_timeout"] = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=TIMEOUT_SECONDS)
+        options["requests_timeout"] = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_SECONDS, sock_read=TIMEOUT_SECONDS
+        )
         # Otherwise gcsfs first asks over gRPC what kind of bucket it is, which proxies and compatible stores cannot
         # answer: a minute for each file.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")

@@ -261,6 +261,41 @@ def test_refusals_of_object_stores_are_not_asked_for_twice(request: pytest.Fixtu
             assert len(proxy.requests) - began == 1
 
 
+def test_s3_answers_that_pass_are_outlasted(s3: FaultyProxy) -> None:
+    store = Store("s3://bucket/run")
+    s3.faults = ["400 BadDigest", "400 IncompleteBody", "400 RequestTimeout", "400 KMS.ThrottlingException"]
+    store.write("a", b"x")
+    assert not s3.faults
+    assert store.read("a") == b"x"
+
+
+def test_expired_credentials_are_read_anew_where_they_can_be(
+    s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from fsspec.asyn import sync
+    from s3fs import S3FileSystem
+
+    store = Store("s3://bucket/run")
+    s3.faults = ["400 ExpiredToken"]
+    with pytest.raises(DataError, match=r"refuses access \(400: ExpiredToken it is\)"):  # those of the environment stay
+        store.write("a", b"x")
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(key)
+    profile = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profile))
+    profile.write_text("[default]\naws_access_key_id = old\naws_secret_access_key = secret\n")
+    S3FileSystem.clear_instance_cache()
+    store = Store("s3://bucket/run")
+    store.write("a", b"x")
+    profile.write_text(profile.read_text().replace("old", "new"))
+    s3.faults = ["400 ExpiredToken"]
+    assert store.read("a") == b"x"
+    assert sync(store._fs.loop, store._fs.session.get_credentials).access_key == "new"
+    s3.always = "400 ExpiredToken"
+    with pytest.raises(DataError, match="ExpiredToken it is"):  # nobody renews them
+        store.read("a")
+
+
 def test_s3_without_credentials(s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from s3fs import S3FileSystem
 

@@ -13,7 +13,7 @@ from pipeline.common.store_errors import credentials_expired, refusal
 def answer(code: str, status: int) -> Exception:
     """Return S3's answer as s3fs raises it."""
     response = {"Error": {"Code": code, "Message": "told"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    error: Exception = translate_boto_error(ClientError(response, "GetObject"))  # type: ignore[arg-type]
+    error: Exception = translate_boto_error(ClientError(response, "GetObject"))
     return error
 
 

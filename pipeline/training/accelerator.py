@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from pipeline.common.errors import ConfigConflict, TryAgainError, UnavailableError, UserError, describe_os_error
+from pipeline.training.watchdog import Peers
 
 T = TypeVar("T")
 
@@ -61,6 +62,14 @@ def check_environment(environment: Mapping[str, str]) -> None:
                 f"{name}={value}: training does not follow this setting of accelerate (its launcher's options, or "
                 f"default_config.yaml); unset it: {instead}"
             )
+
+
+def peers_of(accelerator: Accelerator) -> Peers | None:
+    """Return what the ranks tell each other beside their collectives; None for a process alone."""
+    if accelerator.num_processes == 1:
+        return None
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    return Peers(store.clone(), accelerator.process_index, accelerator.num_processes)
 
 
 def together(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -18,7 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.loading.loader import Loader, run_loader
 from pipeline.model.latents import latents
-from pipeline.training.accelerator import make_accelerator, together, wait_for_all
+from pipeline.training.accelerator import make_accelerator, peers_of, together, wait_for_all
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.identity import describe_run
 from pipeline.training.manager import CheckpointManager
@@ -57,7 +57,7 @@ def train(
     rank, world_size, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     with ExitStack() as resources:
         # Armed first: a rank that hangs while it starts is as bad as one that hangs in a step.
-        watchdog = resources.enter_context(Watchdog(config.runtime.step_timeout_seconds, enabled=world_size > 1))
+        watchdog = resources.enter_context(Watchdog(config.runtime.step_timeout_seconds, peers_of(accelerator)))
         requests = StopRequests()  # not earlier: while ranks wait for each other there is nothing to save
 
         # The data; the run directory, in which only the main process writes; the networks, and where the run stands.
@@ -101,7 +101,7 @@ def train(
         while not (schedule.finished(seen) or stop):
             # One update on images [seen, seen + batch) of the run; this rank has every world_size-th of them.
             start = time.perf_counter()
-            with watchdog.waiting_for_data():
+            with watchdog.waiting_for_data(data):
                 reals = loader.next_batch()
             drawn = (recipe.seed, Purpose.TRAIN, seen, recipe.batch, network.latent_dim, network.latent_distribution)
             z = latents(*drawn, rows=slice(rank, None, world_size))

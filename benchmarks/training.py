@@ -217,6 +217,7 @@ def telemetry_share(config: RunConfig, rounds: int) -> dict[str, float]:
     run_log = RunLog(config, None, Telemetry("train", run="benchmark"))
     names = ("loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "diversity")
     report = Report(
+        whole=True,
         values=dict.fromkeys(names, 0.5),
         images=6400,
         steps=100,
@@ -225,6 +226,7 @@ def telemetry_share(config: RunConfig, rounds: int) -> dict[str, float]:
         hopeless_steps=0,
         stop=0,
         save=False,
+        slowest_step_seconds=0.1,
         seconds=10.0,
         data_wait_seconds=0.1,
         step_seconds=9.9,

@@ -102,7 +102,7 @@ class ScheduleConfig(Section):
     total_images: int = Field(2_000_000, ge=1)
     """Length of the run in real images, rounded up to whole batches."""
     log_every_images: int = Field(6_400, ge=1)
-    """Images between two log boundaries: metrics, the progress line, the agreement to stop. Whole batches."""
+    """Images between two log boundaries: metrics, the progress line. Whole batches."""
     grid_every_images: int = Field(64_000, ge=1)
     """Images between two grids of the same 64 samples. Rounded up to a log boundary."""
     checkpoint_every_images: int = Field(128_000, ge=1)
@@ -137,7 +137,7 @@ class RuntimeConfig(Section):
     loader_threads: int = Field(2, ge=1, le=256)
     """Threads in each process that decode jpg, webp or png. Packed shards need none."""
     step_timeout_seconds: float = Field(60, ge=0)
-    """With several processes, exit when a step takes longer: another process must be gone. 0 waits forever."""
+    """With several processes, exit when a step takes longer and no rank waits for data. 0 waits forever."""
 
 
 class RunConfig(Section):

@@ -92,7 +92,8 @@ def train(
             log.info("%d images; at most %.0f MB of them in memory", dataset.images, loader.resident_bytes / 1e6)
 
         # Train.
-        schedule, window, stop = Schedule(config.schedule, seen), Window(accelerator, requests), 0
+        window = Window(accelerator, requests, seen, checkpoint)
+        schedule, stop = Schedule(config.schedule, window.begin, recipe.batch), 0
         resources.callback(lambda: manager.close(hurry=bool(stop)))
         resources.callback(watchdog.close)  # before the mirror is waited for
         if checkpoint is None:
@@ -109,19 +110,18 @@ def train(
                 on_batch(seen, reals, z)
             seen += recipe.batch
             statistics = step(reals, z, seen)
-            seconds = time.perf_counter() - start
-            window.add(statistics, recipe.batch, seconds)
+            window.add(statistics, recipe.batch, seconds := time.perf_counter() - start)
             run_log.step(seconds)
             watchdog.beat()
-            if not schedule.at_boundary(seen):
+            if not schedule.at_agreement(seen):
                 continue
-
-            # A log boundary: the only sync, where all ranks agree on what was seen and what to do next.
-            report = window.reduce(loader.wait_seconds, schedule.checkpoint_overdue, step.weights_finite())
+            # The only sync, where all ranks agree on what to do next; at a log boundary also on what was seen.
+            finite, end = step.weights_finite(), schedule.at_boundary(seen)
+            report = window.reduce(loader.wait_seconds, schedule.checkpoint_overdue, finite, end=end)
             run_log.window(report, seen, mirror_failures=manager.mirror_failures)
             report.require_finite(manager.last_path)
             stop = report.stop
-            due = schedule.due(seen, checkpoint_wanted=report.save or bool(stop))
+            due = schedule.due(seen, report.slowest_step_seconds, checkpoint_wanted=report.save or bool(stop))
             if not due.task:
                 continue
             with watchdog.task(due.task):
@@ -135,7 +135,7 @@ def train(
                     run_log.quality(quality, seen)
                 if due.checkpoint:
                     with run_log.phase("checkpoint"):
-                        manager.save(step, seen, run, quality)
+                        manager.save(step, seen, run, quality, window.state())
                     schedule.saved()
                 # Rank 0 alone writes, and comes last; on GPUs the others would enter a step that seems to hang.
                 wait_for_all(accelerator)

@@ -96,16 +96,24 @@ class CheckpointManager:
         return images_seen
 
     def save(
-        self, step: AdversarialStep, images_seen: int, run: RunDirectory | None, quality: dict[str, float]
+        self,
+        step: AdversarialStep,
+        images_seen: int,
+        run: RunDirectory | None,
+        quality: dict[str, float],
+        unfinished: dict[str, Any],
     ) -> None:
-        """Write a checkpoint at this position, then delete those that are no longer kept."""
+        """Write a checkpoint at this position, then delete those that are no longer kept.
+
+        `unfinished` is the state of a window that does not end here.
+        """
         for network in (step.generator, step.discriminator):
             average_batchnorm(network, self.accelerator)
         averaged = step.ema.estimate_batchnorm(self.config.recipe.seed)
         assert not averaged.training
         if run is not None:
             files = checkpoint_files(step, images_seen, run.metrics.read_bytes())
-            self.store.save(images_seen, files, {**self.description, **self.process, "metrics": quality})
+            self.store.save(images_seen, files, {**self.description, **self.process, "metrics": quality, **unfinished})
             self.store.retain(self.config.schedule.keep_checkpoints)
             if self._mirror is not None:
                 self._mirror.push()

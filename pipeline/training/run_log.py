@@ -75,7 +75,9 @@ class RunLog:
             metrics.set("dcgan_train_last_step_timestamp_seconds", time.time())
 
     def window(self, report: Report, seen: int, *, mirror_failures: int = 0) -> None:
-        """Record a window between two log boundaries. `mirror_failures` counts since this process began."""
+        """Record a window if it ends here. `mirror_failures` counts since this process began."""
+        if not report.whole:
+            return
         seconds = max(report.seconds - self._busy_seconds, 1e-9)  # without grids, evaluations and checkpoints
         self._busy_seconds = 0.0
         rate, wait = report.images / seconds, report.data_wait_seconds / seconds
@@ -85,7 +87,7 @@ class RunLog:
             timing = {
                 "images_per_second": round(rate, 2),
                 "data_wait_share": round(wait, 4),
-                "step_milliseconds": round(1e3 * report.step_seconds / report.steps, 3),
+                "step_milliseconds": round(1e3 * report.step_seconds * self.batch / report.images, 3),
             }
             self.run.record(seen, report.values, timing=timing)
             self._progress.show(self._line(report, seen, rate, wait), last=seen >= self.target)

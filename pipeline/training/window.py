@@ -1,13 +1,14 @@
-"""Statistics of the steps between two log boundaries, summed on the device and reduced over ranks once."""
+"""Statistics of the steps between two log boundaries, summed on the device and reduced over ranks."""
 
 import signal
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pipeline.checkpoints.store import Checkpoint
 from pipeline.common.errors import DataError
 from pipeline.training.step import STATISTICS
 from pipeline.training.stop_requests import StopRequests
@@ -26,12 +27,16 @@ NONFINITE_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Report:
-    """A window, equal on all ranks but for `seconds` and `step_seconds`."""
+    """A window so far, equal on all ranks but for `seconds` and `step_seconds`."""
 
+    whole: bool
+    """Whether the window ends here: only then do its statistics count."""
     values: dict[str, float]
     """Means that follow from position: losses, D's outputs, gradient norms, diversity."""
     images: int
+    """Images of this process's part of the window: a resumed run may begin inside one."""
     steps: int
+    """Updates of the whole window."""
     nonfinite_steps: int
     """Updates that had NaN or infinite gradients."""
     weights_finite: bool
@@ -42,6 +47,8 @@ class Report:
     """The signal that asked any rank to stop, or 0."""
     save: bool
     """Whether any rank was asked to save."""
+    slowest_step_seconds: float
+    """Wall time of a step since the report before, on the slowest rank."""
     seconds: float
     """Wall time of the window."""
     data_wait_seconds: float
@@ -53,9 +60,14 @@ class Report:
         """Raise DataError when training has diverged: weights are not finite, or more updates were lost than may be.
 
         A single overflow is skipped by the optimizer, and the run continues: a resumed run would only meet it again.
+        What a window lost counts at its end, and weights that are not finite before they are saved: so all runs
+        stop at the same image.
         """
+        if not (self.whole or self.stop or self.save):
+            return
         tolerated = self.nonfinite_steps <= max(1, int(NONFINITE_SHARE * self.steps))
-        if (lost := self.hopeless_steps if tolerated else self.nonfinite_steps) or not self.weights_finite:
+        lost = (self.hopeless_steps if tolerated else self.nonfinite_steps) if self.whole else 0
+        if lost or not self.weights_finite:
             what = f"{lost} of the last {self.steps} updates had NaN or infinite gradients"
             raise DataError(
                 f"{what if self.weights_finite else 'the weights are NaN or infinite'}; "
@@ -65,48 +77,90 @@ class Report:
 
 
 class Window:
-    """Sums the statistics of steps without a sync; `reduce` ends the window with the only one."""
+    """Sums the statistics of steps without a sync; `reduce` is the only one.
 
-    def __init__(self, accelerator: "Accelerator", requests: StopRequests) -> None:
+    A run that was stopped inside a window goes on with what `state` put into its checkpoint: its metrics.jsonl then
+    equals that of a run that nobody stopped.
+    """
+
+    def __init__(
+        self, accelerator: "Accelerator", requests: StopRequests, images_seen: int, checkpoint: Checkpoint | None
+    ) -> None:
+        """Raises DataError when the checkpoint's window is damaged."""
         self.accelerator = accelerator
         self.requests = requests
+        self.begin = self._seen = images_seen
+        """The log boundary where it began, in images seen."""
         self._totals = torch.zeros(len(STATISTICS), device=accelerator.device)
         self._images = self._steps = 0
+        if checkpoint is not None and "window" in checkpoint.state:
+            self._restore(checkpoint.state["window"], checkpoint.path)
         self._step_seconds = 0.0
-        self._start = time.monotonic()
+        self._start = self._reduced_at = time.monotonic()
+        self._reduced_steps = self._steps
         self._waited = 0.0
+
+    def _restore(self, saved: Any, where: str) -> None:
+        try:
+            self.begin, self._steps = int(saved["begin"]), int(saved["steps"])
+            totals = torch.tensor(saved["totals"], dtype=torch.float32).reshape(-1, len(STATISTICS))
+            if not (self.begin < self._seen and self._steps > 0 and len(totals)):
+                raise ValueError
+            # Other ranks than those that saved: each gets the mean, of which reduction makes the same means again.
+            same = len(totals) == self.accelerator.num_processes
+            self._totals += (totals[self.accelerator.process_index] if same else totals.mean(0)).to(self._totals.device)
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
+            raise DataError(
+                f"{where}/state.json: its entry `window` is damaged; without it, the next line of metrics.jsonl covers "
+                "only the images from here on"
+            ) from None
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint's state.json holds of it, nothing at a log boundary. All ranks must call it."""
+        if not self._steps:
+            return {}
+        totals = self.accelerator.gather(self._totals).reshape(-1, len(STATISTICS))
+        return {"window": {"begin": self.begin, "steps": self._steps, "totals": totals.tolist()}}
 
     def add(self, statistics: Tensor, images: int, seconds: float) -> None:
         """Count one update on `images` images, which took the host `seconds`. What is not finite counts as 0."""
         self._totals += torch.nan_to_num(statistics, nan=0.0, posinf=0.0, neginf=0.0)
         self._images += images
+        self._seen += images
         self._steps += 1
         self._step_seconds += seconds
 
-    def reduce(self, data_wait_seconds: float, checkpoint_overdue: bool, weights_finite: Tensor) -> Report:
+    def reduce(
+        self, data_wait_seconds: float, checkpoint_overdue: bool, weights_finite: Tensor, *, end: bool
+    ) -> Report:
         """Reduce over all ranks, so that all of them see the same values and do the same next.
 
-        `data_wait_seconds` is the loader's total so far; `weights_finite` is a scalar on the device, 1 or 0.
+        `data_wait_seconds` is the loader's total so far; `weights_finite` is a scalar on the device, 1 or 0. `end`
+        ends the window, and the next one begins.
         """
         requests, ranks = self.requests, self.accelerator.num_processes
         asked_to_save, requests.save = requests.save, False  # now: one that comes while we wait is for the next time
-        waits = [0.0] * ranks  # one slot a rank: all wait for the rank that waits longest for its data
+        waits, steps = [0.0] * ranks, [0.0] * ranks  # one slot a rank: all wait for the slowest
         waits[self.accelerator.process_index] = data_wait_seconds - self._waited
+        since = time.monotonic() - self._reduced_at
+        steps[self.accelerator.process_index] = since / max(1, self._steps - self._reduced_steps)
         host = [
             float(requests.stop == signal.SIGTERM),
             float(requests.stop == signal.SIGINT),
             float(asked_to_save or checkpoint_overdue),
             *waits,
+            *steps,
         ]
         device = self._totals.device
         both = torch.cat([self._totals, weights_finite.float().reshape(1), torch.tensor(host, device=device)])
         reduced: list[float] = self.accelerator.reduce(both, "sum").tolist()
         means = {name: total / (self._steps * ranks) for name, total in zip(STATISTICS, reduced, strict=False)}
-        finite, terminated, interrupted, save, *waits = reduced[len(STATISTICS) :]
+        finite, terminated, interrupted, save, *slots = reduced[len(STATISTICS) :]
         nonfinite, skipped = means.pop("nonfinite") * self._steps, round(means.pop("skipped") * self._steps)
         means["diversity"] = means.pop("deviation_fake") / max(means.pop("deviation_real"), 1e-8)
         now = time.monotonic()
         report = Report(
+            whole=end,
             values=means,
             images=self._images,
             steps=self._steps,
@@ -115,12 +169,15 @@ class Window:
             hopeless_steps=skipped if skipped == self._steps >= SCALER_PATIENCE_STEPS else 0,
             stop=signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0,
             save=save > 0,
+            slowest_step_seconds=max(slots[ranks:]),
             seconds=now - self._start,
-            data_wait_seconds=max(waits),
+            data_wait_seconds=max(slots[:ranks]),
             step_seconds=self._step_seconds,
         )
-        self._totals.zero_()
-        self._images = self._steps = 0
-        self._step_seconds = 0.0
-        self._start, self._waited = now, data_wait_seconds
+        if end:
+            self._totals.zero_()
+            self._images = self._steps = 0
+            self._step_seconds = 0.0
+            self._start, self._waited, self.begin = now, data_wait_seconds, self._seen
+        self._reduced_at, self._reduced_steps = now, self._steps
         return report

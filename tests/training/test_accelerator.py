@@ -13,94 +13,122 @@ from support import Trainer
 from pipeline.common.errors import ConfigConflict
 from pipeline.training.accelerator import REFUSED_SETTINGS, check_environment
 
-WORKER = """
-import os, sys
-from accelerate import Accelerator
-from pipeline.common.errors import DataError
-from pipeline.training.accelerator import together
+CASES: dict[str, tuple[str, str, list[str]]] = {
+    "all well": ("()", "None", ["0 returned 0", "1 returned 1"]),
+    "one": ("(1,)", "Damaged('shard', 3)", [f"{rank} DataError 65 True rank 1: shard at 3" for rank in (0, 1)]),
+    "both": ("(0, 1)", "DataError('x: gone')", [f"{rank} DataError 65 True x: gone" for rank in (0, 1)]),
+    "disk": (
+        "(0,)",
+        "OSError(28, 'No space left on device', 'f')",
+        [f"{rank} TryAgainError 75 True rank 0: f: No space left on device" for rank in (0, 1)],
+    ),
+    "bug": (
+        "(1,)",
+        "ZeroDivisionError('bug')",
+        ["0 TryAgainError 75 True rank 1: bug", "1 ZeroDivisionError 1 False bug"],
+    ),
+}
+"""Which ranks raise what, and what then is seen on both."""
 
-accelerator = Accelerator(cpu=True)
-rank = accelerator.process_index
-
+FAIL_TOGETHER = """
 class Damaged(DataError):
     def __init__(self, what, where):
         super().__init__(f"{what} at {where}")
 
-def work():
-    if rank in RANKS:
-        raise ERROR
-    return rank
-
-try:
-    result = together(accelerator, work)
-except Exception as error:
-    code = getattr(error, "exit_code", 1)
-    line = f"{rank} {type(error).__name__} {code} {getattr(error, 'on_all_ranks', False)} {error}"
-else:
-    line = f"{rank} returned {result}"
-os.write(1, f"{line}\\n".encode())  # at once: print would let the other rank in between
-os._exit(0)
+def fail(ranks, error):
+    def work():
+        if rank in ranks:
+            raise error
+        return rank
+    try:
+        result = together(accelerator, work)
+    except Exception as error:
+        kind, code, shared = type(error).__name__, getattr(error, "exit_code", 1), getattr(error, "on_all_ranks", False)
+        return f"{kind} {code} {shared} {error}"
+    return f"returned {result}"
 """
 
-
-def start(tmp_path: Path, code: str) -> list[str]:
-    """Run `code` in two ranks; return what each of them printed, in order."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(code)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    ranks = warm_start.run_ranks([sys.executable, worker], 2, env=environment)
-    return [done.stdout.rstrip() for done in ranks]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "error", "expected"),
-    [
-        ("()", "None", ["0 returned 0", "1 returned 1"]),
-        ("(1,)", "Damaged('shard', 3)", [f"{rank} DataError 65 True rank 1: shard at 3" for rank in (0, 1)]),
-        ("(0, 1)", "DataError('x: gone')", [f"{rank} DataError 65 True x: gone" for rank in (0, 1)]),
-        (
-            "(0,)",
-            "OSError(28, 'No space left on device', 'f')",
-            [f"{rank} TryAgainError 75 True rank 0: f: No space left on device" for rank in (0, 1)],
-        ),
-        (
-            "(1,)",
-            "ZeroDivisionError('bug')",
-            ["0 TryAgainError 75 True rank 1: bug", "1 ZeroDivisionError 1 False bug"],
-        ),
-    ],
-    ids=["all well", "one", "both", "disk", "bug"],
-)
-def test_all_raise_what_one_raises(tmp_path: Path, ranks: str, error: str, expected: list[str]) -> None:
-    for found, wanted in zip(
-        start(tmp_path, WORKER.replace("RANKS", ranks).replace("ERROR", error)), expected, strict=True
-    ):
-        assert found.startswith(wanted)
-
-
 AVERAGE = """
-import os
-import torch
-from accelerate import Accelerator
-from torch import nn
-from pipeline.training.accelerator import average_batchnorm
-
-accelerator = Accelerator(cpu=True)
-rank = accelerator.process_index
 network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(3))
 network[1].running_mean += torch.tensor([1.0, 3.0]) * (rank + 1)
 network[2].running_var *= 1 + 2 * rank
 network[1].num_batches_tracked += 5 + rank
 average_batchnorm(network, accelerator)
 means, variances = network[1].running_mean.tolist(), network[2].running_var.tolist()
-os.write(1, f"{rank} {means} {variances} {int(network[1].num_batches_tracked)}\\n".encode())
-os._exit(0)
+say("average", f"{means} {variances} {int(network[1].num_batches_tracked)}")
+"""
+
+TALK = """
+peers = peers_of(accelerator)
+peers.tell("nothing yet")
+peers.tell(f"this is {rank}")
+wait_for_all(accelerator)
+say("talk", f"{peers.listen()} {peers.listen()}")
+"""
+
+STOP_INSIDE_A_WINDOW = """
+requests, finite = StopRequests(), torch.ones(())
+steps = torch.rand(5, len(STATISTICS), generator=torch.Generator().manual_seed(rank)) / 3
+whole, stopped = (Window(accelerator, requests, 0, None) for _ in range(2))
+for index, step in enumerate(steps):
+    whole.add(step, 16, 0.1)
+    if index == 2:
+        stopped = Window(accelerator, requests, 32, Checkpoint("here", stopped.state(), {}))
+    stopped.add(step, 16, 0.1)
+whole, stopped = (window.reduce(0.0, False, finite, end=True).values for window in (whole, stopped))
+say("window", whole == stopped)
+"""
+
+BEGIN = """
+import os
+import torch
+from accelerate import Accelerator
+from torch import nn
+from pipeline.checkpoints.store import Checkpoint
+from pipeline.common.errors import DataError
+from pipeline.training.accelerator import average_batchnorm, peers_of, together, wait_for_all
+from pipeline.training.step import STATISTICS
+from pipeline.training.stop_requests import StopRequests
+from pipeline.training.window import Window
+
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+
+def say(what, words):  # at once: print would let the other rank in between
+    os.write(1, f"{what}: {rank} {words}\\n".encode())
 """
 
 
-def test_running_statistics_become_the_mean_over_ranks(tmp_path: Path) -> None:
-    expected = [f"{rank} [1.5, 4.5] [2.0, 2.0, 2.0] {5 + rank}" for rank in (0, 1)]
-    assert start(tmp_path, AVERAGE) == expected
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What two ranks said of each piece of work, in the order of the ranks. They start once for all of it."""
+    worker = tmp_path_factory.mktemp("worker") / "worker.py"
+    fails = "".join(f"say({name!r}, fail({ranks}, {error}))\n" for name, (ranks, error, _) in CASES.items())
+    worker.write_text(BEGIN + AVERAGE + TALK + STOP_INSIDE_A_WINDOW + FAIL_TOGETHER + fails + "os._exit(0)\n")
+    ranks = warm_start.run_ranks([sys.executable, worker], 2, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    found: dict[str, list[str]] = {}
+    for line in sorted(line for rank in ranks for line in rank.stdout.splitlines()):
+        what, words = line.split(": ", 1)
+        found.setdefault(what, []).append(words)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_raise_what_one_raises(said: dict[str, list[str]], case: str) -> None:
+    for found, wanted in zip(said[case], CASES[case][2], strict=True):
+        assert found.startswith(wanted)
+
+
+def test_running_statistics_become_the_mean_over_ranks(said: dict[str, list[str]]) -> None:
+    assert said["average"] == [f"{rank} [1.5, 4.5] [2.0, 2.0, 2.0] {5 + rank}" for rank in (0, 1)]
+
+
+def test_ranks_hear_what_each_has_told_last_and_once(said: dict[str, list[str]]) -> None:
+    assert said["talk"] == ["0 {1: 'this is 1'} {}", "1 {0: 'this is 0'} {}"]
+
+
+def test_two_ranks_go_on_inside_a_window_bit_by_bit(said: dict[str, list[str]]) -> None:
+    assert said["window"] == ["0 True", "1 True"]
 
 
 @pytest.mark.parametrize("name", REFUSED_SETTINGS)

@@ -1,17 +1,26 @@
 """A run that is killed, stopped, moved or cut to other processes ends as if nothing had happened to it."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import warm_start
 from support import TINY, Trainer, write_dataset
 from training_cases import ENVIRONMENT, SCHEDULE, hashes, wait_for_lines
+
+from pipeline.common.errors import Stopped
+from pipeline.config import load_config
+from pipeline.training import schedule
+from pipeline.training.loop import train
 
 
 @pytest.mark.parametrize("lines", [1, 4])
@@ -49,7 +58,7 @@ def test_a_stop_signal_saves_and_the_run_goes_on(
     wait_for_lines(out, 1)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == code
+    assert process.returncode == code, errors
     assert "run it again to resume" in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert list((out / "checkpoints").glob("*/state.json"))
@@ -57,6 +66,40 @@ def test_a_stop_signal_saves_and_the_run_goes_on(
     assert done.returncode == 0, done.stderr
     assert "resuming at image" in done.stderr
     assert hashes(out, 256) == hashes(whole_run, 256)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute as the other trainers do, in this process, and give back what a trainer takes."""
+    threads, hook = torch.get_num_threads(), threading.excepthook
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    threading.excepthook = hook
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_stop_between_two_log_boundaries_makes_no_difference(
+    whole_run: Path, faces32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.setattr(schedule, "AGREEMENT_SECONDS", 0.0)  # at every step
+    config, out = load_config(overrides=[*TINY, *SCHEDULE]), tmp_path / "run"
+    for position, saved in {0: 16, 128: 144, 208: 224}.items():
+
+        def stop(at: int, *_: object, position: int = position) -> None:
+            if at == position:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(Stopped, match=f"at image {saved}, "):
+            train(config, data=str(faces32), out=out, on_batch=stop)
+        state = json.loads((out / "checkpoints" / f"{saved:012d}" / "state.json").read_text())
+        assert ("window" in state) is (saved % 32 == 16)
+    train(config, data=str(faces32), out=out)
+    assert hashes(out, 256) == hashes(whole_run, 256)
+    assert (out / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
 
 
 def test_a_finished_run_says_so_at_once(whole_run: Path, faces32: Path, trainer: Trainer, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import ScheduleConfig
-from pipeline.training.schedule import Due, Schedule
+from pipeline.training.schedule import AGREEMENT_SECONDS, Due, Schedule
 
 CONFIG = ScheduleConfig(
     total_images=1_000,
@@ -18,13 +18,13 @@ CONFIG = ScheduleConfig(
 )
 
 
-def walk(config: ScheduleConfig, batch: int, start: int = 0) -> dict[int, Due]:
-    """Return what was due at every boundary of a run from `start` on."""
-    schedule, seen, found = Schedule(config, start), start, {}
+def walk(config: ScheduleConfig, batch: int, start: int = 0, boundary: int | None = None) -> dict[int, Due]:
+    """Return what was due at every boundary of a run from `start` on, where `boundary` was the last."""
+    schedule, seen, found = Schedule(config, start if boundary is None else boundary, batch), start, {}
     while not schedule.finished(seen):
         seen += batch
         if schedule.at_boundary(seen):
-            found[seen] = schedule.due(seen, checkpoint_wanted=False)
+            found[seen] = schedule.due(seen, 1.0, checkpoint_wanted=False)
     return found
 
 
@@ -46,17 +46,37 @@ def test_a_resumed_run_does_what_the_uninterrupted_one_would(batch: int, boundar
     assert all(later - sooner >= batch for sooner, later in pairwise(whole))
 
 
-def test_a_request_saves_at_the_next_boundary_only() -> None:
-    schedule = Schedule(CONFIG, 0)
-    assert schedule.due(50, checkpoint_wanted=True) == Due(grid=False, evaluation=False, checkpoint=True)
-    assert schedule.due(150, checkpoint_wanted=False) == Due(grid=True, evaluation=False, checkpoint=False)
+@given(batch=st.integers(1, 130), stop=st.integers(1, 200))
+def test_so_does_one_that_was_stopped_between_two_boundaries(batch: int, stop: int) -> None:
+    whole, seen = walk(CONFIG, batch), batch * stop
+    if seen < max(whole):
+        boundary = max((at for at in whole if at <= seen), default=0)
+        assert walk(CONFIG, batch, seen, boundary) == {at: due for at, due in whole.items() if at > seen}
+
+
+def test_a_request_saves_where_it_is_agreed_on_and_moves_nothing() -> None:
+    schedule = Schedule(CONFIG, 0, 10)
+    assert schedule.due(50, 1.0, checkpoint_wanted=True) == Due(grid=False, evaluation=False, checkpoint=True)
+    assert schedule.due(110, 1.0, checkpoint_wanted=False) == Due(grid=True, evaluation=False, checkpoint=False)
+    assert schedule.due(120, 1.0, checkpoint_wanted=True) == Due(grid=False, evaluation=False, checkpoint=True)
+    assert schedule.due(210, 1.0, checkpoint_wanted=False) == Due(grid=True, evaluation=False, checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "steps"), [(1.0, AGREEMENT_SECONDS), (0.3, 16), (4.0, 1), (90.0, 1), (0.0, 100)]
+)
+def test_ranks_agree_every_few_seconds_however_long_the_interval(step_seconds: float, steps: int) -> None:
+    schedule = Schedule(CONFIG.model_copy(update={"log_every_images": 1_000}), 0, 10)
+    assert schedule.at_agreement(10), "at once: nothing is known yet about the time of a step"
+    schedule.due(10, step_seconds, checkpoint_wanted=False)
+    assert next(step for step in range(1, 200) if schedule.at_agreement(10 + 10 * step)) == min(steps, 99)
 
 
 @pytest.mark.parametrize(("minutes", "overdue"), [(0, False), (2, True), (3, False)])
 def test_minutes_count_from_the_last_checkpoint(minutes: float, overdue: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1_000.0]
     monkeypatch.setattr("pipeline.training.schedule.time.monotonic", lambda: now[0])
-    schedule = Schedule(CONFIG.model_copy(update={"checkpoint_minutes": minutes}), 0)
+    schedule = Schedule(CONFIG.model_copy(update={"checkpoint_minutes": minutes}), 0, 10)
     now[0] += 130.0
     assert schedule.checkpoint_overdue is overdue
     schedule.saved()

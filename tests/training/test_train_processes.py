@@ -1,6 +1,6 @@
 """Two processes that train together: stopping, a rank that dies or hangs, going on with another count."""
 
-import os
+import json
 import signal
 import subprocess
 import sys
@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support import ROOT, TINY, Trainer
+from training_cases import ENVIRONMENT
 
 from deploy.prometheus.servers import free_port
 
@@ -38,9 +39,8 @@ def pair(faces32: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str],
     out = tmp_path / "run"
     launch = str(Path(sys.executable).parent / "dcgan-launch")
     command = [launch, "--processes", "2", "--grace-seconds", "20", "train", "--data", str(faces32), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     process = subprocess.Popen(
-        [*command, *TINY, *OPTIONS], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        [*command, *TINY, *OPTIONS], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
     try:
         for _ in range(1500):
@@ -60,18 +60,40 @@ def pair(faces32: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str],
         process.communicate()
 
 
-def test_sigterm_saves_once_for_all_and_one_process_goes_on(
-    pair: tuple[subprocess.Popen[str], list[psutil.Process], Path], faces32: Path, trainer: Trainer
+STOPPED = """
+import os, pathlib, signal, sys
+from pipeline.common.command_line import run_command
+from pipeline.config import load_config
+from pipeline.training import schedule
+from pipeline.training.loop import train
+schedule.AGREEMENT_SECONDS = 0.2
+def stop(position, reals, z):
+    if position == 64 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+config = load_config(overrides=sys.argv[3:])
+run_command(lambda: train(config, data=sys.argv[1], out=pathlib.Path(sys.argv[2]), on_batch=stop))
+"""
+
+
+def test_sigterm_to_one_rank_saves_once_for_all_long_before_the_log_boundary_and_one_process_goes_on(
+    faces32: Path, tmp_path: Path, trainer: Trainer
 ) -> None:
-    process, ranks, out = pair
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=90)
-    assert process.returncode == 143, errors
-    assert not any(rank.is_running() for rank in ranks)
-    saved = int(sorted(path.parent.name for path in out.glob("checkpoints/*/state.json"))[-1])
+    out, worker = tmp_path / "run", tmp_path / "worker.py"
+    worker.write_text(STOPPED)
+    settings = ["schedule.total_images=100000000", "schedule.log_every_images=100000000"]
+    launch = str(Path(sys.executable).parent / "dcgan-launch")
+    command = [launch, "--processes", "2", str(worker), str(faces32), str(out), *TINY, *OPTIONS, *settings]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 143, done.stderr
+    (state,) = out.glob("checkpoints/*/state.json")
+    saved, window = int(state.parent.name), json.loads(state.read_text())["window"]
+    assert (window["begin"], window["steps"], len(window["totals"])) == (0, saved // 16, 2)
+    assert (out / "metrics.jsonl").read_text() == ""
     done = trainer(faces32, out, f"schedule.total_images={saved + 64}")
     assert done.returncode == 0, done.stderr
     assert f"resuming at image {saved}" in done.stderr
+    line, _ = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    assert (line["images"], 0 < line["d_real"] < 1) == (saved + 64, True)
 
 
 @pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
@@ -87,7 +109,7 @@ def test_a_rank_that_dies_or_hangs_takes_the_other_down(
         if number == signal.SIGSTOP and ranks[victim].is_running():
             ranks[victim].kill()
     assert time.monotonic() - start < 100
-    assert process.returncode not in (0, None)
+    assert process.returncode not in (0, None), errors
     if number == signal.SIGSTOP:
         assert process.returncode == 75, errors
         assert "no step has finished for" in errors
@@ -131,7 +153,7 @@ def test_ranks_with_different_settings_are_refused_at_once(faces32: Path, tmp_pa
     done = subprocess.run(
         [launch, "--processes", "2", str(worker), str(faces32), str(tmp_path / "run"), *TINY, *OPTIONS],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,

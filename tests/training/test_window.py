@@ -1,11 +1,15 @@
-"""A window's report: what all ranks act on."""
+"""A window's report: what all ranks act on; and its state, with which a run goes on that was stopped inside it."""
 
+import dataclasses
+import json
 import math
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from pipeline.checkpoints.store import Checkpoint
 from pipeline.common.errors import DataError
 from pipeline.training.step import STATISTICS
 from pipeline.training.stop_requests import StopRequests
@@ -14,14 +18,22 @@ from pipeline.training.window import SCALER_PATIENCE_STEPS, Report, Window
 STEPS = SCALER_PATIENCE_STEPS
 
 
-def report(*, finite: bool = True, **shares: float) -> Report:
+def new_window(images_seen: int = 0, saved: Any = None) -> Window:
+    """Return a window that begins at a position, or goes on with what a checkpoint there has saved."""
+    requests = StopRequests.__new__(StopRequests)  # without its signal handlers
+    requests.stop, requests.save = 0, False
+    checkpoint = None if saved is None else Checkpoint("RUN/checkpoints/1", json.loads(json.dumps(saved)), {})
+    return Window(Accelerator(cpu=True), requests, images_seen, checkpoint)
+
+
+def report(*, finite: bool = True, end: bool = True, **shares: float) -> Report:
     """Return the report of a window in which a statistic had so large a share of the steps."""
-    window = Window(Accelerator(cpu=True), StopRequests())
+    window = new_window()
     for step in range(STEPS):
         values = {name: float(step < shares.get(name, 0) * STEPS) for name in STATISTICS}
         values["loss_d"] = float("nan") if values["nonfinite"] else 2.0
         window.add(torch.tensor([*values.values()]), 8, 0.0)
-    found = window.reduce(0.0, False, torch.tensor(float(finite)))
+    found = window.reduce(0.0, False, torch.tensor(float(finite)), end=end)
     assert not {"nonfinite", "skipped"} & set(found.values)
     return found
 
@@ -50,3 +62,47 @@ def test_one_lost_update_is_outlasted_and_many_are_not(lost: int, stops: bool) -
 
 def test_weights_that_are_not_finite_stop_the_run_at_once() -> None:
     assert diverged(report(finite=False))
+
+
+def test_losses_of_an_unfinished_window_wait_for_its_end_and_broken_weights_for_a_save() -> None:
+    assert not diverged(report(nonfinite=0.5, end=False))
+    assert not diverged(report(skipped=1.0, end=False))
+    lost = report(finite=False, end=False)
+    assert not diverged(lost), "the log boundary ends the run, with the line that shows it"
+    assert diverged(dataclasses.replace(lost, save=True))
+    assert diverged(dataclasses.replace(lost, stop=15))
+
+
+def test_a_window_that_was_stopped_goes_on_bit_by_bit() -> None:
+    steps = torch.rand(9, len(STATISTICS), generator=torch.Generator().manual_seed(1)) / 3
+    whole, stopped = new_window(64), new_window(64)
+    for index, step in enumerate(steps):
+        whole.add(step, 16, 0.1)
+        stopped.add(step, 16, 0.1)
+        if index in (2, 6):
+            stopped.reduce(0.0, False, torch.tensor(1.0), end=False)
+            stopped = new_window(64 + 16 * (index + 1), stopped.state())
+            assert stopped.begin == 64
+    found, expected = (window.reduce(0.0, False, torch.tensor(1.0), end=True) for window in (stopped, whole))
+    assert (found.values, found.steps) == (expected.values, expected.steps)
+    assert (found.images, expected.images) == (32, 144), "a rate counts what this process did"
+    assert (stopped.begin, stopped.state()) == (208, {}), "nothing is saved of a window at its end"
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_means() -> None:
+    two = [[value] * len(STATISTICS) for value in (1.0, 3.0)]
+    window = new_window(32, {"window": {"begin": 0, "steps": 2, "totals": two}})
+    window.add(torch.full((len(STATISTICS),), 4.0), 16, 0.1)
+    assert window.reduce(0.0, False, torch.tensor(1.0), end=True).values["loss_d"] == 2.0  # (1 + 3) / 2 + 4, of 3 steps
+
+
+@pytest.mark.parametrize(
+    "change", [{"begin": 32}, {"begin": None}, {"steps": 0}, {"totals": [[1.0]]}, {"totals": []}, {"totals": "x"}]
+)
+def test_a_damaged_window_is_named(change: dict[str, Any]) -> None:
+    good = {"begin": 0, "steps": 2, "totals": [[1.0] * len(STATISTICS)]}
+    new_window(32, {"window": good})
+    with pytest.raises(DataError, match=r"^RUN/checkpoints/1/state.json: its entry `window` is damaged"):
+        new_window(32, {"window": good | change})
+    with pytest.raises(DataError):
+        new_window(32, {"window": [good]})

@@ -92,7 +92,7 @@ test-slow: test-faults test-multinode test-metrics test-k8s test-containers test
 test-long: .venv/.installed ## the slow tests of export, deploy and training, and of hostile files: every network exported, generation killed again and again
 	$(BIN)/pytest -m slow tests/export tests/deploy tests/training tests/test_hostile_files.py
 
-test-faults: .venv/.installed ## a power cut at every write, kills at random moments, a full disk, damaged checkpoints
+test-faults: .venv/.installed ## a power cut at every write, kills at random moments, a full disk, damaged checkpoints, ranks that fail or hang
 	$(BIN)/pytest tests/faults
 
 test-multinode: .venv/.installed ## two nodes as network namespaces: cut cable, lost node, gang restart (root)

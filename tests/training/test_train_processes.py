@@ -80,7 +80,7 @@ def test_sigterm_to_one_rank_saves_once_for_all_long_before_the_log_boundary_and
 ) -> None:
     out, worker = tmp_path / "run", tmp_path / "worker.py"
     worker.write_text(STOPPED)
-    settings = ["schedule.total_images=100000000", "schedule.log_every_images=100000000"]
+    settings = ["schedule.total_images=64000", "schedule.log_every_images=64000"]
     launch = str(Path(sys.executable).parent / "dcgan-launch")
     command = [launch, "--processes", "2", str(worker), str(faces32), str(out), *TINY, *OPTIONS, *settings]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200)

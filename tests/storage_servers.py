@@ -71,7 +71,8 @@ class FaultyProxy:
                     self.send_response(int(status))
                     self.send_header("Content-Length", str(len(told)))
                     self.end_headers()
-                    self.wfile.write(told)
+                    if self.command != "HEAD":
+                        self.wfile.write(told)
                     return
                 connection = HTTPConnection("127.0.0.1", upstream, timeout=20)
                 headers = {key: value for key, value in self.headers.items() if key.lower() != "connection"}

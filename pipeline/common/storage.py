@@ -415,6 +415,8 @@ def _filesystem(location: str) -> tuple[Any, str]:
         ) from None
     if scheme == "s3":
         filesystem.retries = 1
+        # With more, it asks for a file's size first: a request more for each file, and one whose error has no code.
+        filesystem.max_concurrency = 1
     elif scheme == "gs":
         # It would try six times within each of ours, and log a traceback after the last.
         for name in ("_request", "_get_file_request", "_get_file_concurrent"):

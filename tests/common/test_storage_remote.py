@@ -266,7 +266,9 @@ def test_s3_answers_that_pass_are_outlasted(s3: FaultyProxy) -> None:
     s3.faults = ["400 BadDigest", "400 IncompleteBody", "400 RequestTimeout", "400 KMS.ThrottlingException"]
     store.write("a", b"x")
     assert not s3.faults
+    s3.faults = ["400 RequestTimeout"]
     assert store.read("a") == b"x"
+    assert not any(request.startswith("HEAD") for request in s3.requests), "the answer to a HEAD has no code"
 
 
 def test_expired_credentials_are_read_anew_where_they_can_be(

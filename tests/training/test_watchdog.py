@@ -1,11 +1,11 @@
 """A process that waits in vain ends itself; one that waits for a rank which waits for its images does not."""
 
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import warm_start
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipeline.training import watchdog
@@ -177,7 +177,7 @@ with Watchdog(0.2, Peers(HashStore(), 0, 2)) as dog:
     dog.beat()
     hang_here()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=80)
+    done = warm_start.run([sys.executable, "-c", code], timeout=80)
     assert done.returncode == 75, done.stderr
     *stacks, last = done.stderr.splitlines()
     assert any("in hang_here" in line for line in stacks)

@@ -97,6 +97,15 @@ def test_two_that_clear_at_once_do_not_trip_over_each_other(store: CheckpointSto
     assert len(store.store.names("checkpoints")) == 1
 
 
+def test_retention_removes_older_scraps_and_spares_what_is_being_written(store: CheckpointStore) -> None:
+    for images in (64, 128, 192):
+        save(store, images)
+    for images in (64, 192):
+        (Path(store.path(f"{images:012d}")) / STATE).unlink()
+    store.retain(5)
+    assert [int(name) for name in store.store.names("checkpoints")] == [128, 192]
+
+
 def test_falling_back_takes_the_damaged_ones_out_of_the_count(store: CheckpointStore) -> None:
     """Otherwise retention would count them among the newest and delete the good one."""
     save(store, 64)
@@ -138,6 +147,7 @@ def test_the_mirror_brings_a_run_back_on_an_empty_disk(store: CheckpointStore, t
     assert checkpoint is not None
     assert checkpoint.images_seen == 128
     assert checkpoint.state["metrics"] == {"swd": 2.0}
+    assert not Mirror(location, fresh, 2).restore(), "what is here already is not copied again"
 
 
 def mirrored(store: CheckpointStore, tmp_path: Path, **options: bool) -> list[int]:

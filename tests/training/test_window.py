@@ -1,6 +1,7 @@
 """A window's report: what all ranks act on."""
 
 import math
+import signal
 
 import pytest
 import torch
@@ -50,6 +51,27 @@ def test_what_a_window_reports() -> None:
     report = window.reduce(1.75, True, torch.ones(()))
     assert report.values == pytest.approx({**dict.fromkeys(expected, 4.0), "diversity": 1.0}), "it began anew"
     assert (report.images, report.steps, report.step_seconds, report.data_wait_seconds) == (16, 1, 0.125, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("stop", "save", "overdue", "expected"),
+    [
+        (0, False, False, (0, False)),
+        (signal.SIGINT, False, False, (signal.SIGINT, False)),
+        (signal.SIGTERM, True, False, (signal.SIGTERM, True)),
+        (0, False, True, (0, True)),
+    ],
+)
+def test_a_request_is_reported_and_one_to_save_only_once(
+    stop: int, save: bool, overdue: bool, expected: tuple[int, bool]
+) -> None:
+    requests = StopRequests()
+    window = Window(Accelerator(cpu=True), requests)
+    requests.stop, requests.save = stop, save
+    for again in (False, True):
+        window.add(torch.zeros(len(STATISTICS)), 8, 0.0)
+        found = window.reduce(0.0, overdue, torch.ones(()))
+        assert (found.stop, found.save) == ((expected[0], overdue) if again else expected)
 
 
 def test_a_scale_that_is_found_is_no_reason_to_stop_and_one_that_is_not_is() -> None:

@@ -34,7 +34,7 @@ def run(data: Path, out: Path, *, kill_at: int | None = None, mirror: Path | Non
             raise Killed
 
     config = load_config(overrides=[*TINY, *SCHEDULE])
-    train(config, data=str(data), out=out, mirror=mirror and f"file://{mirror}", on_batch=strike)
+    train(config, data=str(data), out=out, mirror=f"file://{mirror}" if mirror else None, on_batch=strike)
 
 
 def told(out: Path, images: int = 160) -> dict[str, object]:
@@ -57,8 +57,8 @@ def test_history_is_shared_and_restored_byte_for_byte(
     lines = (whole / "metrics.jsonl").read_bytes()
     assert len(lines) > 5 * PART
     longest = max(map(len, lines.splitlines(keepends=True)))
-    for checkpoint in (whole / "checkpoints").glob("0*"):
-        assert (checkpoint / "metrics.jsonl").stat().st_size <= PART
+    for folder in (whole / "checkpoints").glob("0*"):
+        assert (folder / "metrics.jsonl").stat().st_size <= PART
     for part in (whole / "checkpoints" / HISTORY).iterdir():
         assert PART < part.stat().st_size <= PART + longest
         assert part.read_bytes().endswith(b"}\n")

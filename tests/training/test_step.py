@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,10 +177,11 @@ def test_what_the_statistics_mean(micro_batches: int) -> None:
     reals, z = batch_of(config)
     reals[: len(reals) // 2] //= 4  # so that D tells the halves, and reals from fakes
     step(reals, z, 16)
-    generator, before, average = map(copy.deepcopy, (step.generator, step.discriminator, step.ema))
+    generator, before = copy.deepcopy(step.generator), copy.deepcopy(step.discriminator)
+    average = copy.deepcopy(step.ema)
     found = dict(zip(STATISTICS, step(reals, z, 32).tolist(), strict=True))
     after = copy.deepcopy(step.discriminator)
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     for real, noise in zip(np.split(reals, micro_batches), np.split(z, micro_batches), strict=True):
         pixels = torch.from_numpy(real / np.float32(127.5) - 1).permute(0, 3, 1, 2)
         fakes = generator(torch.from_numpy(noise)).detach()
@@ -188,9 +189,9 @@ def test_what_the_statistics_mean(micro_batches: int) -> None:
         ones, zeros = torch.ones(len(noise)), torch.zeros(len(noise))
         bce = nn.functional.binary_cross_entropy_with_logits
         loss_d = bce(real_logits, ones) + bce(fake_logits, zeros)
-        (loss_d / micro_batches).backward()
+        (loss_d / micro_batches).backward()  # type: ignore[no-untyped-call]
         loss_g = bce(after(generator(torch.from_numpy(noise))), ones)
-        (loss_g / micro_batches).backward()
+        (loss_g / micro_batches).backward()  # type: ignore[no-untyped-call]
         sums["loss_d"] += loss_d.item()
         sums["loss_g"] += loss_g.item()
         sums["d_real"] += (1 / (1 + np.exp(-real_logits.detach().numpy()))).mean()

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import time
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def diverged(found: Report) -> bool:
 
 def test_what_a_window_reports() -> None:
     """Means over its updates; the diversity is one ratio of sums, not the mean of ratios."""
+    before = time.monotonic()
     window = Window(Accelerator(cpu=True), StopRequests())
     first = dict.fromkeys(STATISTICS, 0.0) | {"loss_d": 1.0, "loss_g": 2.0, "d_real": 0.8, "d_fake": 0.1}
     first |= {"grad_norm_d": 5.0, "grad_norm_g": 7.0, "deviation_real": 0.5, "deviation_fake": 0.1}
@@ -44,6 +46,7 @@ def test_what_a_window_reports() -> None:
     for statistics in (first, second):
         window.add(torch.tensor([statistics[name] for name in STATISTICS]), 16, 0.25)
     report = window.reduce(1.5, False, torch.ones(()))
+    assert 0 <= report.seconds <= time.monotonic() - before
     expected = {"loss_d": 2.0, "loss_g": 2.0, "d_real": 0.7, "d_fake": 0.1, "grad_norm_d": 5.0, "grad_norm_g": 7.0}
     assert report.values == pytest.approx({**expected, "diversity": 0.4 / 0.8})
     assert (report.images, report.steps, report.step_seconds, report.data_wait_seconds) == (32, 2, 0.5, 1.5)

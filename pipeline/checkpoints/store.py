@@ -95,7 +95,9 @@ class CheckpointStore:
         files, history, seen = state.get("files"), state.get(HISTORY, []), state.get("images_seen")
         if not isinstance(files, dict) or type(seen) is not int or not 0 <= seen < 10**POSITION_DIGITS:
             raise damaged
-        if not isinstance(history, list) or any(not isinstance(state.get(key, {}), dict) for key in ("config", "dataset", "metrics")):
+        if any(not isinstance(state.get(key, {}), dict) for key in ("config", "dataset", "metrics")):
+            raise damaged
+        if not isinstance(history, list):
             raise damaged
         # They become paths: a store that is not ours must not name one elsewhere.
         for part in history:
@@ -210,7 +212,7 @@ class CheckpointStore:
         for part in parts:
             name = self._name(HISTORY, f"{part}.jsonl")
             try:
-                lines = self.store.read(name)
+                lines = self.store.read(self.store.inside(name))
                 if sha256_bytes(lines) != part:
                     raise DataError(f"{self.store.path(name)}: damaged")
             except DataError as error:

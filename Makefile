@@ -89,8 +89,8 @@ coverage: .venv/.installed ## the same with a table of the lines that no test re
 
 test-slow: test-faults test-multinode test-metrics test-k8s test-containers test-long ## every test that `make test` omits
 
-test-long: .venv/.installed ## the slow tests of export, deploy and training, and of hostile files: every network exported, generation killed again and again
-	$(BIN)/pytest -m slow tests/export tests/deploy tests/training tests/test_hostile_files.py
+test-long: .venv/.installed ## the other slow tests: 100,000 batches, every network exported, generation killed again and again
+	$(BIN)/pytest -m slow tests/data tests/export tests/deploy tests/training tests/test_hostile_files.py
 
 test-faults: .venv/.installed ## a power cut at every write, kills at random moments, a full disk, damaged checkpoints, ranks that fail or hang
 	$(BIN)/pytest tests/faults

@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from pipeline.checkpoints.store import Checkpoint, CheckpointStore
 from pipeline.common.errors import DataError, TryAgainError
@@ -56,10 +55,7 @@ class Mirror:
         if there is None or (here is not None and there.images_seen <= here.images_seen):
             return False
         check(there)
-        kept: dict[str, Any] = {
-            key: value for key, value in there.state.items() if key not in ("version", "images_seen", "files")
-        }
-        self.local.save(there.images_seen, there.files, kept)
+        self.local.copy(there, self.checkpoints)
         log.info("brought back checkpoint %d from %s", there.images_seen, self.store.location)
         return True
 
@@ -107,7 +103,7 @@ class Mirror:
         if name is None or name in self.checkpoints.names():
             return
         try:
-            self.checkpoints.copy(name, self.local)
+            self.checkpoints.copy(self.local.load(name), self.local)
         except DataError as error:
             self.failures += 1
             log.warning("not mirrored: %s", error)

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,10 @@ VERSION = 1
 POSITION_DIGITS = 15
 """Digits of the longest position; a checkpoint's folder has 12 of them, or more when it needs more."""
 _POSITION = re.compile(f"[0-9]{{1,{POSITION_DIGITS}}}")
+HISTORY = "history"
+"""Folder beside the checkpoints, and the entry of state.json, of the parts of metrics.jsonl that they share."""
+PART_BYTES = 1 << 20
+"""A part is as many whole lines as exceed this. A checkpoint itself holds only the lines after the last part."""
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,11 @@ class Checkpoint:
         if name not in self.files:
             raise DataError(f"{self.path}/{name}: the checkpoint has no such file")
         return self.files[name]
+
+    @property
+    def history(self) -> list[str]:
+        """The parts of metrics.jsonl, by their SHA-256, that come before `files["metrics.jsonl"]`."""
+        return list(self.state.get(HISTORY, []))
 
 
 class CheckpointStore:
@@ -83,13 +92,19 @@ class CheckpointStore:
             raise damaged
         if (version := state["version"]) != VERSION:
             raise ConfigConflict(f"{where}: version {version}; this release reads version {VERSION}: use a newer one")
-        files, seen = state.get("files"), state.get("images_seen")
+        files, history, seen = state.get("files"), state.get(HISTORY, []), state.get("images_seen")
         if not isinstance(files, dict) or type(seen) is not int or not 0 <= seen < 10**POSITION_DIGITS:
             raise damaged
         if any(not isinstance(state.get(key, {}), dict) for key in ("config", "dataset", "metrics")):
             raise damaged
+        if not isinstance(history, list):
+            raise damaged
+        # They become paths: a store that is not ours must not name one elsewhere.
+        for part in history:
+            if not isinstance(part, str):
+                raise damaged
+            require_plain_name(part, where)
         for file, sha256 in files.items():
-            # They become paths: a store that is not ours must not name one outside the checkpoint.
             require_plain_name(file, where)
             if not isinstance(sha256, str):
                 raise damaged
@@ -183,9 +198,33 @@ class CheckpointStore:
             if int(name) > images_seen:
                 self.store.delete(self._name(name, STATE))
 
-    def copy(self, name: str, source: "CheckpointStore") -> None:
-        """Copy the checkpoint `name` of another store into this one, state.json last."""
-        checkpoint = source.load(name)
+    def write_part(self, lines: bytes) -> str:
+        """Write a part of metrics.jsonl unless it is here; return its SHA-256, by which checkpoints name it later."""
+        part = sha256_bytes(lines)
+        name = self._name(HISTORY, f"{part}.jsonl")
+        if not self.store.exists(name):
+            self.store.remove_abandoned(self._name(HISTORY))
+            self.store.write(name, lines)
+        return part
+
+    def read_parts(self, parts: Iterable[str]) -> Iterator[bytes]:
+        """Yield parts of metrics.jsonl, one after another. A damaged one is named and left out: weights matter more."""
+        for part in parts:
+            name = self._name(HISTORY, f"{part}.jsonl")
+            try:
+                lines = self.store.read(self.store.inside(name))
+                if sha256_bytes(lines) != part:
+                    raise DataError(f"{self.store.path(name)}: damaged")
+            except DataError as error:
+                log.warning("%s; metrics.jsonl continues without its lines", error)
+            else:
+                yield lines
+
+    def copy(self, checkpoint: Checkpoint, source: "CheckpointStore") -> None:
+        """Write a checkpoint that was loaded from another store, and what this one lacks of its history."""
+        here = set(self.store.names(self._name(HISTORY))) if checkpoint.history else set()
+        for lines in source.read_parts(part for part in checkpoint.history if f"{part}.jsonl" not in here):
+            self.write_part(lines)
         kept = {key: value for key, value in checkpoint.state.items() if key not in ("version", "images_seen", "files")}
         self.save(checkpoint.images_seen, checkpoint.files, kept)
 

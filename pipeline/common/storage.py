@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MethodType
@@ -96,7 +96,7 @@ def remove_abandoned(directory: Path) -> None:
                 path.unlink()
 
 
-def write_atomic(path: Path, data: bytes | str | Sequence[bytes | memoryview]) -> None:
+def write_atomic(path: Path, data: bytes | str | Iterable[bytes | memoryview]) -> None:
     """Write `data`, or its pieces, to `path` so that a crash leaves either the old file or the new one."""
     with atomic_path(path) as temporary:
         if isinstance(data, bytes | str):
@@ -335,13 +335,13 @@ class Store:
         import shutil
 
         path = self.writable(name)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.exists() or path.is_symlink():
-            path.unlink(missing_ok=True)
-        else:
-            return
-        fsync_directory(path.parent)
+        while path.exists() or path.is_symlink():
+            with suppress(FileNotFoundError):  # another process removes it, too
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+                fsync_directory(path.parent)
 
     def remove_abandoned(self, folder: str = "") -> None:
         """Remove what killed processes left half-written in `folder`; an object store keeps no such files."""

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from pipeline.checkpoints.mirror import HURRIED_SECONDS, PATIENCE_SECONDS, Mirror
-from pipeline.checkpoints.store import Checkpoint, CheckpointStore
+from pipeline.checkpoints.store import HISTORY, PART_BYTES, Checkpoint, CheckpointStore
 from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize, serialize
 from pipeline.common.errors import ConfigConflict, DataError, first_line
 from pipeline.common.storage import Store
@@ -44,6 +45,8 @@ class CheckpointManager:
         self.process = describe_process(accelerator)
         self.last_path = ""
         """The newest checkpoint known to be good."""
+        self._history: list[str] = []  # the parts of metrics.jsonl so far, and where the last of them ends
+        self._history_bytes = 0
         keep = config.schedule.keep_checkpoints
         self._mirror = Mirror(mirror, self.store, keep) if mirror and accelerator.is_main_process else None
 
@@ -85,11 +88,13 @@ class CheckpointManager:
 
     def restore(self, step: AdversarialStep, checkpoint: Checkpoint | None, run: RunDirectory | None) -> int:
         """Put everything back to where it was at `checkpoint`, or at the start; return the images seen by then."""
-        images_seen, metrics = 0, b""
+        images_seen = 0
+        metrics: Iterable[bytes] = ()
         if checkpoint is not None:
             restore(step, checkpoint)
             self.last_path = checkpoint.path
-            images_seen, metrics = checkpoint.images_seen, checkpoint.file(METRICS)
+            images_seen = checkpoint.images_seen
+            metrics = chain(self.store.read_parts(checkpoint.history), [checkpoint.file(METRICS)])
         if run is not None:
             self.store.discard_after(images_seen)
             run.restore_metrics(metrics)
@@ -112,12 +117,27 @@ class CheckpointManager:
         averaged = step.ema.estimate_batchnorm(self.config.recipe.seed)
         assert not averaged.training
         if run is not None:
-            files = checkpoint_files(step, images_seen, run.metrics.read_bytes())
-            self.store.save(images_seen, files, {**self.description, **self.process, "metrics": quality, **unfinished})
+            files = checkpoint_files(step, images_seen, self._share_history(run.metrics))
+            history = {HISTORY: self._history} if self._history else {}
+            state = {**self.description, **self.process, "metrics": quality, **history, **unfinished}
+            self.store.save(images_seen, files, state)
             self.store.retain(self.config.schedule.keep_checkpoints)
             if self._mirror is not None:
                 self._mirror.push()
         self.last_path = self.store.path(f"{images_seen:012d}")
+
+    def _share_history(self, metrics: Path) -> bytes:
+        """Write the parts of metrics.jsonl that are complete; return the lines after them.
+
+        Otherwise every checkpoint would hold all lines: 0.4 GB after ten billion images. The parts follow from the
+        lines alone, so a run that resumed, or fell back, makes the parts that it would have made.
+        """
+        with metrics.open("rb") as file:
+            file.seek(self._history_bytes)
+            while len(lines := b"".join(file.readlines(PART_BYTES))) > PART_BYTES:
+                self._history.append(self.store.write_part(lines))
+                self._history_bytes += len(lines)
+        return lines
 
     @property
     def mirror_failures(self) -> int:

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,8 +57,8 @@ class RunDirectory:
         write_atomic(path, json.dumps({**content, "starts": starts}, indent=1) + "\n")
         return starts
 
-    def restore_metrics(self, content: bytes) -> None:
-        """Put metrics.jsonl back to what it was at a checkpoint."""
+    def restore_metrics(self, content: Iterable[bytes]) -> None:
+        """Put metrics.jsonl back to what it was at a checkpoint, given in pieces."""
         write_atomic(self.metrics, content)
 
     def open_board(self, images_seen: int) -> None:

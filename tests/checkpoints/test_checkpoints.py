@@ -2,12 +2,13 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pipeline.checkpoints.mirror import Mirror
-from pipeline.checkpoints.store import STATE, Checkpoint, CheckpointStore
+from pipeline.checkpoints.store import HISTORY, STATE, Checkpoint, CheckpointStore
 from pipeline.common.errors import ConfigConflict, DataError
 from pipeline.common.storage import Store
 
@@ -83,6 +84,28 @@ def test_retention_keeps_the_newest_and_the_best(store: CheckpointStore) -> None
     assert store.choose("3") is None
 
 
+def test_two_that_clear_at_once_do_not_trip_over_each_other(store: CheckpointStore) -> None:
+    """Two trainers may share a mirror for a while, such as a pod and the one that takes its place."""
+    with ThreadPoolExecutor(2) as pool:
+        for images in range(0, 30, 3):
+            for path in [save(store, images + position) for position in range(3)]:
+                for number in range(40):
+                    (path / f"{number}").touch()
+            for done in [pool.submit(store.retain, 1) for _ in range(2)]:
+                done.result()
+            assert [int(name) for name in store.names()] == [images + 2]
+    assert len(store.store.names("checkpoints")) == 1
+
+
+def test_retention_removes_older_scraps_and_spares_what_is_being_written(store: CheckpointStore) -> None:
+    for images in (64, 128, 192):
+        save(store, images)
+    for images in (64, 192):
+        (Path(store.path(f"{images:012d}")) / STATE).unlink()
+    store.retain(5)
+    assert [int(name) for name in store.store.names("checkpoints")] == [128, 192]
+
+
 def test_falling_back_takes_the_damaged_ones_out_of_the_count(store: CheckpointStore) -> None:
     """Otherwise retention would count them among the newest and delete the good one."""
     save(store, 64)
@@ -124,6 +147,7 @@ def test_the_mirror_brings_a_run_back_on_an_empty_disk(store: CheckpointStore, t
     assert checkpoint is not None
     assert checkpoint.images_seen == 128
     assert checkpoint.state["metrics"] == {"swd": 2.0}
+    assert not Mirror(location, fresh, 2).restore(), "what is here already is not copied again"
 
 
 def mirrored(store: CheckpointStore, tmp_path: Path, **options: bool) -> list[int]:
@@ -220,6 +244,64 @@ def test_a_mirror_that_is_away_costs_a_warning(
     assert "the last checkpoint is not mirrored" in caplog.text
 
 
+def with_history(store: CheckpointStore, images: int, *parts: bytes) -> Checkpoint:
+    name = store.save(images, {"metrics.jsonl": b"rest"}, {HISTORY: [store.write_part(part) for part in parts]})
+    return store.load(name)
+
+
+def test_the_mirror_gets_each_part_of_the_history_once_and_gives_all_back(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
+    with_history(store, 64, b"one\n", b"two\n")
+    assert mirrored(store, tmp_path) == [64]
+    parts = tmp_path / "mirror/checkpoints" / HISTORY
+    before = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
+    with_history(store, 128, b"one\n", b"two\n", b"three\n")
+    assert mirrored(store, tmp_path) == [64, 128]
+    assert len(list(parts.iterdir())) == 3
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+    fresh = CheckpointStore(Store(tmp_path / "elsewhere"))
+    assert Mirror(f"file://{tmp_path}/mirror", fresh, 2).restore()
+    checkpoint = fresh.load_latest()
+    assert checkpoint is not None
+    assert list(fresh.read_parts(checkpoint.history)) == [b"one\n", b"two\n", b"three\n"]
+
+
+@pytest.mark.parametrize("damage", ["alter", "remove"])
+def test_a_damaged_part_of_the_history_costs_its_lines_and_no_weights(
+    store: CheckpointStore, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = with_history(store, 64, b"one\n", b"two\n", b"three\n")
+    path = Path(store.path(HISTORY)) / f"{checkpoint.history[1]}.jsonl"
+    assert path.read_bytes() == b"two\n"
+    path.write_bytes(b"tvo\n") if damage == "alter" else path.unlink()
+    assert list(store.read_parts(checkpoint.history)) == [b"one\n", b"three\n"]
+    assert path.name in caplog.text
+    assert mirrored(store, tmp_path) == [64]
+    assert sorted(path.read_bytes() for path in (tmp_path / "mirror/checkpoints" / HISTORY).iterdir()) == [
+        b"one\n",
+        b"three\n",
+    ]
+
+
+def test_a_part_that_is_there_is_not_written_again_and_scraps_are_removed(store: CheckpointStore) -> None:
+    part = store.write_part(b"one\n")
+    folder = Path(store.path(HISTORY))
+    (folder / ".killed.jsonl.1.tmp").write_bytes(b"half")
+    written = (folder / f"{part}.jsonl").stat().st_mtime_ns
+    assert store.write_part(b"one\n") == part
+    assert (folder / f"{part}.jsonl").stat().st_mtime_ns == written
+    store.write_part(b"two\n")
+    assert sorted(path.suffix for path in folder.iterdir()) == [".jsonl", ".jsonl"]
+
+
+@pytest.mark.parametrize("history", ["one", [1], {"one": 1}, ["../one"], ["/one"], [""]])
+def test_a_history_cannot_name_a_path(store: CheckpointStore, history: object) -> None:
+    name = store.save(64, {}, {HISTORY: history})
+    with pytest.raises(DataError, match=r"state\.json: (damaged|names the file)"):
+        store.load(name)
+
+
 @pytest.mark.parametrize("name", ["../../payload", "/tmp/payload", "a/b", "..", ".", "", "a\\b", "a\0b"])
 def test_a_file_list_cannot_name_a_path(store: CheckpointStore, tmp_path: Path, name: str) -> None:
     saved = store.save(64, {"a.bin": b"a"}, {})
@@ -229,7 +311,7 @@ def test_a_file_list_cannot_name_a_path(store: CheckpointStore, tmp_path: Path, 
     path.write_text(json.dumps(state))
     other = CheckpointStore(Store(tmp_path / "other"))
     with pytest.raises(DataError, match="expected a plain name"):
-        other.copy(saved, store)
+        other.copy(store.load(saved), store)
     with pytest.raises(DataError, match="expected a plain name"):
         store.load(saved)
     assert not (tmp_path / "other").exists() or not list((tmp_path / "other").rglob("*"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from crashing_disk import LOSSES, CrashingDisk, Loss, PowerCut
 
-from pipeline.checkpoints.store import CheckpointStore
+from pipeline.checkpoints.store import HISTORY, CheckpointStore
 from pipeline.common.errors import ConfigConflict
 from pipeline.common.storage import Store
 
@@ -23,6 +23,11 @@ def files_of(images: int) -> dict[str, bytes]:
     return {name: f"{name} at {images} ".encode() * 50 for name in ("a.safetensors", "optimizers.pt", "metrics.jsonl")}
 
 
+def parts_of(images: int) -> list[bytes]:
+    """Return the history that a checkpoint shares with those before it."""
+    return [f"lines up to {end}\n".encode() * 50 for end in POSITIONS if end <= images]
+
+
 def go_on(out: Path, finished: list[int] | None = None) -> None:
     """What the trainer does with its checkpoints: find the newest, then save and retain to the end of the run."""
     store = CheckpointStore(Store(out))
@@ -31,7 +36,8 @@ def go_on(out: Path, finished: list[int] | None = None) -> None:
     store.discard_after(start)
     for images in POSITIONS:
         if images > start:
-            store.save(images, files_of(images), {"metrics": {"swd": SWD[images]}})
+            parts = [store.write_part(part) for part in parts_of(images)]
+            store.save(images, files_of(images), {"metrics": {"swd": SWD[images]}, HISTORY: parts})
             if finished is not None:
                 finished.append(images)
             store.retain(KEEP)
@@ -56,7 +62,7 @@ def test_the_operations_are_those_of_a_careful_writer(undisturbed: tuple[dict[st
     kinds = {operation.split()[0] for operation in operations}
     assert kinds >= {"write", "fsync", "replace", "mkdir", "unlink", "rmdir"}
     assert len(operations) > 60
-    assert {name.split("/")[1] for name in files} == {"000000000128", "000000000192", "000000000256"}
+    assert {name.split("/")[1] for name in files} == {"000000000128", "000000000192", "000000000256", HISTORY}
 
 
 @pytest.mark.slow
@@ -78,6 +84,7 @@ def test_a_power_cut_at_every_operation(
         assert seen >= max(finished, default=0), f"{told}: a finished checkpoint is gone"
         if newest is not None:
             assert newest.files == files_of(seen), told
+            assert list(CheckpointStore(Store(found)).read_parts(newest.history)) == parts_of(seen), told
         go_on(found)
         checkpoints = CheckpointStore(Store(found))
         assert checkpoints.load(checkpoints.names()[-1]).files == files_of(256), told

@@ -1,11 +1,15 @@
 """What a checkpoint brings back: the same state, whatever of the runtime has changed since."""
 
+import pytest
+import torch
 from accelerate import Accelerator
 from test_step import TINY, batch_of
 
 from pipeline.checkpoints.store import Checkpoint
+from pipeline.checkpoints.weights import FILE_OF_KIND, Kind
+from pipeline.common.errors import DataError
 from pipeline.config import load_config
-from pipeline.training.manager import checkpoint_files, restore
+from pipeline.training.manager import OPTIMIZERS, checkpoint_files, restore
 from pipeline.training.step import AdversarialStep
 
 
@@ -16,8 +20,16 @@ def test_moments_stay_with_their_weights_when_the_memory_order_changes() -> None
     before = AdversarialStep(config, accelerator)
     before(*batch_of(config), 16)
     files = checkpoint_files(before, 16, b"")
-    after = AdversarialStep(load_config(overrides=[*TINY, "channels_last=false"]), accelerator)
+    after = AdversarialStep(load_config(overrides=[*TINY, "channels_last=false", "learning_rate_g=1e-3"]), accelerator)
     restore(after, Checkpoint("here", {}, files))
+    for here, there in (
+        (before.generator, after.generator),
+        (before.discriminator, after.discriminator),
+        (before.ema.generator, after.ema.generator),
+    ):
+        assert all(map(torch.equal, here.state_dict().values(), there.state_dict().values()))
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in (after.optimizer_g, after.optimizer_d)]
+    assert rates == [1e-3, 2e-4], "learning rates follow the configuration"
     for old, new in ((before.optimizer_g, after.optimizer_g), (before.optimizer_d, after.optimizer_d)):
         for group_old, group_new in zip(old.param_groups, new.param_groups, strict=True):
             for weight_old, weight_new in zip(group_old["params"], group_new["params"], strict=True):
@@ -25,3 +37,11 @@ def test_moments_stay_with_their_weights_when_the_memory_order_changes() -> None
                     moment = new.state[weight_new][name]
                     assert moment.stride() == weight_new.stride()
                     assert moment.equal(old.state[weight_old][name])
+
+    # The same weights fit no other network, and are not half restored in silence.
+    for file in (FILE_OF_KIND["raw"], FILE_OF_KIND["discriminator"]):
+        other: Kind = "discriminator" if file == FILE_OF_KIND["raw"] else "raw"
+        with pytest.raises(DataError, match=f"here/{file}: does not fit the network"):
+            restore(after, Checkpoint("here", {}, {**files, file: files[FILE_OF_KIND[other]]}))
+    with pytest.raises(DataError, match=f"here/{OPTIMIZERS}: cannot be restored"):
+        restore(after, Checkpoint("here", {}, {**files, OPTIMIZERS: b"moments"}))

@@ -1,9 +1,10 @@
 """One update: every lever that claims equal semantics gives the plain update's numbers, on any number of processes."""
 
+import copy
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,51 +57,57 @@ def plain_updates(config: RunConfig, count: int) -> dict[str, torch.Tensor]:
 WORKER = """
 import os, sys, json, torch
 torch.set_default_dtype(torch.float64)
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 sys.path[:0] = {tests!r}
 from pipeline.config import load_config
+from pipeline.training.accelerator import make_accelerator
 from pipeline.training.step import AdversarialStep
 from test_step import batch_of
 options = json.loads(sys.argv[1])
-accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-assert accelerator.num_processes == options["processes"], accelerator.num_processes
-config = load_config(overrides=options["overrides"])
-step = AdversarialStep(config, accelerator)
-if options["without_batchnorm"]:  # its statistics are per process by design; everything else must agree
-    for module in [*step.generator.modules(), *step.discriminator.modules()]:
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-reals, z = batch_of(config)
+accelerator = make_accelerator()
 rank, world = accelerator.process_index, accelerator.num_processes
-for position in range(options["updates"]):
-    statistics = step(reals[rank::world], z[rank::world], 16 * (position + 1))
-if accelerator.is_main_process:
-    torch.save({{**step.generator.state_dict(prefix="g."), **step.discriminator.state_dict(prefix="d."),
-                **step.ema.generator.state_dict(prefix="e."), "statistics": statistics}}, options["out"])
+assert world == options["processes"], world
+found = []
+for case in options["cases"]:
+    config = load_config(overrides=case["overrides"])
+    step = AdversarialStep(config, accelerator)
+    if not case["batchnorm"]:
+        for module in [*step.generator.modules(), *step.discriminator.modules()]:
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    reals, z = batch_of(config)
+    rows = [*range(0, len(z), 2), *range(1, len(z), 2)] if case["in_ranks"] else [*range(rank, len(z), world)]
+    for position in range(3):
+        statistics = step(reals[rows], z[rows], 16 * (position + 1))
+    found.append({{**step.generator.state_dict(prefix="g."), **step.discriminator.state_dict(prefix="d."),
+                  **step.ema.generator.state_dict(prefix="e."), "statistics": statistics, "flags": [
+                      [network.broadcast_buffers, network.gradient_as_bucket_view]
+                      for network in (step._ddp_g, step._ddp_d) if world > 1]}})
+torch.save(found, options["out"] + str(rank))
 accelerator.end_training()
 sys.stdout.flush()
 os._exit(0)  # gloo's threads may abort Python's teardown
 """
 
 
-def updates(
-    tmp_path: Path, overrides: list[str], *, processes: int = 1, without_batchnorm: bool = False
-) -> dict[str, Any]:
-    """Run three updates of AdversarialStep in float64 in real processes, and return the weights."""
-    worker, out = tmp_path / "worker.py", tmp_path / f"{len(list(tmp_path.iterdir()))}.pt"
+def case(*overrides: str, batchnorm: bool = True, in_ranks: bool = False) -> dict[str, Any]:
+    """Return what `updates` does: with BatchNorm's statistics of each batch, or with fixed ones.
+
+    `in_ranks` orders the images as two ranks share them: with accumulate=2 a micro-batch is what a rank would have.
+    """
+    return {"overrides": [*TINY, *overrides], "batchnorm": batchnorm, "in_ranks": in_ranks}
+
+
+def updates(tmp_path: Path, *cases: dict[str, Any], processes: int = 1) -> list[list[dict[str, Any]]]:
+    """Run three updates of AdversarialStep in float64 for each case, in real processes that are set up as the
+    trainer's; return each rank's weights and statistics of each case.
+    """
+    worker, out = tmp_path / "worker.py", tmp_path / f"{processes}."
     worker.write_text(WORKER.format(tests=[str(folder) for folder in list(Path(__file__).parents)[:2]]))
-    options = {
-        "overrides": TINY + overrides,
-        "processes": processes,
-        "without_batchnorm": without_batchnorm,
-        "updates": 3,
-        "out": str(out),
-    }
+    options = {"cases": cases, "processes": processes, "out": str(out)}
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     warm_start.run_ranks([sys.executable, worker, json.dumps(options)], processes, env=environment)
-    loaded: dict[str, Any] = torch.load(out, weights_only=True)
-    return loaded
+    return [torch.load(f"{out}{rank}", weights_only=True) for rank in range(processes)]
 
 
 def assert_equal_weights(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
@@ -110,28 +117,29 @@ def assert_equal_weights(found: dict[str, Any], expected: dict[str, Any], tolera
             torch.testing.assert_close(found[name], weight, rtol=0, atol=tolerance, msg=message)
 
 
-@pytest.mark.parametrize(
-    "levers",
-    [
-        ["channels_last=false", "fused_optimizer=false"],
-        ["channels_last=true", "fused_optimizer=true"],
-        ["channels_last=true", "fused_optimizer=true", "compile=true"],
-    ],
-    ids=["plain", "fast", "compiled"],
-)
-def test_levers_equal_the_tutorial_in_float64(tmp_path: Path, levers: list[str]) -> None:
-    found = updates(tmp_path, levers)
+def test_levers_equal_the_tutorial_in_float64(tmp_path: Path) -> None:
+    plain, fast = ["channels_last=false", "fused_optimizer=false"], ["channels_last=true", "fused_optimizer=true"]
+    (one,) = updates(tmp_path, case(*plain), case(*fast), case(*fast, "compile=true"))
     expected = plain_updates(load_config(overrides=TINY), 3)
-    # Adam divides by the root of tiny second moments, which magnifies rounding: 1e-10 of weights of 1e-2.
-    assert_equal_weights(found, expected, 1e-9)
+    for found in one:
+        # Adam divides by the root of tiny second moments, which magnifies rounding: 1e-10 of weights of 1e-2.
+        assert_equal_weights(found, expected, 1e-9)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_equal_one(tmp_path: Path, accumulate: int) -> None:
-    one = updates(tmp_path, [], without_batchnorm=True)
-    two = updates(tmp_path, [f"accumulate={accumulate}"], processes=2, without_batchnorm=True)
-    assert_equal_weights(two, one, 1e-9)
-    torch.testing.assert_close(one["e.layers.0.weight"], two["e.layers.0.weight"], rtol=0, atol=1e-9)
+@pytest.mark.parametrize("lever", ["compile=false", pytest.param("compile=true", marks=pytest.mark.slow)])
+def test_two_processes_equal_one(tmp_path: Path, lever: str) -> None:
+    """BatchNorm's statistics are those of each process, which one process does as those of each micro-batch."""
+    fixed, own = case(batchnorm=False), case("accumulate=2", in_ranks=True)
+    (one,) = updates(tmp_path, fixed, fixed, own)
+    accumulated = case(lever, "accumulate=2", batchnorm=False)
+    ranks = updates(tmp_path, case(lever, batchnorm=False), accumulated, case(lever), processes=2)
+    for number, state in enumerate(one):
+        expected = {name: value for name, value in state.items() if "running" not in name}
+        for rank in ranks:
+            assert_equal_weights(rank[number], expected, 1e-9)
+            average = rank[number]["e.layers.0.weight"]
+            torch.testing.assert_close(average, expected["e.layers.0.weight"], rtol=0, atol=1e-9)
+            assert rank[number]["flags"] == 2 * [[False, True]], "buffers are averaged when saving, not sent before D's"
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -155,6 +163,50 @@ def test_the_generator_update_computes_no_gradients_of_discriminator_weights(com
         for network in (step.discriminator, step.generator)
     )
     assert masks == {True: 2 * layers_d + layers_g, False: layers_d}  # reals and fakes, then G through D
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_what_the_statistics_mean(micro_batches: int) -> None:
+    """Computed again from the weights before the update, and for G's loss from D's after it."""
+    from accelerate import Accelerator
+
+    from pipeline.training.step import STATISTICS, AdversarialStep
+
+    config = load_config(overrides=[*TINY, f"accumulate={micro_batches}"])
+    step = AdversarialStep(config, Accelerator(cpu=True))
+    reals, z = batch_of(config)
+    reals[: len(reals) // 2] //= 4  # so that D tells the halves, and reals from fakes
+    step(reals, z, 16)
+    generator, before = copy.deepcopy(step.generator), copy.deepcopy(step.discriminator)
+    average = copy.deepcopy(step.ema)
+    found = dict(zip(STATISTICS, step(reals, z, 32).tolist(), strict=True))
+    after = copy.deepcopy(step.discriminator)
+    sums: defaultdict[str, float] = defaultdict(float)
+    for real, noise in zip(np.split(reals, micro_batches), np.split(z, micro_batches), strict=True):
+        pixels = torch.from_numpy(real / np.float32(127.5) - 1).permute(0, 3, 1, 2)
+        fakes = generator(torch.from_numpy(noise)).detach()
+        real_logits, fake_logits = before(pixels), before(fakes)
+        ones, zeros = torch.ones(len(noise)), torch.zeros(len(noise))
+        bce = nn.functional.binary_cross_entropy_with_logits
+        loss_d = bce(real_logits, ones) + bce(fake_logits, zeros)
+        (loss_d / micro_batches).backward()  # type: ignore[no-untyped-call]
+        loss_g = bce(after(generator(torch.from_numpy(noise))), ones)
+        (loss_g / micro_batches).backward()  # type: ignore[no-untyped-call]
+        sums["loss_d"] += loss_d.item()
+        sums["loss_g"] += loss_g.item()
+        sums["d_real"] += (1 / (1 + np.exp(-real_logits.detach().numpy()))).mean()
+        sums["d_fake"] += (1 / (1 + np.exp(-fake_logits.detach().numpy()))).mean()
+        sums["deviation_real"] += pixels.numpy().std(0).mean()
+        sums["deviation_fake"] += fakes.numpy().std(0).mean()
+    expected = {name: total / micro_batches for name, total in sums.items()}
+    for letter, network in (("d", before), ("g", generator)):
+        gradients = [weight.grad.numpy().ravel() for weight in network.parameters() if weight.grad is not None]
+        expected[f"grad_norm_{letter}"] = float(np.linalg.norm(np.concatenate(gradients)))
+    assert found == pytest.approx({**expected, "nonfinite": 0, "skipped": 0}, rel=1e-4)
+    average.update(step.generator, images_seen=32, batch=16)  # G after this update
+    assert all(map(torch.equal, step.ema.generator.parameters(), average.generator.parameters()))
+    values = sorted(expected.values())
+    assert all(big > 1.01 * small for small, big in zip(values, values[1:], strict=False)), "two could be swapped"
 
 
 def test_nonfinite_gradients_change_nothing_and_are_counted() -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import signal
+import time
 from typing import Any
 
 import pytest
@@ -44,6 +46,47 @@ def diverged(found: Report) -> bool:
     except DataError as error:
         return "the last good checkpoint is RUN/checkpoints/1" in str(error)
     return False
+
+
+def test_what_a_window_reports() -> None:
+    """Means over its updates; the diversity is one ratio of sums, not the mean of ratios."""
+    before = time.monotonic()
+    window = new_window()
+    first = dict.fromkeys(STATISTICS, 0.0) | {"loss_d": 1.0, "loss_g": 2.0, "d_real": 0.8, "d_fake": 0.1}
+    first |= {"grad_norm_d": 5.0, "grad_norm_g": 7.0, "deviation_real": 0.5, "deviation_fake": 0.1}
+    second = first | {"loss_d": 3.0, "d_real": 0.6, "deviation_real": 0.3, "deviation_fake": 0.3}
+    for statistics in (first, second):
+        window.add(torch.tensor([statistics[name] for name in STATISTICS]), 16, 0.25)
+    report = window.reduce(1.5, False, torch.ones(()), end=True)
+    assert 0 <= report.seconds <= time.monotonic() - before
+    expected = {"loss_d": 2.0, "loss_g": 2.0, "d_real": 0.7, "d_fake": 0.1, "grad_norm_d": 5.0, "grad_norm_g": 7.0}
+    assert report.values == pytest.approx({**expected, "diversity": 0.4 / 0.8})
+    assert (report.images, report.steps, report.step_seconds, report.data_wait_seconds) == (32, 2, 0.5, 1.5)
+    window.add(torch.full((len(STATISTICS),), 4.0), 16, 0.125)
+    report = window.reduce(1.75, True, torch.ones(()), end=True)
+    assert report.values == pytest.approx({**dict.fromkeys(expected, 4.0), "diversity": 1.0}), "it began anew"
+    assert (report.images, report.steps, report.step_seconds, report.data_wait_seconds) == (16, 1, 0.125, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("stop", "save", "overdue", "expected"),
+    [
+        (0, False, False, (0, False)),
+        (signal.SIGINT, False, False, (signal.SIGINT, False)),
+        (signal.SIGTERM, True, False, (signal.SIGTERM, True)),
+        (0, False, True, (0, True)),
+    ],
+)
+def test_a_request_is_reported_and_one_to_save_only_once(
+    stop: int, save: bool, overdue: bool, expected: tuple[int, bool]
+) -> None:
+    window = new_window()
+    requests = window.requests
+    requests.stop, requests.save = stop, save
+    for again in (False, True):
+        window.add(torch.zeros(len(STATISTICS)), 8, 0.0)
+        found = window.reduce(0.0, overdue, torch.ones(()), end=True)
+        assert (found.stop, found.save) == ((expected[0], overdue) if again else expected)
 
 
 def test_a_scale_that_is_found_is_no_reason_to_stop_and_one_that_is_not_is() -> None:

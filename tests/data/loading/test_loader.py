@@ -7,7 +7,9 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,34 @@ def test_batches_of_the_past_are_forgotten(
         for _ in range(400):
             loader.next_batch()
         assert sum(type(thing) is Future for thing in gc.get_objects()) < 100
+
+
+@pytest.mark.parametrize("resident_limit", [0, RESIDENT_BYTES])
+def test_shards_are_loaded_side_by_side_and_may_arrive_in_any_order(tmp_path: Path, resident_limit: int) -> None:
+    """Four at once. Each shard is a pipe here, whose reader hangs until it is written, as with a slow store."""
+    dataset = write_dataset(tmp_path, [6] * 8)
+    images = all_images(dataset)
+    content = {shard.name: (tmp_path / shard.name).read_bytes() for shard in dataset.shards}
+    for name in content:
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    with Loader(dataset, seed=0, streams=4, batch=8, resident_limit=resident_limit) as loader:
+        waiting: dict[str, int] = {}
+        until = time.monotonic() + 30
+        while len(waiting) < 4:
+            assert time.monotonic() < until, f"only {len(waiting)} shards are being read"
+            for name in content.keys() - waiting.keys():
+                with suppress(OSError):  # nobody reads it
+                    waiting[name] = os.open(tmp_path / name, os.O_WRONLY | os.O_NONBLOCK)
+        for name, data in content.items():  # from here on it is a file
+            (tmp_path / f"{name}.new").write_bytes(data)
+            (tmp_path / f"{name}.new").replace(tmp_path / name)
+        for name, handle in reversed(waiting.items()):
+            os.write(handle, content[name])
+            os.close(handle)
+        for _ in range(24):
+            ids = loader.ids()
+            assert np.array_equal(loader.next_batch(), images[ids])
 
 
 def test_close_ends_the_threads_and_a_waiting_caller(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Every value of a window reaches metrics.jsonl and /metrics under its own name."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.common.telemetry import Telemetry
+from pipeline.config import load_config
+from pipeline.training.run_directory import RunDirectory
+from pipeline.training.run_log import RunLog
+from pipeline.training.window import Report
+
+VALUES = {
+    "loss_d": 1.25,
+    "loss_g": 0.5,
+    "d_real": 0.75,
+    "d_fake": 0.125,
+    "grad_norm_d": 3.0,
+    "grad_norm_g": 5.0,
+    "diversity": 0.875,
+}
+REPORT = Report(
+    values=VALUES,
+    images=512,
+    steps=4,
+    nonfinite_steps=1,
+    weights_finite=True,
+    hopeless_steps=0,
+    stop=0,
+    save=False,
+    seconds=8.0,
+    data_wait_seconds=2.0,
+    step_seconds=1.0,
+)
+
+
+def test_values_keep_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(overrides=["total_images=2048"])
+    with RunDirectory(tmp_path) as run, Telemetry("train", run="run") as telemetry:
+        log = RunLog(config, run, telemetry)
+
+        def shown(name: str, **labels: str) -> float | None:
+            return telemetry.registry.get_sample_value(f"dcgan_train_{name}", {**telemetry.identity, **labels})
+
+        for seen, failures in ((512, 2), (1024, 3)):
+            log.window(dataclasses.replace(REPORT), seen, mirror_failures=failures)
+        assert [shown("loss", network=name) for name in ("discriminator", "generator")] == [1.25, 0.5]
+        assert [shown("gradient_norm", network=name) for name in ("discriminator", "generator")] == [3.0, 5.0]
+        assert [shown("discriminator_output", batch=name) for name in ("real", "fake")] == [0.75, 0.125]
+        assert (shown("sample_diversity_ratio"), shown("seen_images")) == (0.875, 1024)
+        assert (shown("nonfinite_steps_total"), shown("mirror_failures_total")) == (2, 3)
+        assert [shown("phase_seconds_total", phase=name) for name in ("data_wait", "step")] == [4.0, 12.0]
+        log.step(0.5)
+        assert shown("images_total") == config.recipe.batch
+        log.quality({"swd": 9.5, "fid": float("nan")}, 1024)
+        assert (shown("quality", metric="swd"), shown("quality", metric="fid")) == (9.5, None)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert lines == [{"images": 512, **VALUES}, {"images": 1024, **VALUES}, {"images": 1024, "swd": 9.5}]
+    (timing, _) = [json.loads(line) for line in run.timing.read_text().splitlines()]
+    assert timing.pop("time") > 0
+    assert timing == {"images": 512, "images_per_second": 64.0, "data_wait_share": 0.25, "step_milliseconds": 250.0}
+    assert "512/2,048 images (25%)  64/s  loss D 1.250 G 0.500  D(real) 0.75 D(fake) 0.12" in capsys.readouterr().err
+    assert "data wait 25.0%  0:00:24 left" in log._line(REPORT, 512, 64.0, 0.25)
+
+
+def test_time_for_other_tasks_does_not_slow_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("pipeline.training.run_log.time.monotonic", lambda: now[0])
+    with RunDirectory(tmp_path) as run, Telemetry("train", run="run") as telemetry:
+        log = RunLog(load_config(overrides=[]), run, telemetry)
+        with log.phase("checkpoint"):
+            now[0] += 4.0
+        log.window(REPORT, 512)
+        log.window(REPORT, 1024)
+        labels = telemetry.identity | {"phase": "checkpoint"}
+        assert telemetry.registry.get_sample_value("dcgan_train_phase_seconds_total", labels) == 4.0
+        duration = telemetry.registry.get_sample_value("dcgan_train_checkpoint_duration_seconds", telemetry.identity)
+        assert duration == 4.0
+    rates = [json.loads(line)["images_per_second"] for line in run.timing.read_text().splitlines()]
+    assert rates == [128.0, 64.0]

@@ -1,7 +1,7 @@
 """Reading and writing files, the same on a disk and in an object store: retries, time limits, atomic output.
 
 The one mechanism for both (docs/architecture.md, contract 9). A location is a directory, or the URL of a folder
-(`http(s)://`, `s3://`, `gs://`, `file://`); names inside it use forward slashes.
+(`http(s)://`, `s3://`, `gs://`, `hf://`, `file://`); names inside it use forward slashes.
 """
 
 import errno
@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from pipeline.common.errors import DataError, TryAgainError, UnavailableError, UsageError, describe_os_error
 
-SCHEMES = ("http", "https", "s3", "gs", "file", "memory")
+SCHEMES = ("http", "https", "s3", "gs", "hf", "file", "memory")
 PAUSES_SECONDS = (0.5, 2.0, 5.0, 15.0)
 """Pauses between two attempts at a store; there is one attempt more than there are pauses."""
 TIMEOUT_SECONDS = 60.0
@@ -40,10 +40,11 @@ T = TypeVar("T")
 def is_url(location: str | os.PathLike[str]) -> bool:
     """Whether `location` is a URL rather than a path. Raises UsageError for a scheme that is not allowed."""
     text = os.fspath(location)
-    scheme = urlsplit(text).scheme if ":" in text else ""
-    if "://" not in text and scheme != "pipe":
+    if text.startswith("pipe:"):
+        raise UsageError(f"{text}: pipe: is refused, because it would run a shell command; name the file or its URL")
+    if (match := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)) is None:
         return False
-    if scheme not in SCHEMES:
+    if (scheme := match[1].lower()) not in SCHEMES:
         raise UsageError(f"{text}: URLs of kind {scheme!r} are refused; expected {', '.join(SCHEMES)}")
     return True
 
@@ -310,6 +311,8 @@ def _refusal(error: Exception) -> str | None:
         status = 403
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", status)
+    elif status is None:  # huggingface_hub's errors carry the answer of httpx
+        status = getattr(response, "status_code", None)
     said = getattr(error, "message", None) or str(error)
     if isinstance(error, PermissionError) or status in (401, 403):
         return f"the store refuses access ({status or 'no status'}: {said}); check the credentials and the rights"

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
@@ -140,6 +141,18 @@ def locate(reference: str) -> tuple["Store", str]:
     return Store(folder or ("/" if slash else ".")), name
 
 
+@dataclass(frozen=True)
+class FileFacts:
+    """What a store says of a file."""
+
+    bytes: int | None
+    """Its size; None where the store does not say."""
+    etag: str | None
+    """Its ETag, which changes with its content; None on a disk, and where the store has none."""
+    ranges: bool
+    """Whether a part of it can be read without the rest."""
+
+
 class Store:
     """A directory or URL whose files are read whole and written atomically.
 
@@ -182,7 +195,7 @@ class Store:
         if self.remote:
             end = offset + size
             data: bytes = self._retry(name, lambda: self._fs.cat_file(f"{self._root}/{name}", start=offset, end=end))
-            if len(data) >= end > size:  # a server without range requests sends the whole file
+            if len(data) > size:  # a server without range requests sends the whole file
                 data = data[offset:end]
         else:
             with (Path(self.location) / name).open("rb") as file:
@@ -190,6 +203,33 @@ class Store:
         if len(data) != size:
             raise DataError(f"{self.path(name)}: ends before offset {offset + size}")
         return data
+
+    def facts(self, name: str) -> "FileFacts":
+        """Return what the store says of the file `name`. Raises DataError when it is not there."""
+        if not self.remote:
+            try:
+                return FileFacts((Path(self.location) / name).stat().st_size, None, True)
+            except (FileNotFoundError, NotADirectoryError):
+                raise DataError(f"{self.path(name)}: no such file") from None
+
+        def look() -> FileFacts:
+            # First a read: over http, `info` calls a store that is away a missing file.
+            path = f"{self._root}/{name}"
+            try:
+                first = self._fs.cat_file(path, start=0, end=1)
+            except Exception as error:
+                if _is_empty(error):
+                    return FileFacts(0, None, True)
+                raise
+            self._fs.invalidate_cache()
+            try:
+                info = self._fs.info(path)
+            except FileNotFoundError as error:
+                raise OSError(f"it was there and is not: {error}") from None
+            etag = next((str(info[key]) for key in ("ETag", "etag", "blob_id") if info.get(key)), None)
+            return FileFacts(info.get("size"), etag, len(first) <= 1 and info.get("partial") is not False)
+
+        return self._retry(name, look)
 
     def fetch(self, name: str, path: Path) -> None:
         """Download `name` of a remote store to the local file `path`, whole, without holding it in memory."""
@@ -215,7 +255,7 @@ class Store:
             except FileNotFoundError:
                 return False
             except Exception as error:
-                if "InvalidRange" in str(error.__cause__) or getattr(error, "status", None) == 416:  # an empty file
+                if _is_empty(error):
                     return True
                 raise
             return True
@@ -323,6 +363,11 @@ def _refusal(error: Exception) -> str | None:
     if status is not None and (400 <= status < 500 or status == 501) and status not in _PASSING_STATUS:
         return f"the store answers {status} ({said})"
     return None
+
+
+def _is_empty(error: Exception) -> bool:
+    """Whether a store refused to read the first byte of a file because it has none."""
+    return "InvalidRange" in str(error.__cause__) or getattr(error, "status", None) == 416
 
 
 def _filesystem(location: str) -> tuple[Any, str]:

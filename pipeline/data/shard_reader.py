@@ -59,14 +59,16 @@ def read_shard(store: Store, shard: Shard) -> bytes:
     return data
 
 
-def shard_images(dataset: Dataset, shard: Shard, data: bytes) -> Iterator[Pixels]:
-    """Yield the images in a shard's file `data` in order.
+def shard_images(dataset: Dataset, index: int, data: bytes) -> Iterator[Pixels]:
+    """Yield the images of shard number `index`, whose file is `data`, in order.
 
     They come as blocks (n, size, size, channels) if packed, else one by one (n = 1). Raises DataError.
     """
     side, channels = dataset.image_size, dataset.channels
+    shard = dataset.shards[index]
     view = memoryview(data)
-    for offset, size in zip(shard.offsets, shard.sizes, strict=True):
+    offsets, sizes = dataset.members(index)
+    for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
         piece = view[offset : offset + size]
         if dataset.encoding == "packed":
             yield np.frombuffer(piece, np.uint8).reshape(-1, side, side, channels)
@@ -119,12 +121,12 @@ def _iterate(dataset: Dataset, batch: int, labels: bool) -> Iterator[tuple[Pixel
     waiting: list[Pixels] = []
     columns: Columns = {name: [] for name in names}
     ready = 0
-    for shard in dataset.shards:
+    for index, shard in enumerate(dataset.shards):
         data = read_shard(dataset.store, shard)
         if labels:
             for name, values in shard_columns(dataset, shard, data).items():
                 columns[name].extend(values)
-        for images in shard_images(dataset, shard, data):
+        for images in shard_images(dataset, index, data):
             waiting.append(images)
             ready += len(images)
             while ready >= batch:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, describe_os_error
 from pipeline.common.imaging import BadImage, decode
-from pipeline.data.dataset import Dataset, Encoding, Shard
+from pipeline.data.dataset import Dataset, Shard
 from pipeline.data.loading.shard_cache import ShardCache, default_directory
 from pipeline.data.loading.thread_pool import ThreadPool
 
@@ -237,7 +237,7 @@ def _check_offsets(entry: Shard, where: str) -> None:
         )
 
 
-def _pieces(entry: Shard, content: memoryview, encoding: Encoding) -> Iterable[memoryview]:
+def _pieces(entry: Shard, content: memoryview, encoding: str) -> Iterable[memoryview]:
     """Yield, in file order, a target for each piece of a shard's file: pixels go to `content`, tar headers to scrap."""
     if encoding == "packed":
         position = filled = 0

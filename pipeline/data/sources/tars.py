@@ -63,10 +63,11 @@ def list_dataset(dataset: Dataset) -> Listing:
     """Return the images of one of our own data sets, checked, by the names that they had in its source."""
     listing = Listing(dict(dataset.labels), [])
     side, channels = dataset.image_size, dataset.channels
-    for shard in dataset.shards:
+    for index, shard in enumerate(dataset.shards):
         columns = shard_columns(dataset, shard, read_shard(dataset.store, shard))
         places: list[tuple[str, int, int, Any]] = []
-        for offset, size in zip(shard.offsets, shard.sizes, strict=True):
+        offsets, sizes = dataset.members(index)
+        for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
             if dataset.encoding != "packed":
                 places.append((shard.name, offset, size, None))
                 continue

@@ -183,15 +183,11 @@ class _Quick:
             raise _Unusual
         plain = (kinds == _FILE) | (kinds == _OLD_FILE)
         special = np.flatnonzero(~plain).tolist()
-        if self._name is not None or special:
-            for row, name in self._names_from_records(rows, special).items():
-                names[row] = name
+        for row, name in self._names_from_records(rows, special).items():
+            names[row] = name
         if special:
             rows = rows.take(plain)
             names = [name for name, keep in zip(names, plain.tolist(), strict=True) if keep]
-        else:
-            self._record_last = False
-            self._digest.update(rows.headers.tobytes())
         found.add(Batch(names, rows.offsets, rows.sizes, rows.data, rows.starts + RECORD, rows.limits))
 
     def _names_from_records(self, rows: "_Rows", special: list[int]) -> dict[int, bytes]:
@@ -430,6 +426,8 @@ class _Stream:
 
     def seek(self, position: int, whence: int = 0) -> int:
         self._position = position if whence == 0 else self._position + position
+        if self._position < 0:
+            raise tarfile.ReadError("an offset before the beginning")
         return self._position
 
     def tell(self) -> int:
@@ -453,6 +451,8 @@ def _with_tarfile(file: OpenTar, found: Collector) -> Ending:
         with tarfile.open(fileobj=stream, mode="r:", errorlevel=2) as tar:  # type: ignore[call-overload]
             while (member := tar.next()) is not None:
                 tar.members.clear()  # they would pile up
+                if tar.offset <= end:  # after a negative size, tarfile would go round in circles
+                    raise tarfile.ReadError("a negative size")
                 for piece in _pieces(file, hashed, member.offset_data):
                     digest.update(piece)
                 hashed = end = tar.offset

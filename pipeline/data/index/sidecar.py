@@ -70,6 +70,10 @@ class Texts:
         """Return the texts of the rows `start` to `stop`; what is no UTF-8 becomes escapes."""
         return [text.decode("utf-8", "backslashreplace") for text in self.encoded(start, stop)]
 
+    def take(self, rows: NDArray[np.int64]) -> list[str]:
+        """Return the texts of some rows."""
+        return [text for row in rows.tolist() for text in self.slice(row, row + 1)]
+
 
 @dataclass(frozen=True)
 class LabelColumn:
@@ -79,12 +83,12 @@ class LabelColumn:
     missing: NDArray[np.bool_] | None
     """Which images lack it; their values mean nothing. None: every image has it."""
 
-    def slice(self, start: int, stop: int) -> list[Any]:
-        """Return the values of the rows `start` to `stop`; None where there is none."""
-        some = self.values.slice(start, stop) if isinstance(self.values, Texts) else self.values[start:stop].tolist()
+    def take(self, rows: NDArray[np.int64]) -> list[Any]:
+        """Return the values of some rows; None where there is none."""
+        some = self.values.take(rows) if isinstance(self.values, Texts) else self.values[rows].tolist()
         if self.missing is None:
             return some
-        return [None if gap else value for value, gap in zip(some, self.missing[start:stop].tolist(), strict=True)]
+        return [None if gap else value for value, gap in zip(some, self.missing[rows].tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,16 @@ class MemberColumns:
     labels: list[LabelColumn]
     """In the order of dataset.json."""
 
+    def spread(self, count: int) -> NDArray[np.int64]:
+        """Return `count` rows at equal distances, or all: a fair draw from an order that may be sorted."""
+        count = min(count, len(self))
+        return np.arange(count, dtype=np.int64) * len(self) // max(1, count)
+
     def __len__(self) -> int:
         return len(self.offset)
 
-    def pack(self) -> bytes:
-        """Return the archive. Equal columns give equal bytes."""
+    def arrays(self) -> Arrays:
+        """Return what the archive holds."""
         arrays: Arrays = {"offset": self.offset, "size": self.size, "width": self.width, "height": self.height}
         _add_texts(arrays, "key", self.key)
         for number, label in enumerate(self.labels):
@@ -117,7 +126,7 @@ class MemberColumns:
                 arrays[f"label/{number}"] = label.values
             if label.missing is not None:
                 arrays[f"missing/{number}"] = label.missing
-        return write_arrays(arrays)
+        return arrays
 
     @classmethod
     def unpack(cls, arrays: Arrays, labels: int) -> "MemberColumns":

@@ -153,7 +153,7 @@ def _samples(folder: str, name: str, listing: Listing) -> list[tuple[str, dict[s
         sample = match[1]
         if extension in ("json", "cls"):
             file.seek(offset)
-            some = _labels(file.read(size), extension)
+            some = labels_in(file.read(size), extension)
             labels.setdefault(sample, {}).update(some or {})
             unread += some is None
         elif extension in IMAGES:
@@ -170,13 +170,13 @@ def _samples(folder: str, name: str, listing: Listing) -> list[tuple[str, dict[s
     if unread:
         listing.notes.append(f"{unread:,} .json members of {shown} are not JSON and give no labels")
     return [
-        (key, _row(labels.get(sample, {}), index, len(images)), where)
+        (key, label_row(labels.get(sample, {}), index, len(images)), where)
         for sample, images in found.items()
         for index, (key, where) in enumerate(images)
     ]
 
 
-def _labels(data: bytes, extension: str) -> dict[str, Any] | None:
+def labels_in(data: bytes, extension: str) -> dict[str, Any] | None:
     """Return the labels in a .json or .cls member: its scalar values, or columns of them. None if it is no JSON."""
     try:
         content = json.loads(data)
@@ -190,7 +190,7 @@ def _labels(data: bytes, extension: str) -> dict[str, Any] | None:
     return {name: value for name, value in content.items() if isinstance(value, (bool, int, float, str, list))}
 
 
-def _row(labels: dict[str, Any], index: int, images: int) -> dict[str, Any]:
+def label_row(labels: dict[str, Any], index: int, images: int) -> dict[str, Any]:
     """Return one image's labels: of columns the image's value, if they have one for each image."""
     row = {}
     for name, value in labels.items():

@@ -53,7 +53,13 @@ def build(
             help=f"What SRC is: {', '.join(SOURCES)}.",
         ),
     ],
-    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder, file or URL of the pictures.")],
+    src: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder, file or URL of the pictures. webdataset: also {000..123}, a glob, ::, @list.txt.",
+        ),
+    ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the new data set.")],
     size: Size = BuildOptions.size,
     channels: Channels = BuildOptions.channels,

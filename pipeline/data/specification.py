@@ -18,7 +18,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from string import ascii_letters
 from typing import NamedTuple
@@ -34,7 +34,10 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 """What a listed file must end in to be taken for a tar. A compressed one is listed, so that it is refused by name."""
 FORMS = "a tar, a folder of tars, braces ({000..123}), a glob, @list.txt, or several of these joined by ::"
 
-_TOKEN = re.compile(r"\\.|\{(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?(\d+))?\n?\}|[{},]", re.DOTALL)
+_RANGE = r"\{(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.-?(\d+))?\n?\}"
+_TOKEN = re.compile(rf"\\.|{_RANGE}|[{{}},]", re.DOTALL)
+DEEPEST = 20
+"""Braces within braces; the library's time grows with the square."""
 
 
 def expand(spec: str) -> list[str]:
@@ -153,7 +156,7 @@ def _expand_braces(part: str) -> list[str]:
         names: list[str] = expand_urls(text)
     except AssertionError as error:
         raise UsageError(f"{part}: {first_line(error)}: ${{NAME}} is the value of WDS_NAME") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UsageError(f"{part}: {first_line(error)}; expected braces such as {{000..123}} or {{a,b}}") from None
     return names
 
@@ -165,6 +168,8 @@ def _count(text: str) -> int:
     for token in _TOKEN.finditer(text):
         match token[0]:
             case "{":
+                if len(before) == DEEPEST:
+                    raise ValueError(f"braces within braces, more than {DEEPEST} deep")
                 before.append((done, names))
                 done, names = 0, 1
             case "," if before:
@@ -175,15 +180,13 @@ def _count(text: str) -> int:
                 inner = done + names
                 done, names = before.pop()
                 names *= inner
-            case _ if token[1]:
-                names *= abs(_ordinal(token[2]) - _ordinal(token[1])) // max(1, int(token[3] or 1)) + 1
+            case _ if token[2] or token[4]:
+                ordinal: Callable[[str], int] = ascii_letters.index if token[4] else int
+                first, last = ordinal(token[1] or token[3]), ordinal(token[2] or token[4])
+                names *= abs(last - first) // max(1, int(token[5] or 1)) + 1
     if before:
         raise ValueError("an opening brace without its closing one")
     return names
-
-
-def _ordinal(text: str) -> int:
-    return ascii_letters.index(text) if text in ascii_letters else int(text)
 
 
 def _find(name: str) -> list[str]:
@@ -209,11 +212,13 @@ def _match(pattern: str, remote: bool) -> list[str]:
         if "**" in pattern:
             raise UsageError(f"{pattern}: ** works on disks only; on a store name each level: */*.tar")
         scheme, _, path = pattern.partition("://")
-        start, *rest = path.split("/")
-        found = [f"{scheme}://{start}"]
-        for component in rest:  # level by level: fsspec's own glob takes a failing store for an empty one
-            if _is_pattern(component):
-                found = [f"{at}/{entry}" for at in found for entry in _matching(Store(at), component)]
+        start, *components = path.split("/")
+        found, listed = [f"{scheme}://{start}"], False
+        for component in components:  # level by level: fsspec's own glob takes a failing store for an empty one
+            listed = listed or _is_pattern(f"{scheme}://{component}")
+            if listed:
+                folders = [at for at in found if not _is_tar(at)]
+                found = [f"{at}/{entry}" for at in folders for entry in _matching(Store(at), component)]
             else:
                 found = [f"{at}/{component}" for at in found]
     else:
@@ -258,7 +263,9 @@ def _read_wids(location: str) -> list[str]:
     urls = [shard.get("url") for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
     if not urls or len(urls) != len(shards) or not all(isinstance(url, str) and url for url in urls):
         raise DataError(f"{location}: no list of shards; {expected}")
-    base = content.get("base_path")
+    if content.get("datasets"):
+        raise DataError(f"{location}: refers to other data sets; name the index of each, joined by ::")
+    base = content.get("base", content.get("base_path"))
     folder = _beside(f"{base.rstrip('/')}/", location, location) if isinstance(base, str) and base else location
     return [_beside(url, folder, location) for url in urls]
 

@@ -69,20 +69,26 @@ def is_specification(location: str) -> bool:
     A place that is neither is no specification. Raises UsageError for URLs that are refused.
     """
     location = location.removeprefix("file://")
-    if os.path.isfile(location):
-        return os.path.basename(location) != DATASET_FILE
-    if os.path.isdir(location):
-        names = Store(location).names()
-        return DATASET_FILE not in names and any(_is_tar(name) for name in names)
-    if location.startswith("@") or "::" in location or "{" in location or _is_pattern(location):
+    if _is_notation(location):
         return True
-    path = _path(location)
-    if _is_tar(path) or path.endswith(".json"):
-        return not path.endswith(f"/{DATASET_FILE}")
-    if not is_url(location):
-        return False
     store = Store(location)
     return not store.exists(DATASET_FILE) and any(_is_tar(name) for name in store.names())
+
+
+def is_dataset(location: str) -> bool:
+    """Whether `location` is a folder or URL with a dataset.json. Raises UsageError for URLs that are refused."""
+    location = location.removeprefix("file://")
+    return not _is_notation(location) and Store(location).exists(DATASET_FILE)
+
+
+def _is_notation(location: str) -> bool:
+    """Whether `location` names tars, whatever lies there. An existing folder has only its name."""
+    if os.path.isdir(location):
+        return False
+    path = _path(location)
+    if os.path.isfile(location) or path.endswith((*TAR_SUFFIXES, ".json")):
+        return path.rpartition("/")[2] != DATASET_FILE
+    return location.startswith("@") or "::" in location or "{" in location or _is_pattern(location)
 
 
 def short_names(tars: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.common.errors import DataError, UsageError, UserError
 from pipeline.data import specification
-from pipeline.data.specification import IndexedMember, expand, is_specification, read_idx, short_names
+from pipeline.data.specification import IndexedMember, expand, is_dataset, is_specification, read_idx, short_names
 
 ZERO, ONE, OTHER, ODD = TARS = ["a/lsun-000000.tar", "a/lsun-000001.tar", "b/x.tar", "odd[1].tar"]
 HUB = "hf://datasets/someone/faces"
@@ -210,6 +210,7 @@ def test_names_are_counted_as_the_library_makes_them(pattern: str, monkeypatch: 
 )
 def test_a_data_set_of_ours_or_nothing_is_no_specification(folder: Path, stores: None, place: str) -> None:
     assert not is_specification(place)
+    assert is_dataset(place) == (place.rstrip("/").endswith("ours"))
 
 
 def test_images_are_named_by_the_file_of_their_tar_and_by_its_path_where_two_share_it() -> None:

@@ -14,15 +14,16 @@ import numpy as np
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels
-from pipeline.common.storage import Store, locate
-from pipeline.data.dataset import DATASET_FILE, Dataset, open_dataset
+from pipeline.common.storage import locate
+from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.shard_reader import read_shard, shard_columns
 from pipeline.data.shard_writer import RECORD
 from pipeline.data.sources.interface import KEY, Item, Listing, as_type, infer_type
-from pipeline.data.specification import expand, is_specification, short_names
+from pipeline.data.specification import expand, is_dataset, short_names
 
 IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "gif", "tif", "tiff"}
 _SAMPLE = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # webdataset's rule: a sample's name ends at the first dot
+_META = re.compile(r"__[^/]*__/")  # in such a folder are notes on the tar, says webdataset
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd", b"PK": "zip"}
 """How a file that is no tar begins, whatever its name."""
 _BROKEN = (tarfile.TarError, ValueError, ArithmeticError, LookupError)
@@ -31,15 +32,19 @@ _BROKEN = (tarfile.TarError, ValueError, ArithmeticError, LookupError)
 
 @dataclass(frozen=True)
 class Tars:
-    """What a shard specification names, or one of our data sets."""
+    """What a shard specification or an index names, or one of our data sets."""
 
     location: str
 
     def listing(self) -> Listing:
         """Return all images. Members that are neither images nor labels are never opened."""
-        if not is_specification(self.location) and Store(self.location).exists(DATASET_FILE):
-            return list_dataset(open_dataset(self.location))
-        tars = expand(self.location)
+        if is_dataset(self.location):
+            dataset = open_dataset(self.location)
+            if dataset.index is None:
+                return list_dataset(dataset)
+            tars = [store.path(name) for store, name in map(dataset.place, dataset.shards)]
+        else:
+            tars = expand(self.location)
         listing = Listing({}, [], files=tars)
         samples: list[tuple[str, dict[str, Any], Any]] = []
         for tar, shown in zip(tars, short_names(tars), strict=True):
@@ -146,7 +151,7 @@ def _samples(tar: str, shown: str, listing: Listing) -> list[tuple[str, dict[str
     for member, offset, size, file in tar_members(tar, listing):
         match = _SAMPLE.fullmatch(member)
         extension = match[2].lower().rpartition(".")[2] if match else ""
-        if match is None or extension not in IMAGES | {"json", "cls", "npy"}:
+        if match is None or extension not in IMAGES | {"json", "cls", "npy"} or _META.match(member):
             passed += 1
             continue
         sample = match[1]

@@ -101,7 +101,7 @@ def test_a_tar_without_its_end_is_taken_only_when_the_user_says_so(dcgan_data: A
 
 def test_tars_of_img2dataset(dcgan_data: Any, tmp_path: Path) -> None:
     """Each of its .json has a `key`, which no label can be called and nobody can rename."""
-    members = {}
+    members = {"__notes__/of-all.jpg": b"not an image of the set"}
     for index in range(6):
         name = f"{index:09d}"
         members[f"{name}.jpg"] = encode(make_picture(index, 32, 32), "jpg")
@@ -163,8 +163,9 @@ def test_every_notation_builds_the_same_set(dcgan_data: Any, tmp_path: Path, lsu
     specs = [
         *("tars", "tars/lsun-{000000..000001}.tar", "tars/lsun-*.tar", "::".join(lsun), "tars/lsun-00000{0,1}.tar"),
         *("@list.txt", "wids.json", f"file://{tmp_path}/tars", "memory://bucket/tars", "memory://bucket/tars/*.tar"),
-        "memory://bucket/tars/lsun-000000.tar::tars/lsun-000001.tar",
+        *("memory://bucket/tars/lsun-000000.tar::tars/lsun-000001.tar", "index"),
     ]
+    assert dcgan_data("index", "tars", "index", "--size", 16, "--workers", 1).code == 0
     made = {}
     for number, spec in enumerate(specs):
         done = dcgan_data("build", "webdataset", spec, f"out{number}", "--size", 16, "--workers", 1)

@@ -62,7 +62,7 @@ class DiskTar:
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset` on, or fewer where the file ends. Raises UserError."""
-        handle = self._file.fileno()
+        handle, size = self._file.fileno(), max(0, min(size, self.bytes - offset))
         try:
             data = os.pread(handle, size, offset)
             while len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):

@@ -18,10 +18,11 @@ from pipeline.data.sources.tars import IMAGES, label_row, labels_in
 LARGEST_LABELS = 16 << 20
 """Bytes of the largest .json or .cls that is read."""
 
-_IMAGE, _LABELS, _TEXT, _BLOCK = range(4)
+_IMAGE, _CLASS, _JSON, _TEXT, _BLOCK = range(5)
 _KINDS = {
     **{name.encode(): _IMAGE for name in IMAGES},
-    **dict.fromkeys((b"json", b"cls"), _LABELS),
+    b"cls": _CLASS,
+    b"json": _JSON,
     b"txt": _TEXT,
     b"npy": _BLOCK,
 }
@@ -71,30 +72,38 @@ class _Files:
 
     def add(self, batch: Batch) -> None:
         """Take some files."""
-        images: list[int] = []
-        for row, name in enumerate(batch.names):
-            slash = name.rfind(b"/") + 1
-            dot = name.find(b".", slash)
-            suffix = name[name.rfind(b".") + 1 :]
-            kind = _KINDS.get(suffix)
-            if kind is None:
-                kind = _KINDS.get(suffix.lower())
-            if dot <= slash or kind is None or (name.startswith(b"__") and _is_meta(name)):
-                self._notes["files that are neither images nor labels"] += 1
-            elif kind == _IMAGE:
-                images.append(row)
-                self._names.append(name)
-                self._keys.append(name[:dot])
-            elif kind == _BLOCK:
-                self._notes["blocks of pixels (.npy), which only a build reads"] += 1
-            else:
-                self._companions[name[:dot]] = None
-                if kind == _LABELS:
-                    self._read_labels(batch, row, name[:dot], suffix.lower().decode())
-                else:
-                    self._notes["captions (.txt)"] += 1
+        names = batch.names
+        joined = b"\0" + b"\0".join(names)
+        # One after another over all names, because that is four times as quick as all of it for each.
+        bases = [name[name.rfind(b"/") + 1 :] for name in names] if b"/" in joined else names
+        ends = [base.partition(b".")[2] for base in bases]
+        kinds = [_KINDS.get(end) for end in ends]
+        if None in kinds or any(start in joined for start in (b"\0__", b"\0.", b"/.")):
+            kinds = [_kind(name, base) for name, base in zip(names, bases, strict=True)]
+        keys = [name[: -1 - len(end)] for name, end in zip(names, ends, strict=True)]
+        images = [row for row, kind in enumerate(kinds) if kind == _IMAGE]
+        if len(images) < len(names):
+            for row, kind in enumerate(kinds):
+                if kind != _IMAGE:
+                    self._add_other(batch, row, kind, keys[row])
+            names, keys = [names[row] for row in images], [keys[row] for row in images]
         if images:
+            self._names += names
+            self._keys += keys
             self._add_images(batch, np.array(images, np.int64))
+
+    def _add_other(self, batch: Batch, row: int, kind: int | None, key: bytes) -> None:
+        """Take a file that is no image."""
+        if kind is None:
+            self._notes["files that are neither images nor labels"] += 1
+        elif kind == _BLOCK:
+            self._notes["blocks of pixels (.npy), which only a build reads"] += 1
+        else:
+            self._companions[key] = None
+            if kind == _TEXT:
+                self._notes["captions (.txt)"] += 1
+            else:
+                self._read_labels(batch, row, key, "cls" if kind == _CLASS else "json")
 
     def _read_labels(self, batch: Batch, row: int, key: bytes, suffix: str) -> None:
         start, size = int(batch.starts[row]), int(batch.sizes[row])
@@ -135,11 +144,12 @@ class _Files:
             reasons.setdefault(row, "too many pixels")
         for row in np.flatnonzero(places[:, 2:].min(1) < min_side).tolist():
             reasons.setdefault(row, f"smaller than {min_side} pixels")
-        samples: dict[bytes, int] = {}
-        for row, key in enumerate(self._keys):
-            if (other := samples.setdefault(key, row)) != row and row not in reasons:
-                same = self._names[other] == self._names[row]
-                reasons[row] = "its name is in its tar twice" if same else "a second image under its key"
+        samples = dict(zip(reversed(self._keys), range(len(self._keys) - 1, -1, -1), strict=True))
+        if len(samples) < len(self._keys):
+            for row, key in enumerate(self._keys):
+                if (other := samples[key]) != row and row not in reasons:
+                    same = self._names[other] == self._names[row]
+                    reasons[row] = "its name is in its tar twice" if same else "a second image under its key"
         prefix = shown + "/"
         refused = [
             (prefix + self._names[row].decode("utf-8", "backslashreplace"), reasons[row]) for row in sorted(reasons)
@@ -147,12 +157,13 @@ class _Files:
         for key in self._companions:
             if key not in samples:
                 refused.append((prefix + key.decode("utf-8", "backslashreplace"), "a sample without an image"))
-        kept = np.ones(len(places), bool)
-        kept[list(reasons)] = False
-        good = np.flatnonzero(kept).tolist() if reasons else range(len(places))
-        places = places[kept]
-        start = prefix.encode("utf-8", "surrogateescape")
-        rows = [label_row(self._labels.get(self._keys[row], {}), 0, 1) for row in good] if self._labels else []
+        names, keys = self._names, self._keys
+        if reasons:
+            kept = np.ones(len(places), bool)
+            kept[list(reasons)] = False
+            places, good = places[kept], np.flatnonzero(kept).tolist()
+            names, keys = [names[row] for row in good], [keys[row] for row in good]
+        rows = [label_row(self._labels.get(key, {}), 0, 1) for key in keys] if self._labels else []
         if any("key" in row for row in rows):
             self._notes["labels named 'key', which is the name of the image itself"] += 1
             for row in rows:
@@ -165,14 +176,21 @@ class _Files:
             size=places[:, 1].copy(),
             width=places[:, 2].astype(np.int32),
             height=places[:, 3].astype(np.int32),
-            key=Texts.of([start + self._names[row] for row in good]),
+            key=Texts.of(names, prefix.encode("utf-8", "surrogateescape")),
             labels=label_columns(rows) if rows else {},
             refused=refused,
             notes=self._notes,
         )
 
 
-def _is_meta(name: bytes) -> bool:
-    """Whether webdataset takes a file for a note on the tar, not for part of a sample: it lies in `__NAME__/`."""
+def _kind(name: bytes, base: bytes) -> int | None:
+    """Return the kind of a file from its name and its base name; None is one that belongs to no sample.
+
+    As webdataset has it, a sample's name ends at the first dot, and what lies in a folder `__NAME__` is a note on
+    the tar.
+    """
+    stem, _, end = base.partition(b".")
     first, slash, _ = name.partition(b"/")
-    return bool(slash) and len(first) >= 4 and first.endswith(b"__")
+    if not stem or (slash and len(first) >= 4 and first.startswith(b"__") and first.endswith(b"__")):
+        return None
+    return _KINDS.get(end.rpartition(b".")[2].lower())

@@ -44,10 +44,11 @@ class Texts:
     """Where each ends in `text`."""
 
     @classmethod
-    def of(cls, texts: list[bytes]) -> "Texts":
-        """Return the column of some texts in UTF-8."""
-        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-        return cls(np.frombuffer(b"".join(texts), np.uint8), np.cumsum(lengths))
+    def of(cls, texts: list[bytes], prefix: bytes = b"") -> "Texts":
+        """Return the column of some texts in UTF-8, each after `prefix`."""
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + len(prefix)
+        text = prefix.join([b"", *texts]) if texts else b""
+        return cls(np.frombuffer(text, np.uint8), np.cumsum(lengths))
 
     @classmethod
     def join(cls, parts: "list[Texts]") -> "Texts":

@@ -176,7 +176,12 @@ class Dataset(_Terse):
         """The sidecar of an indexed data set, read at the first use. Raises DataError when it is missing or damaged."""
         assert self.index is not None
         if self._columns is None:
-            self._columns = read_sidecar(self.store, self.index, self.images, len(self.labels))
+            columns = read_sidecar(self.store, self.index, self.images, len(self.labels))
+            ends = np.repeat([shard.bytes for shard in self.shards], [shard.images for shard in self.shards])
+            if ((columns.offset < 0) | (columns.size < 0) | (columns.size > ends - columns.offset)).any():
+                where = self.store.path(self.index.name)
+                raise DataError(f"{where}: places images outside their tars; index the tars again")
+            self._columns = columns
         return self._columns
 
     def __getstate__(self) -> dict[Any, Any]:

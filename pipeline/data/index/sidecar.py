@@ -60,6 +60,13 @@ class Texts:
     def __len__(self) -> int:
         return len(self.ends)
 
+    def sound(self, rows: int) -> bool:
+        """Whether these are `rows` texts, all within the piece."""
+        shaped = self.text.dtype == np.uint8 and self.ends.dtype == np.int64 and self.ends.shape == (rows,)
+        return (
+            shaped and self.ends[-1] <= len(self.text) and self.ends[0] >= 0 and bool((np.diff(self.ends) >= 0).all())
+        )
+
     def encoded(self, start: int, stop: int) -> list[bytes]:
         """Return the texts of the rows `start` to `stop` in UTF-8."""
         ends = self.ends[start:stop].tolist()
@@ -151,8 +158,17 @@ def read_sidecar(store: Store, sidecar: Sidecar, images: int, labels: int) -> Me
         columns = MemberColumns.unpack(read_arrays(data, where), labels)
     except KeyError as error:
         raise DataError(f"{where}: lacks the column {error}; index the tars again") from None
-    if any(len(column) != images for column in (columns.offset, columns.size, columns.key)):
-        raise DataError(f"{where}: has not the {images} rows that dataset.json states; index the tars again")
+    texts = {"key": columns.key}
+    numbers = {"offset": columns.offset, "size": columns.size, "width": columns.width, "height": columns.height}
+    for number, label in enumerate(columns.labels):
+        if isinstance(label.values, Texts):
+            texts[f"label/{number}"] = label.values
+        elif label.values.shape != (images,) or (label.missing is not None and label.missing.shape != (images,)):
+            raise DataError(f"{where}: is damaged: 'label/{number}'; index the tars again")
+    bad = [name for name, column in numbers.items() if column.shape != (images,) or column.dtype.kind != "i"]
+    bad += [name for name, column in texts.items() if not column.sound(images)]
+    if bad:
+        raise DataError(f"{where}: is damaged: {bad[0]!r}; index the tars again")
     return columns
 
 

@@ -88,8 +88,8 @@ coverage: .venv/.installed ## the same with a table of the lines that no test re
 
 test-slow: test-faults test-multinode test-metrics test-k8s test-containers test-interop test-long ## every test that `make test` omits
 
-test-long: .venv/.installed ## the slow tests of export, deploy and training: every network exported, generation killed again and again
-	$(BIN)/pytest -m slow tests/export tests/deploy tests/training
+test-long: .venv/.installed ## the slow tests of data, export, deploy and training: 2,000 damaged tars, every network exported, generation killed again and again
+	$(BIN)/pytest -m slow tests/data tests/export tests/deploy tests/training
 
 test-faults: .venv/.installed ## a power cut at every write, kills at random moments, a full disk, damaged checkpoints
 	$(BIN)/pytest tests/faults

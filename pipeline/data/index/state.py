@@ -146,14 +146,18 @@ def prepare(store: Store, plan: Plan, *, overwrite: bool) -> Dataset | None:
             compare(plan.source(), dataset.source, store.location)
             tidy(store)  # the command may have been killed just before this
             return dataset
-    elif STATE_FOLDER in names and store.exists(STATE_FILE):
+    elif STATE_FOLDER in names:
+        if not store.exists(STATE_FILE):  # another part is just beginning
+            return None
         wanted, found = plan.source(), read_plan(store).source()
-        if _different(wanted, found) == [] or not overwrite:
+        if not overwrite or not _different(wanted, found):
             compare(wanted, found, store.location)
             return None
-    elif names and STATE_FOLDER not in names:
+    elif names:
         raise UsageError(f"{store.location}: not empty, and not an index; choose an empty or new folder for OUT")
-    for name in (DATASET_FILE, STATE_FILE, STATE_FOLDER, SIDECAR_FILE, REFUSED):
+    # The plan last: records without one would be taken for those of the next.
+    records = [f"{STATE_FOLDER}/{name}" for name in store.names(STATE_FOLDER)]
+    for name in (DATASET_FILE, *(name for name in records if name != STATE_FILE), STATE_FILE, SIDECAR_FILE, REFUSED):
         store.delete(name)
     return None
 

@@ -102,6 +102,8 @@ def test_a_stopped_index_resumes_and_parts_merge_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         index(tars, tmp_path / "resumed")
     stop_at(99)
+    with pytest.raises(ConfigConflict, match="index of other tars"):
+        index(tars[1:], tmp_path / "resumed")
     assert index(tars, tmp_path / "resumed") == whole
     assert scanned == [0, 1, 2, 3, 4]
     assert tree(tmp_path / "resumed") == tree(tmp_path / "whole")
@@ -138,6 +140,8 @@ def test_an_index_replaces_only_indexes(tmp_path: Path, dcgan_data: Any) -> None
             index(tars, folder, overwrite=True)
         assert tree(folder) == before
     index(tars, tmp_path / "out")
+    assert make_index(tars, tmp_path / "begun", size=16, workers=1, part=Partition(0, 2)) is None
+    assert index(tars[1:], tmp_path / "begun", overwrite=True).images == 2
     again = dcgan_data("index", tars[0], tmp_path / "out", "--size", 16, "--overwrite", "--workers", 1)
     assert again.code == 0, again.err
     assert open_dataset(tmp_path / "out").images == 2

@@ -58,7 +58,7 @@ def _column(values: list[Any]) -> TypedColumn:
     if kind == "str":
         texts = [b"" if value is None else _utf8(str(value)) for value in values]
         return TypedColumn(kind, LabelColumn(Texts.of(texts), gaps))
-    numbers = np.array([0 if value is None else value for value in values], _NUMBERS[kind])
+    numbers: NDArray[Any] = np.array([0 if value is None else value for value in values], _NUMBERS[kind])
     return TypedColumn(kind, LabelColumn(numbers, gaps))
 
 

@@ -36,8 +36,8 @@ class OpenTar(Protocol):
 
     where: str
     """Its path or URL, for messages."""
-    bytes: int
-    """Its size."""
+    length: int
+    """Its bytes."""
     etag: str | None
     """Its ETag, where the store has one."""
     pace: Pace
@@ -58,11 +58,11 @@ class DiskTar:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise DataError(f"{where}: is no plain file; expected a tar")
-        self.bytes = found.st_size
+        self.length = found.st_size
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset` on, or fewer where the file ends. Raises UserError."""
-        handle, size = self._file.fileno(), max(0, min(size, self.bytes - offset))
+        handle, size = self._file.fileno(), max(0, min(size, self.length - offset))
         try:
             data = os.pread(handle, size, offset)
             while len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):
@@ -80,11 +80,11 @@ class StoreTar:
 
     def __init__(self, store: Store, name: str, size: int, etag: str | None) -> None:
         self._store, self._name = store, name
-        self.where, self.bytes, self.etag = store.path(name), size, etag
+        self.where, self.length, self.etag = store.path(name), size, etag
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset` on, or fewer where the file ends."""
-        size = min(size, self.bytes - offset)
+        size = min(size, self.length - offset)
         return self._store.read_range(self._name, offset, size) if size > 0 else b""
 
 

@@ -164,12 +164,12 @@ class _Files:
             places, good = places[kept], np.flatnonzero(kept).tolist()
             names, keys = [names[row] for row in good], [keys[row] for row in good]
         rows = [label_row(self._labels.get(key, {}), 0, 1) for key in keys] if self._labels else []
-        if any("key" in row for row in rows):
+        if any("key" in labels for labels in rows):
             self._notes["labels named 'key', which is the name of the image itself"] += 1
-            for row in rows:
-                row.pop("key", None)
+            for labels in rows:
+                labels.pop("key", None)
         return IndexedTar(
-            bytes=self._file.bytes,
+            bytes=self._file.length,
             etag=self._file.etag,
             ending=ending,
             offset=places[:, 0].copy(),

@@ -110,8 +110,8 @@ def verify_headers(file: FileIO, shard: Shard, where: str) -> None:
     Pixels are not read: a change of them that leaves all names, sizes and times in the tar as they were is not seen.
     """
     tar = DiskTar(file, where)
-    found = f"{tar.bytes:,} bytes, not {shard.bytes:,}"
-    if tar.bytes == shard.bytes:
+    found = f"{tar.length:,} bytes, not {shard.bytes:,}"
+    if tar.length == shard.bytes:
         if scan(tar, _Nothing)[1].sha256 == shard.sha256:
             return
         found = "other files, or other times of them"
@@ -151,11 +151,11 @@ class _Quick:
         apart = headers >= 16 and position > headers * pace.sparse
         gathered = _Gathered()
         ended = False
-        while not ended and len(gathered.starts) < BATCH_HEADERS and (apart or not gathered.pieces):
+        while not ended and (not gathered.pieces or (apart and gathered.length < pace.block)):
             data = file.read(position, pace.window if apart else pace.block)
             starts, sizes, length = _follow(data)
             gathered.add(data, position, starts, sizes)
-            ended = length + RECORD <= len(data) or position + length + RECORD > file.bytes
+            ended = length + RECORD <= len(data) or position + length + RECORD > file.length
             position += length
         return gathered, position, ended
 
@@ -168,7 +168,7 @@ class _Quick:
         whole = _first_bad(rows.headers)
         if whole < len(rows.starts):
             damage = _unreadable(int(rows.offsets[whole]) - RECORD)
-        beyond = np.flatnonzero(rows.offsets[:whole] + rows.sizes[:whole] > self._file.bytes)
+        beyond = np.flatnonzero(rows.offsets[:whole] + rows.sizes[:whole] > self._file.length)
         if len(beyond):
             whole = int(beyond[0])
             damage = f"ends inside {_names(rows.headers[whole : whole + 1])[0].decode('utf-8', 'backslashreplace')}"
@@ -212,7 +212,7 @@ class _Quick:
             if kind not in (_PAX, _PAX_ALL, _LONG_NAME):
                 raise _Unusual
             contents[row] = self._content(rows, row)
-            given = _name_in(contents[row][: rows.sizes[row]], kind)
+            given = _name_in(contents[row], kind)
             if given is not None and name is not None:
                 raise _Unusual
             name = given if name is None else name
@@ -248,17 +248,18 @@ class _Gathered:
         self.starts: list[int] = []
         self.sizes: list[int] = []
         self._spans: list[tuple[int, int, int]] = []  # headers of a piece, its end, its offset in the tar less its own
-        self._length = 0
+        self.length = 0
+        """Bytes that were read."""
 
     def add(self, data: bytes, offset: int, starts: list[int], sizes: list[int]) -> None:
         """Append what was read at `offset` of the tar."""
-        base = self._length
+        base = self.length
         self.starts += [base + start for start in starts] if base else starts
         self.sizes += sizes
         self._spans.append((len(starts), base + len(data), offset - base))
         padding = bytes(-len(data) % RECORD)
         self.pieces.append(data + padding if padding else data)
-        self._length += len(data) + len(padding)
+        self.length += len(data) + len(padding)
 
     def rows(self) -> "_Rows":
         """Return the headers with what is known of each."""
@@ -377,7 +378,7 @@ def _name_in(content: bytes, kind: int) -> bytes | None:
         return content.partition(b"\0")[0]
     if not any(word in content for word in _DECIDING):
         return None
-    name = None
+    name: bytes | None = None
     while content.strip(b"\0"):
         length, blank, _ = content.partition(b" ")
         if not blank or not length.isdigit() or not len(length) + 3 < int(length) <= len(content):
@@ -403,12 +404,12 @@ def _no_tar(file: OpenTar) -> str | None:
 
 def _check_end(file: OpenTar, position: int, *, unusual: bool) -> str | None:
     """Return what is wrong at `position`, where the headers end; None if the tar ends there as it should."""
-    if position > file.bytes:
+    if position > file.length:
         return "ends inside its last file: it was cut off"
-    if position == file.bytes:  # some writers omit the mark, but a cut-off copy looks the same
+    if position == file.length:  # some writers omit the mark, but a cut-off copy looks the same
         return "has no end mark, perhaps it was cut off"
     mark = file.read(position, RECORD)
-    if mark != _ZEROS:
+    if mark.strip(b"\0"):
         if unusual and len(mark) == RECORD and _sound(mark):
             raise _Unusual
         return _unreadable(position)
@@ -425,7 +426,7 @@ def _unreadable(position: int) -> str:
 
 
 def _finish(digest: "hashlib._Hash", file: OpenTar) -> str:
-    digest.update(str(file.bytes).encode())
+    digest.update(str(file.length).encode())
     return digest.hexdigest()
 
 

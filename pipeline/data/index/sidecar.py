@@ -142,10 +142,16 @@ class MemberColumns:
         found = []
         for number in range(labels):
             name = f"label/{number}"
-            values = _texts(arrays, name) if name + _ENDS in arrays else arrays[name]
+            values: NDArray[Any] | Texts = _texts(arrays, name) if name + _ENDS in arrays else arrays[name]
             found.append(LabelColumn(values, arrays.get(f"missing/{number}")))
-        numbers = (arrays[name] for name in ("offset", "size", "width", "height"))
-        return cls(*numbers, key=_texts(arrays, "key"), labels=found)
+        return cls(
+            offset=arrays["offset"],
+            size=arrays["size"],
+            width=arrays["width"],
+            height=arrays["height"],
+            key=_texts(arrays, "key"),
+            labels=found,
+        )
 
 
 def read_sidecar(store: Store, sidecar: Sidecar, images: int, labels: int) -> MemberColumns:
@@ -159,7 +165,7 @@ def read_sidecar(store: Store, sidecar: Sidecar, images: int, labels: int) -> Me
     except KeyError as error:
         raise DataError(f"{where}: lacks the column {error}; index the tars again") from None
     texts = {"key": columns.key}
-    numbers = {"offset": columns.offset, "size": columns.size, "width": columns.width, "height": columns.height}
+    numbers: Arrays = {"offset": columns.offset, "size": columns.size, "width": columns.width, "height": columns.height}
     for number, label in enumerate(columns.labels):
         if isinstance(label.values, Texts):
             texts[f"label/{number}"] = label.values

@@ -30,11 +30,11 @@ Found = list[tuple[str, int, int]]
 class MemoryTar:
     """A tar in memory, which counts how it is read."""
 
-    etag = None
+    etag: str | None = None
     where = "memory.tar"
 
     def __init__(self, data: bytes, pace: Pace) -> None:
-        self.data, self.pace, self.bytes = data, pace, len(data)
+        self.data, self.pace, self.length = data, pace, len(data)
         self.reads: list[int] = []
 
     def read(self, offset: int, size: int) -> bytes:

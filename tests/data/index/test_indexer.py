@@ -87,7 +87,8 @@ def test_a_stopped_index_resumes_and_parts_merge_to_the_same_bytes(
 ) -> None:
     tars = write_tars(tmp_path / "tars", 5, 3)
     whole = index(tars, tmp_path / "whole")
-    scan, scanned = Indexer.index, []
+    scan = Indexer.index
+    scanned: list[int] = []
 
     def stop_at(limit: int) -> None:
         def index_group(self: Indexer, task: indexer.Task) -> indexer.Done:

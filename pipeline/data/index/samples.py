@@ -83,39 +83,46 @@ class _Files:
         keys = [name[: -1 - len(end)] for name, end in zip(names, ends, strict=True)]
         images = [row for row, kind in enumerate(kinds) if kind == _IMAGE]
         if len(images) < len(names):
-            for row, kind in enumerate(kinds):
-                if kind != _IMAGE:
-                    self._add_other(batch, row, kind, keys[row])
+            self._add_others(batch, kinds, keys)
             names, keys = [names[row] for row in images], [keys[row] for row in images]
         if images:
             self._names += names
             self._keys += keys
             self._add_images(batch, np.array(images, np.int64))
 
-    def _add_other(self, batch: Batch, row: int, kind: int | None, key: bytes) -> None:
-        """Take a file that is no image."""
-        if kind is None:
-            self._notes["files that are neither images nor labels"] += 1
-        elif kind == _BLOCK:
-            self._notes["blocks of pixels (.npy), which only a build reads"] += 1
-        else:
-            self._companions[key] = None
-            if kind == _TEXT:
+    def _add_others(self, batch: Batch, kinds: list[int | None], keys: list[bytes]) -> None:
+        """Take the files that are no images."""
+        columns = (batch.starts.tolist(), batch.sizes.tolist(), batch.limits.tolist(), kinds, keys)
+        for row, (start, size, limit, kind, key) in enumerate(zip(*columns, strict=True)):
+            if kind in (_CLASS, _JSON):
+                self._companions[key] = None
+                if start + size <= limit:
+                    data = batch.data[start : start + size]
+                elif size <= LARGEST_LABELS and row not in batch.sparse:
+                    data = self._file.read(int(batch.offsets[row]), size)
+                else:
+                    data = b"{"
+                if kind == _CLASS and data.isdigit() and size < 18 and data[0] != 48:  # the usual, and it need be quick
+                    self._add_labels(key, {"label": int(data)})
+                else:
+                    self._read_labels(key, data, "cls" if kind == _CLASS else "json")
+            elif kind == _TEXT:
+                self._companions[key] = None
                 self._notes["captions (.txt)"] += 1
-            else:
-                self._read_labels(batch, row, key, "cls" if kind == _CLASS else "json")
+            elif kind == _BLOCK:
+                self._notes["blocks of pixels (.npy), which only a build reads"] += 1
+            elif kind is None:
+                self._notes["files that are neither images nor labels"] += 1
 
-    def _read_labels(self, batch: Batch, row: int, key: bytes, suffix: str) -> None:
-        start, size = int(batch.starts[row]), int(batch.sizes[row])
-        if size > LARGEST_LABELS or row in batch.sparse:
-            some = None
-        elif start + size <= batch.limits[row]:
-            some = labels_in(batch.data[start : start + size], suffix)
-        else:
-            some = labels_in(self._file.read(int(batch.offsets[row]), size), suffix)
+    def _read_labels(self, key: bytes, data: bytes, suffix: str) -> None:
+        some = labels_in(data, suffix) if len(data) <= LARGEST_LABELS else None
         if some is None:
             self._notes[".json and .cls files that cannot be read, and give no labels"] += 1
-        elif key in self._labels:
+        else:
+            self._add_labels(key, label_row(some, 0, 1))
+
+    def _add_labels(self, key: bytes, some: dict[str, Any]) -> None:
+        if key in self._labels:
             self._labels[key].update(some)
         else:
             self._labels[key] = some
@@ -163,7 +170,7 @@ class _Files:
             kept[list(reasons)] = False
             places, good = places[kept], np.flatnonzero(kept).tolist()
             names, keys = [names[row] for row in good], [keys[row] for row in good]
-        rows = [label_row(self._labels.get(key, {}), 0, 1) for key in keys] if self._labels else []
+        rows = [self._labels.get(key, {}) for key in keys] if self._labels else []
         if any("key" in labels for labels in rows):
             self._notes["labels named 'key', which is the name of the image itself"] += 1
             for labels in rows:

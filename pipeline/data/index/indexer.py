@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.common.errors import DataError
+from pipeline.common.errors import DataError, UsageError
 from pipeline.common.machine import available_cores
 from pipeline.common.partition import Partition
 from pipeline.common.progress import Progress
@@ -28,10 +28,10 @@ from pipeline.data.index import state
 from pipeline.data.index.class_order import sorted_labels
 from pipeline.data.index.labels import Labels, join_labels
 from pipeline.data.index.reader import opened
-from pipeline.data.index.samples import IndexedTar, index_tar
+from pipeline.data.index.samples import BLOCKS, IndexedTar, index_tar
 from pipeline.data.index.sidecar import SIDECAR_FILE, MemberColumns, Sidecar, Texts, write_arrays
 from pipeline.data.index.state import Group, GroupMeta, IndexedShard, Plan
-from pipeline.data.sources.interface import RefusalLog
+from pipeline.data.sources.interface import RefusalLog, printable
 from pipeline.data.specification import short_names
 
 REMOTE_TARS = 8
@@ -147,6 +147,9 @@ def make_index(
     DEFAULT_MAX_BAD) of the samples cannot be used. What was found is kept, and another `max_bad` resumes there.
     """
     store = out if isinstance(out, Store) else Store(out)
+    for tar in tars:
+        if printable(tar) != tar:
+            raise UsageError(f"{printable(tar)}: a name that is not UTF-8, which JSON cannot hold; rename it")
     plan = Plan(
         spec=spec or (tars[0] if len(tars) == 1 else f"{tars[0]} and {len(tars) - 1} more"),
         tars=[tar if is_url(tar) else str(Path(tar).absolute()) for tar in tars],
@@ -230,7 +233,9 @@ def finish(store: Store, *, max_bad: float | None) -> Dataset:
     shards = [_shard(plan, entry) for meta in metas for entry in meta.shards if entry.images]
     if not shards:
         examples = "; ".join(f"{key}: {reason}" for key, reason in refused.entries[:NAMED])
-        raise DataError(f"{plan.spec}: no image in {len(plan.tars):,} tars" + (f" ({examples})" if examples else ""))
+        raise DataError(
+            f"{plan.spec}: no image in {len(plan.tars):,} tars{f' ({examples})' if examples else ''}{_hint(metas)}"
+        )
     labels = join_labels([(len(group.columns), group.labels) for group in groups])
     labels = dict(sorted(labels.items()))
     packed = write_arrays(_join([group.columns for group in groups], labels).arrays())
@@ -270,7 +275,7 @@ def _shard(plan: Plan, entry: IndexedShard) -> Shard:
     )
 
 
-def _check(plan: Plan, metas: Iterable[GroupMeta], max_bad: float | None, store: Store) -> RefusalLog:
+def _check(plan: Plan, metas: list[GroupMeta], max_bad: float | None, store: Store) -> RefusalLog:
     """Return all that cannot be used. Raises DataError when it is too much."""
     log = RefusalLog()
     images = 0
@@ -293,9 +298,15 @@ def _check(plan: Plan, metas: Iterable[GroupMeta], max_bad: float | None, store:
         names = "; ".join(f"{key}: {reason}" for key, reason in log.entries[:NAMED])
         raise DataError(
             f"{plan.spec}: {log.count:,} of {images + log.count:,} samples cannot be used, more than "
-            f"{DEFAULT_MAX_BAD if max_bad is None else max_bad:.1%} ({names}); accept them with {accept}"
+            f"{DEFAULT_MAX_BAD if max_bad is None else max_bad:.1%} ({names}); accept them with {accept}{_hint(metas)}"
         )
     return log
+
+
+def _hint(metas: list[GroupMeta]) -> str:
+    """Return what else an error about missing images says."""
+    blocks = sum(meta.notes.get(BLOCKS, 0) for meta in metas)
+    return f". There are {blocks:,} {BLOCKS}: dcgan-data build webdataset" if blocks else ""
 
 
 def _say(metas: list[GroupMeta], labels: Labels) -> None:

@@ -15,6 +15,8 @@ from pipeline.data.index.scan import Batch, Ending, scan
 from pipeline.data.index.sidecar import Texts
 from pipeline.data.sources.tars import IMAGES, label_row, labels_in
 
+BLOCKS = "blocks of pixels (.npy), which only a build reads"
+"""The note on packed shards."""
 LARGEST_LABELS = 16 << 20
 """Bytes of the largest .json or .cls that is read."""
 
@@ -110,7 +112,7 @@ class _Files:
                 self._companions[key] = None
                 self._notes["captions (.txt)"] += 1
             elif kind == _BLOCK:
-                self._notes["blocks of pixels (.npy), which only a build reads"] += 1
+                self._notes[BLOCKS] += 1
             elif kind is None:
                 self._notes["files that are neither images nor labels"] += 1
 

@@ -117,7 +117,10 @@ def read_group(store: Store, group: int) -> Group:
     if _META not in arrays:
         raise DataError(f"{where}: damaged; remove it, and run the same command again")
     meta = read_record(GroupMeta, arrays[_META].tobytes(), where, hint=HINT)
-    return Group(meta, MemberColumns.unpack(arrays, len(meta.labels)))
+    try:
+        return Group(meta, MemberColumns.unpack(arrays, len(meta.labels)))
+    except KeyError:
+        raise DataError(f"{where}: damaged; remove it, and run the same command again") from None
 
 
 def finished_groups(store: Store) -> set[int]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from picture_files import make_folder, tree
+from support import write_dataset
 from tar_making import PICTURES, Member, by_tarfile, make_tar, samples, write_tars
 
 from pipeline.common.errors import ConfigConflict, UsageError
@@ -229,6 +230,14 @@ def test_a_compressed_tar_is_refused_by_name_with_what_to_do(tmp_path: Path, dcg
     done = dcgan_data("index", tmp_path / "a.tar", tmp_path / "out")
     assert done.code == 65
     assert f"{tmp_path}/a.tar: compressed with gzip: gunzip it first" in done.err
+
+
+def test_packed_shards_and_names_that_json_cannot_hold_are_refused(tmp_path: Path, dcgan_data: Any) -> None:
+    done = dcgan_data("index", write_dataset(tmp_path / "packed", images=4), tmp_path / "out")
+    assert done.code == 65
+    assert "1 blocks of pixels (.npy), which only a build reads: dcgan-data build webdataset" in done.err
+    with pytest.raises(UsageError, match=r"\\xff\.tar: a name that is not UTF-8"):
+        index([str(tmp_path / "\udcff.tar")], tmp_path / "out")
 
 
 def test_labels_take_the_narrowest_type_over_all_tars(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ import numpy as np
 from hardware import describe
 from PIL import Image
 
+DIFFERENT = 10
+"""Tars that differ in their content."""
 CODE = "import sys; from pipeline.data.cli import main; main()"
 
 
@@ -43,12 +45,21 @@ def pictures(count: int = 64) -> list[bytes]:
 
 
 def make_tars(folder: Path, tars: int, images: int, *, labels: bool) -> None:
-    """Write tars of `images` samples each."""
+    """Write tars of `images` samples each; after DIFFERENT of them the same ones come again, as files of their own."""
     folder.mkdir()
     some = pictures()
     for number in range(tars):
+        made = _make(folder, number % DIFFERENT, images, some, labels)
+        if number >= DIFFERENT:
+            shutil.copyfile(made, folder / f"{number:05d}.tar")
+
+
+def _make(folder: Path, number: int, images: int, some: list[bytes], labels: bool) -> Path:
+    """Return a tar, written unless it is there."""
+    path = folder / f"{number:05d}.tar"
+    if not path.exists():
         format = tarfile.PAX_FORMAT if labels else tarfile.USTAR_FORMAT
-        with tarfile.open(folder / f"{number:05d}.tar", "w", format=format) as tar:
+        with tarfile.open(path, "w", format=format) as tar:
             for row in range(images):
                 key = f"{number * images + row:09d}"
                 files = [("jpg", some[row % len(some)])]
@@ -59,6 +70,7 @@ def make_tars(folder: Path, tars: int, images: int, *, labels: bool) -> None:
                     info.size = len(data)
                     info.mtime = 1.5 if labels else 1
                     tar.addfile(info, io.BytesIO(data))
+    return path
 
 
 def list_with_tar(folder: Path, out: Path) -> None:
@@ -79,13 +91,14 @@ def index(folder: Path, out: Path, *options: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def seconds(action: Callable[..., None], folder: Path, out: Path, *options: str) -> float:
-    """Return how long an action takes, with an empty folder for its results."""
+def seconds(action: Callable[..., None], folder: Path, out: Path, *options: str) -> tuple[float, float]:
+    """Return how long an action takes, with an empty folder for its results, and the processor time of its process."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    began = time.perf_counter()
+    used, began = os.times(), time.perf_counter()
     action(folder, out, *options)
-    return time.perf_counter() - began
+    took, now = time.perf_counter() - began, os.times()
+    return took, now.children_user + now.children_system - used.children_user - used.children_system
 
 
 def compare(folder: Path, out: Path, rounds: int) -> dict[str, object]:
@@ -97,15 +110,22 @@ def compare(folder: Path, out: Path, rounds: int) -> dict[str, object]:
         "A/A control": (list_with_tar, ()),
     }
     base: list[float] = []
+    processor: dict[str, list[float]] = {"tar -t": [], "index, 1 worker": []}
     took: dict[str, list[float]] = {name: [] for name in actions}
     seconds(list_with_tar, folder, out)  # into the page cache
     for number in range(rounds):
-        base.append(seconds(list_with_tar, folder, out))
+        tar, tar_processor = seconds(list_with_tar, folder, out)
+        base.append(tar)
+        processor["tar -t"].append(tar_processor)
         for name, (action, options) in actions.items():
-            took[name].append(seconds(action, folder, out, *options))
+            wall, used = seconds(action, folder, out, *options)
+            took[name].append(wall)
+            if name in processor:  # with two workers, those are no children of this process
+                processor[name].append(used)
         print(number, round(base[-1], 2), {name: round(values[-1], 2) for name, values in took.items()}, flush=True)
     ratios = {name: [b / value for b, value in zip(base, values, strict=True)] for name, values in took.items()}
     return {
+        "processor_seconds": {name: round(statistics.median(values), 2) for name, values in processor.items()},
         "tar_seconds": round(statistics.median(base), 2),
         "seconds": {name: round(statistics.median(values), 2) for name, values in took.items()},
         "speed_of_tar": {name: round(statistics.median(values), 2) for name, values in ratios.items()},
@@ -125,13 +145,14 @@ def main() -> None:
         "tar": subprocess.run(["tar", "--version"], check=True, capture_output=True, text=True).stdout.split("\n")[0],
     }
     result |= {"tars": arguments.tars, "images_a_tar": arguments.images, "rounds": arguments.rounds}
-    result["load_before"] = round(os.getloadavg()[0], 1)
+    result["load_average_before"] = round(os.getloadavg()[0], 1)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         for name, labels in (("images", False), ("images and labels", True)):
             make_tars(root / name, arguments.tars, arguments.images, labels=labels)
             result[name] = compare(root / name, root / "out", arguments.rounds)
             shutil.rmtree(root / name)
+    result["load_average_after"] = round(os.getloadavg()[0], 1)
     Path(__file__).with_name("results").joinpath("index.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from pipeline.common.storage import Store, atomic_path, remove_abandoned
-from pipeline.data.dataset import Shard
+from pipeline.common.storage import Store, atomic_path, remove_abandoned, sha256_bytes
+from pipeline.data.dataset import Dataset, Shard
 
 LIMIT_BYTES = 16 << 30
 
@@ -24,6 +24,8 @@ def default_directory() -> Path:
 class ShardCache:
     """At most `limit_bytes` of shards in `directory`, each under its SHA-256, so that equal shards are one file.
 
+    That of an indexed tar is not of all its bytes: there the ETag is in the name as well.
+
     The cache does not verify its files. The reader does, and calls `drop` for a damaged one.
     """
 
@@ -31,14 +33,14 @@ class ShardCache:
         self.directory = directory
         self.limit_bytes = limit_bytes
 
-    def open(self, store: Store, shard: Shard) -> FileIO:
+    def open(self, dataset: Dataset, shard: Shard) -> FileIO:
         """Return the shard's open file; download it first if it is absent. An open file survives its eviction."""
         path = self._path(shard)
         while True:
             try:
                 file = FileIO(path, "r")
             except FileNotFoundError:
-                self._download(store, shard)
+                self._download(*dataset.place(shard), path)
                 continue
             with suppress(FileNotFoundError):  # `_evict` sorts by access time, which mounts may not keep
                 os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
@@ -49,16 +51,16 @@ class ShardCache:
         self._path(shard).unlink(missing_ok=True)
 
     def _path(self, shard: Shard) -> Path:
-        return self.directory / f"{shard.sha256}.tar"
+        name = shard.sha256 if shard.etag is None else sha256_bytes(f"{shard.sha256} {shard.etag}".encode())
+        return self.directory / f"{name}.tar"
 
-    def _download(self, store: Store, shard: Shard) -> None:
-        path = self._path(shard)
+    def _download(self, store: Store, name: str, path: Path) -> None:
         # A lock by the hash's first byte: processes do not fetch a shard twice, and lock files stay few.
-        with self._locked(shard.sha256[:2]):
+        with self._locked(path.name[:2]):
             if path.exists():
                 return
             with atomic_path(path) as temporary:
-                store.fetch(shard.name, temporary)
+                store.fetch(name, temporary)
         with self._locked("evict"):
             self._evict(keep=path)
 

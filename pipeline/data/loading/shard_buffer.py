@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import BadImage, decode
 from pipeline.data.dataset import Dataset, Shard
-from pipeline.data.loading.shard_cache import ShardCache, default_directory
+from pipeline.data.loading.shard_cache import open_cache
 from pipeline.data.loading.slots import Images, SlotBuffer
 
 Identity = tuple[int, int, int]
@@ -34,7 +34,7 @@ class ShardBuffer(SlotBuffer):
         super().__init__(len(dataset.shards), slots)
         self.dataset = dataset
         self.rows_kept = decode or dataset.encoding == "packed"
-        self._cache = ShardCache(cache_dir or default_directory()) if dataset.store.remote else None
+        self._cache = open_cache(cache_dir) if dataset.store.remote else None
         self._shape = (dataset.image_size, dataset.image_size, dataset.channels)
         self._decode = (_jpeg_decoder if dataset.encoding == "jpg" else _picture_decoder)(self._shape)
         self._first_member = np.cumsum([0, *(len(shard.offsets) for shard in dataset.shards)])

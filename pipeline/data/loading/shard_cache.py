@@ -8,17 +8,37 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
+from pipeline.common.errors import UsageError
 from pipeline.common.storage import Store, atomic_path, remove_abandoned, sha256_bytes
 from pipeline.data.dataset import Dataset, Shard
 
-LIMIT_BYTES = 16 << 30
+DEFAULT_LIMIT_GIB = 16.0
 
 
 def default_directory() -> Path:
-    """Return `$DCGAN_CACHE`, else the user's cache folder."""
+    """Return `$DCGAN_CACHE`, else the user's cache folder. Raises UsageError for a user without a home."""
     if chosen := os.environ.get("DCGAN_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcgan" / "shards"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "dcgan" / "shards"
+    try:
+        return Path.home() / ".cache" / "dcgan" / "shards"
+    except RuntimeError:
+        raise UsageError(
+            f"user {os.getuid()} has no home folder for the cache of shards: set DCGAN_CACHE to a folder"
+        ) from None
+
+
+def default_limit_bytes() -> int:
+    """Return `$DCGAN_CACHE_GIB` in bytes, else 16 GiB. Raises UsageError when it is no positive number."""
+    text = os.environ.get("DCGAN_CACHE_GIB") or str(DEFAULT_LIMIT_GIB)
+    try:
+        limit = int(float(text) * (1 << 30))
+    except (ValueError, OverflowError):
+        limit = 0
+    if limit <= 0:
+        raise UsageError(f"DCGAN_CACHE_GIB={text}: expected the size of the cache of shards in GiB, above 0")
+    return limit
 
 
 class ShardCache:
@@ -29,7 +49,7 @@ class ShardCache:
     The cache does not verify its files. The reader does, and calls `drop` for a damaged one.
     """
 
-    def __init__(self, directory: Path, limit_bytes: int = LIMIT_BYTES) -> None:
+    def __init__(self, directory: Path, limit_bytes: int) -> None:
         self.directory = directory
         self.limit_bytes = limit_bytes
 
@@ -86,3 +106,8 @@ class ShardCache:
         with (self.directory / f"{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def open_cache(directory: Path | None) -> ShardCache:
+    """Return the cache in `directory`, by default the user's. Raises UsageError where the environment gives none."""
+    return ShardCache(directory or default_directory(), default_limit_bytes())

@@ -12,7 +12,7 @@ from pipeline.common.errors import DataError
 from pipeline.common.imaging import BadImage, Pixels, load_square
 from pipeline.data.dataset import Dataset
 from pipeline.data.index.scan import verify_headers
-from pipeline.data.loading.shard_cache import ShardCache, default_directory
+from pipeline.data.loading.shard_cache import ShardCache, open_cache
 
 REPLACEMENTS = 100
 """Images tried in place of one that cannot be decoded, before its tar is refused."""
@@ -41,7 +41,7 @@ class Tars:
 
     @cached_property
     def _cache(self) -> ShardCache:
-        return ShardCache(self._cache_dir or default_directory())
+        return open_cache(self._cache_dir)
 
     def open(self, shard: int) -> FileIO:
         """Return a tar's open file, verified unless the same file was before. Raises DataError that names the tar."""

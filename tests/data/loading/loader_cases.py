@@ -70,7 +70,7 @@ def tar_images(tars: Sequence[str], size: int, channels: int = 3) -> NDArray[np.
             for member in tar:
                 if not member.name.endswith(".cls"):
                     images.append(recipe.convert(tar.extractfile(member).read()))  # type: ignore[union-attr]
-    return np.stack(images)  # type: ignore[arg-type]
+    return np.stack(images)
 
 
 def all_images(dataset: Dataset) -> NDArray[np.uint8]:

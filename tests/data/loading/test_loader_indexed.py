@@ -24,7 +24,9 @@ SIDE = 8
 
 
 def index(tars: list[str], out: Path, channels: int = 3) -> Dataset:
-    return make_index(tars, str(out), size=SIDE, channels=channels, workers=1)
+    dataset = make_index(tars, str(out), size=SIDE, channels=3 if channels == 3 else 1, workers=1)
+    assert dataset is not None
+    return dataset
 
 
 def spoil(path: str, dataset: Dataset, shard: int, rows: list[int]) -> None:

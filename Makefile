@@ -80,11 +80,12 @@ types: .venv/.installed ## mypy --strict
 	$(BIN)/mypy
 	for file in tests/*/conftest.py; do $(BIN)/mypy $$file || exit; done # apart, because they all have one name
 
+# One thread each, because the two share the cores.
 unit: .venv/.installed ## pytest, without the slow tests
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --durations=25 --no-loadscope-reorder
 
 coverage: .venv/.installed ## the same with a table of the lines that no test reached
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --cov=pipeline --cov=export --cov=deploy --cov-report=term-missing
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --cov=pipeline --cov=export --cov=deploy --cov-report=term-missing
 
 test-slow: test-faults test-multinode test-metrics test-k8s test-containers test-interop test-long ## every test that `make test` omits
 

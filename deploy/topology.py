@@ -22,6 +22,9 @@ _NAMES = {
     "port": ("PET_MASTER_PORT", "MASTER_PORT"),
 }
 
+# The variables by which schedulers tell a task how many tasks there are.
+_TASKS = ("SLURM_NNODES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -117,6 +120,26 @@ def discover(
         )
     address = found["address"][0] if "address" in found else first_host(hostname(), rank)
     return Topology(nodes, rank, processes, address, number("port", PORT, 1))
+
+
+def overlooked_tasks(topology: Topology, options: Mapping[str, object], environment: Mapping[str, str]) -> str:
+    """Return a warning where a scheduler started several tasks and each would make a run of its own; else "".
+
+    Slurm and MPI do not say where rank 0 listens, so the machines have to be named. `--nodes 1` says that it is meant.
+    As many tasks as processes are taken for the room that was asked for.
+    """
+    if topology.nodes > 1 or options.get("nodes") is not None:
+        return ""
+    for name in _TASKS:
+        tasks = int(environment[name]) if environment.get(name, "").isdigit() else 1
+        if tasks > 1 and (tasks != topology.processes or name == "SLURM_NNODES"):
+            return (
+                f"{name}={tasks}, but what starts here does not know of the others: if each of them starts "
+                "dcgan-launch, each makes a run of its own. For one run start one task on each machine, with --nodes N "
+                "--node-rank i --address HOST (Slurm: $SLURM_NNODES, $SLURM_NODEID, the first host of "
+                "$SLURM_JOB_NODELIST). If this is to be a run of its own: --nodes 1"
+            )
+    return ""
 
 
 def first_host(host: str, rank: int) -> str:

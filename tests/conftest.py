@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import warm_start
 from support import Trainer, train_command, write_dataset
+
+LONGEST = ("tests/test_readme.py", "tests/training/", "tests/export/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, or one of two workers would be left with it at the end."""
+    items.sort(key=lambda item: next((n for n, at in enumerate(LONGEST) if item.nodeid.startswith(at)), len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +30,8 @@ def trainer() -> Trainer:
     def run(
         data: Path | str, out: Path, *overrides: str, options: Sequence[str] = ()
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        return warm_start.run(
             train_command(data, out, *overrides, options=options),
-            capture_output=True,
-            text=True,
-            check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
             timeout=240,
         )

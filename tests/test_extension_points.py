@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm_start
 from support import train_command
 
 from export.builders.onnx_model import export_onnx
@@ -25,12 +25,9 @@ EVERY = ("schedule.log_every_images=64", "schedule.checkpoint_every_images=64", 
 
 
 def train(data: Path, out: Path, images: int) -> None:
-    done = subprocess.run(
+    done = warm_start.run(
         train_command(data, out, *SETTINGS, *EVERY, f"schedule.total_images={images}"),
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        check=False,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr

@@ -3,13 +3,13 @@
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import warm_start
 from support import ROOT, train_command
 
 from export.builders.onnx_model import export_onnx
@@ -38,7 +38,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (demo / "data").symlink_to(ROOT / "data" / "faces")
     command = train_command(demo / "data", demo / "run", *SMALL)
     alone = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
+    done = warm_start.run(command, env=alone)
     assert done.returncode == 0, done.stderr
     export_onnx(str(demo / "run"), demo / "model", max_batch=64, parity_images=64)
     return folder

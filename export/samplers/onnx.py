@@ -1,6 +1,7 @@
 """Samplers of an ONNX file: OpenVINO on the CPU; ONNX Runtime on the CPU, CUDA or TensorRT."""
 
 import io
+import sys
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,20 @@ def _gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cuda"
 
 
+def _import_openvino(model: str) -> Any:
+    """Return the module openvino, without the package by which its import reports its use to an analytics service.
+
+    That package also writes an identifier into the home folder, and fails where there is no home folder. OpenVINO has
+    a stand-in for where it is not installed, and no setting that switches it off.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if it were not installed
+    try:
+        import openvino
+    except ImportError:
+        raise UnavailableError(f"{model}: --backend openvino needs OpenVINO: pip install openvino") from None
+    return openvino
+
+
 class OpenVinoSampler(_OnnxSampler):
     """OpenVINO on the CPU, compiled for one fixed batch size, which makes it fast.
 
@@ -140,10 +155,7 @@ class OpenVinoSampler(_OnnxSampler):
 
     def __init__(self, model: str, card: Card, data: bytes, batch: int, threads: int) -> None:
         super().__init__(card, batch)
-        try:
-            import openvino
-        except ImportError:
-            raise UnavailableError(f"{model}: --backend openvino needs OpenVINO: pip install openvino") from None
+        openvino = _import_openvino(model)
         self._rows = self.piece if batch >= 4 * self.piece else batch
         pieces = -(-batch // self._rows)
         core = openvino.Core()

@@ -1,6 +1,8 @@
 """dcgan-launch: codes come back, signals go through, no process is left behind."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,6 +114,58 @@ def test_two_processes_make_one_accelerate_world(start: Start, tmp_path: Path) -
     process = start("dcgan-launch", "--processes", 2, "--mixed_precision", "bf16", script)
     out, error = process.communicate(timeout=120)
     assert (process.returncode, out.strip()) == (0, "2 [0, 1] bf16 1"), error
+
+
+def entry_point() -> list[str]:
+    """Return the image's entry point, with this environment's dcgan-launch."""
+    dockerfile = (Path(__file__).parents[2] / "deploy" / "Dockerfile").read_text()
+    (found,) = re.findall(r"^ENTRYPOINT (\[.*\])$", dockerfile, re.MULTILINE)
+    *before, program = json.loads(found)
+    assert program == "dcgan-launch"
+    return [*before, str(Path(sys.executable).with_name(program))]
+
+
+def wait_for_python(process: int) -> None:
+    """Return as soon as Python has replaced what started it: long before it has imported anything."""
+    name = Path(f"/proc/{process}/cmdline")
+    wait_until(lambda: name.read_bytes().startswith(os.fsencode(Path(sys.executable).parent)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_the_very_start_ends_it_before_anything_runs(tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen([*entry_point(), STAND_IN, "wait", tmp_path], stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for_python(process.pid)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=20)
+        assert process.returncode == 128 + number
+        assert error == f"stopped: {number.name} came before anything was started\n"
+        assert events(tmp_path) == []
+    finally:
+        process.kill()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a process-id namespace")
+def test_the_first_process_of_a_container_loses_no_signal_at_the_start(tmp_path: Path) -> None:
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc", *entry_point()]
+    process = subprocess.Popen([*unshare, STAND_IN, "wait", tmp_path])
+    try:
+        wait_until(lambda: bool(psutil.Process(process.pid).children()))
+        (first,) = psutil.Process(process.pid).children()
+        wait_for_python(first.pid)
+        first.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143
+        assert events(tmp_path) == []
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_tasks_of_a_scheduler_that_train_alone_are_told_so(start: Start, tmp_path: Path) -> None:
+    process = start("dcgan-launch", STAND_IN, "exit", tmp_path, 0, env={"SLURM_NTASKS": "2"})
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "dcgan-launch: SLURM_NTASKS=2, but" in error
 
 
 def test_any_command_runs_once_whatever_the_environment_says(start: Start) -> None:

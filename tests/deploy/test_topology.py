@@ -2,7 +2,7 @@
 
 import pytest
 
-from deploy.topology import Topology, discover, first_host
+from deploy.topology import Topology, discover, first_host, overlooked_tasks
 from pipeline.common.errors import ConfigConflict, UsageError
 
 
@@ -58,6 +58,20 @@ def test_options_win() -> None:
 
 def test_the_index_of_a_single_machine_means_something_else() -> None:
     assert topology({"JOB_COMPLETION_INDEX": "17"}).node_rank == 0
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_NNODES", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_that_would_each_make_a_run_of_their_own_are_noticed(name: str) -> None:
+    assert f"{name}=2, but" in overlooked_tasks(topology({}), {}, {name: "2"})
+    assert f"{name}=2, but" in overlooked_tasks(topology({}, gpus=8), {"nodes": None}, {name: "2"})
+    assert overlooked_tasks(topology({}), {}, {name: "1"}) == ""
+    assert overlooked_tasks(topology({}, nodes=1), {"nodes": 1}, {name: "2"}) == "", "meant so"
+    assert overlooked_tasks(topology({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}), {}, {name: "2"}) == ""
+
+
+def test_two_tasks_may_be_room_for_two_processes() -> None:
+    environment = {"SLURM_NNODES": "1", "SLURM_NTASKS": "2"}
+    assert overlooked_tasks(topology(environment, processes=2), {"processes": 2}, environment) == ""
 
 
 @pytest.mark.parametrize(

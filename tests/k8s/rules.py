@@ -112,6 +112,30 @@ def containers_have_bounds(objects: list[Object]) -> Iterator[str]:
 
 
 @rule
+def the_last_words_are_kept(objects: list[Object]) -> Iterator[str]:
+    """Else `kubectl describe` shows an exit code without a reason, and the reason goes with the pod's log."""
+    for name, _, container in containers(objects):
+        if container.get("terminationMessagePolicy") != "FallbackToLogsOnError":
+            yield f"{name}: what it says last stays in its log"
+
+
+@rule
+def the_cache_of_shards_fits_its_volume(objects: list[Object]) -> Iterator[str]:
+    """A pod that fills an emptyDir beyond its limit is evicted, and fills the next one again."""
+    for name, spec, container in containers(objects):
+        if "train" not in container.get("args", []):
+            continue
+        variables = {variable["name"]: variable.get("value", "") for variable in container.get("env", [])}
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        mounted = mounts.get(variables.get("DCGAN_CACHE", ""))
+        volumes = {volume["name"]: volume.get("emptyDir", {}).get("sizeLimit", "") for volume in spec["volumes"]}
+        gib = re.fullmatch(r"(\d+)Gi", volumes.get(mounted, "")) if mounted else None
+        limit = int(variables.get("DCGAN_CACHE_GIB", "16"))
+        if gib is None or limit * 1.2 > int(gib[1]):  # shards that are being fetched come on top
+            yield f"{name}: the cache takes {limit} GiB, its volume {gib and gib[1]} GiB"
+
+
+@rule
 def gpu_pods_tolerate_gpu_nodes(objects: list[Object]) -> Iterator[str]:
     """All of them: those without a GPU may have to follow their volume to a node with one."""
     if not any(GPU in container["resources"]["limits"] for _, _, container in containers(objects)):

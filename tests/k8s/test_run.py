@@ -1,34 +1,44 @@
-"""k8s/run.sh runs each step when the one before it is done. A script answers in place of a cluster."""
+"""k8s/run.sh runs each step when the one before it is done. A script answers in place of a cluster.
+
+Pods and events come from an API server of the test's own, through the real kubectl, which fills in the templates.
+"""
 
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from api_server import ApiServer, pod, warning
 from overlays import ROOT
 
-# Renders for real. A Job is done when it is asked about for the second time, or fails if it is named in FAILS.
+# Renders for real. A Job is done when it is asked about for the LOOKS-th time, or fails if it is named in FAILS.
+# The first REFUSES questions after REACHED answers find no API server.
 KUBECTL = r"""#!/bin/sh
 case "$*" in
 kustomize*) exec KUBECTL "$@" ;;
 esac
-echo "$*" >> "$LOG"
+printf "%s\n" "$*" >> "$LOG"
+if [ "$(wc -l < "$LOG")" -gt "$REACHED" ] && [ "$(wc -l < "$LOG")" -le $((REACHED + REFUSES)) ]; then
+    echo "$REFUSAL" >&2
+    exit 1
+fi
 case "$*" in
 apply*=base*) echo namespace/dcgan ;;
 apply*=train\ *) echo service/ranks; echo job.batch/train ;;
 apply*) name="${5#*=}"; echo "job.batch/$name" ;;
 *conditions*)
     name="${4#*/}"
+    echo . >> "$LOG.$name"
     if [ "$name" = "$FAILS" ]; then echo Failed
-    elif [ -e "$LOG.$name" ]; then echo "SuccessCriteriaMet Complete"
-    else touch "$LOG.$name"
+    elif [ "$(wc -l < "$LOG.$name")" -ge "$LOOKS" ]; then echo "SuccessCriteriaMet Complete"
     fi ;;
-*phase*) echo "Running Running Pending" ;;
-*logs*) echo "[pod/export-0/onnx] error: no checkpoint" ;;
+*" logs "*) echo "[pod/export-0/onnx] error: no checkpoint" ;;
+*) exec KUBECTL --server "$SERVER" "$@" ;;
 esac
 """
+REFUSED = "The connection to the server 10.0.0.1:6443 was refused - did you specify the right host or port?"
 
 
 Done = tuple[subprocess.CompletedProcess[str], list[str]]
@@ -36,7 +46,14 @@ Run = Callable[..., Done]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def server() -> Iterator[ApiServer]:
+    with ApiServer() as api:
+        yield api
+        api.shutdown()
+
+
+@pytest.fixture
+def run(tmp_path: Path, server: ApiServer) -> Run:
     """Return a function that runs the script and returns (what it did, what kubectl was told)."""
     stub = tmp_path / "bin" / "kubectl"
     stub.parent.mkdir()
@@ -44,12 +61,18 @@ def run(tmp_path: Path) -> Run:
     stub.chmod(0o755)
     log = tmp_path / "log"
 
-    def call(*arguments: str, fails: str = "") -> Done:
-        log.unlink(missing_ok=True)
-        environment = {"PATH": f"{stub.parent}:{os.environ['PATH']}", "LOG": str(log), "FAILS": fails}
+    def call(*arguments: str, **settings: object) -> Done:
+        for file in tmp_path.glob("log*"):
+            file.unlink()
+        environment = {
+            **{"PATH": f"{stub.parent}:{os.environ['PATH']}", "HOME": str(tmp_path), "KUBECONFIG": "/dev/null"},
+            **{"LOG": str(log), "SERVER": server.url, "POLL_SECONDS": "0"},
+            **{"FAILS": "", "LOOKS": "2", "REACHED": "1", "REFUSES": "0", "REFUSAL": REFUSED},
+            **{name.upper(): str(value) for name, value in settings.items()},
+        }
         done = subprocess.run(
             [ROOT / "k8s/run.sh", *arguments],
-            env={**os.environ, **environment, "POLL_SECONDS": "0"},
+            env={**os.environ, **environment},
             capture_output=True,
             text=True,
             check=False,
@@ -59,10 +82,11 @@ def run(tmp_path: Path) -> Run:
     return call
 
 
-def test_steps_follow_one_another(run: Run) -> None:
+def test_steps_follow_one_another(run: Run, server: ApiServer) -> None:
+    server.objects["pods"] = [pod(f"x-{i}", phase) for i, phase in enumerate(("Running", "Running", "Pending"))]
     done, told = run("cpu-demo")
     assert done.returncode == 0, done.stderr
-    heard = [line.split("=")[-1].split()[0] if "apply" in line else "ask" for line in told]
+    heard = [line.split("=")[-1].split()[0] if line.startswith("apply") else "ask" for line in told]
     order = [name for name in heard if name != "ask"]
     assert order == ["base", "train", "export", "generate", "generate-merge"]
     assert heard[heard.index("train") + 1] == "ask", "waits before the next"
@@ -89,3 +113,77 @@ def test_single_steps_can_be_named_and_mistakes_are_told(run: Run) -> None:
         done, told = run(*arguments)
         assert (done.returncode, told) == (2, [])
         assert message in done.stderr
+
+
+@pytest.mark.parametrize("reached", [1, 2, 3, 4], ids=["apply", "job", "pods", "job again"])
+def test_it_outlasts_an_api_server_that_restarts(run: Run, reached: int) -> None:
+    done, _ = run("cpu-demo", "train", reached=reached, refuses=20)
+    assert done.returncode == 0, done.stderr
+    assert "train: done" in done.stdout
+    assert done.stderr.count("no answer, asking again: The connection to the server") == 1, "once, not at every look"
+
+
+@pytest.mark.parametrize(
+    ("settings", "tries", "words"),
+    [
+        ({"reached": 0, "refuses": 1}, 1, "right host or port"),  # never reached: the wrong address, more likely
+        ({"reached": 2, "refuses": 999}, 3 + 120, "right host or port"),
+        ({"refuses": 1, "refusal": 'The Job "train" is invalid: spec.template: field is immutable'}, 2, "immutable"),
+        ({"reached": 2, "refuses": 1, "refusal": 'Error from server (NotFound): jobs "train"'}, 3, "NotFound"),
+    ],
+    ids=["no cluster", "for too long", "refused", "deleted"],
+)
+def test_it_gives_up_where_waiting_does_not_help(run: Run, settings: dict[str, object], tries: int, words: str) -> None:
+    done, told = run("cpu-demo", "train", **settings)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(told) == tries
+
+
+def test_it_says_why_pods_wait_and_goes_on_saying_so(run: Run, server: ApiServer) -> None:
+    reason = "0/2 nodes are available: 1 Insufficient cpu, 1 node(s) didn't match pod affinity rules."
+    server.objects["pods"] = [pod("train-0-a", "Pending"), pod("train-1-b", "Pending"), pod("train-2-c", "Running")]
+    server.objects["events"] = [
+        warning("train-0-a", "FailedScheduling", reason, 2),
+        warning("train-0-a", "FailedScheduling", "an older one", 1),
+        warning("train-1-b", "FailedScheduling", reason, 1),
+        warning("train-2-c", "BackOff", "of one that runs now", 3),
+        warning("generate-0-d", "FailedScheduling", "of another step", 3),
+    ]
+    done, _ = run("cpu-demo", "train", looks=14)  # a minute is 12 looks
+    lines = [line for line in done.stdout.splitlines() if line.startswith("train: ")]
+    said = ["train: pods: 2 Pending 1 Running", f"train: waits: FailedScheduling: {reason}"]
+    assert lines == [*said, *said, "train: done"]
+
+
+def test_it_says_why_there_are_no_pods(run: Run, server: ApiServer) -> None:
+    server.objects["pods"] = []
+    server.objects["events"] = [warning("train", "FailedCreate", 'pods "train-0-" is forbidden: exceeded quota')]
+    done, _ = run("cpu-demo", "train")
+    assert "train: pods: none yet\ntrain: waits: FailedCreate: pods" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("ended", "words"),
+    [
+        ({"exitCode": 65, "message": 'seen: 5\nerror: a "bad" shard\nstopping\n'}, '65, Error: error: a "bad" shard'),
+        ({"exitCode": 1, "message": "Traceback\n  x\nNameError: y\n"}, "1, Error: NameError: y"),
+        ({"exitCode": 137, "reason": "OOMKilled"}, "137, OOMKilled: "),
+    ],
+    ids=["ours", "a bug", "memory"],
+)
+def test_it_repeats_the_last_words_of_a_failed_pod_once(
+    run: Run, server: ApiServer, ended: dict[str, object], words: str
+) -> None:
+    terminated = {"reason": "Error", "finishedAt": "2026-01-01T00:00:00Z", **ended}
+    server.objects["pods"] = [pod("train-0-a", "Failed", terminated=terminated), pod("train-0-b", "Running")]
+    done, _ = run("cpu-demo", "train", looks=3)
+    failed = [line for line in done.stdout.splitlines() if "failed" in line]
+    assert failed == [f"train: train-0-a failed 2026-01-01T00:00:00Z with code {words}"]
+
+
+def test_it_says_what_the_node_said_of_an_evicted_pod(run: Run, server: ApiServer) -> None:
+    message = 'Usage of EmptyDir volume "tmp" exceeds the limit "2Gi".'
+    server.objects["pods"] = [pod("train-0-a", "Failed", message=message)]
+    done, _ = run("cpu-demo", "train")
+    assert f"train: train-0-a failed {message}" in done.stdout.splitlines()

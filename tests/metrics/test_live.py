@@ -365,6 +365,23 @@ def test_nan(programs: Programs, shards: str) -> None:
     assert again.wait(PATIENCE_SECONDS) == 143
 
 
+def test_a_run_that_is_started_again_and_again(programs: Programs, shards: str) -> None:
+    config = programs.folder / "restless" / "config.json"
+    for restarts in (0, 1, 6):
+        if restarts:  # five more starts than there were: an "hour" is a minute here
+            config.write_text(json.dumps({**json.loads(config.read_text()), "starts": restarts}))
+        training = programs.train("restless", shards, FOR_EVER, UNSAVED)
+        programs.wait(
+            functools.partial(programs.monitoring.query, f'dcgan_train_restarts{{run="restless"}} == {restarts}'),
+            f"restart {restarts} is seen",
+            alive="restless",
+        )
+        if restarts < 6:
+            training.send_signal(signal.SIGTERM)
+            assert training.wait(PATIENCE_SECONDS) == 143
+    programs.wait_for_alert("DcganRestarting", "restless", alive="restless")
+
+
 def test_a_mirror_that_is_lost(programs: Programs, shards: str) -> None:
     mirror = programs.folder / "mirror"
     mirror.mkdir()

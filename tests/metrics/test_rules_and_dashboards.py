@@ -68,6 +68,22 @@ def test_each_alert_is_tested_both_ways_and_has_a_runbook(alert: str) -> None:
     assert sections == ALERTS, "the runbooks are in the order of the rules"
 
 
+def test_every_exit_code_is_explained_in_alerts_and_runbooks() -> None:
+    """Whom an alert wakes reads codes in it; the table of docs/operations.md is the list of all that pods end with."""
+    table = (ROOT / "docs/operations.md").read_text().partition("## What a Job does at each exit code\n")[2]
+    rows = [row.split("|")[1] for row in table.partition("\n## ")[0].splitlines() if re.match(r"\| \d", row)]
+    codes = {code for row in rows for code in re.findall(r"\d+", row)}
+    assert {"0", "1", "2", "65", "69", "75", "78", "130", "137", "143"} <= codes
+    runbook = (ROOT / "docs/runbooks.md").read_text().partition("## Exit codes\n")[2].partition("\n## ")[0]
+    ended = ("DcganTrainVanished", "DcganRestarting", "DcganPartFailed", "DcganPartVanished")
+    explained = {rule["alert"]: rule["annotations"]["description"] for rule in RULES if rule.get("alert") in ended}
+    assert explained.keys() == set(ended)
+    for code in codes:
+        assert re.search(rf"^\| [^|]*\b{code}\b[^|]* \|", runbook, re.MULTILINE), f"no row in the runbooks: {code}"
+        for alert, text in explained.items():
+            assert re.search(rf"\b{code}\b", text), f"{alert} says nothing about {code}"
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("alert") or rule["record"])
 def test_rules_use_known_metrics(rule: dict[str, Any]) -> None:
     names = names_in(rule["expr"])

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm_start
 from support import train_command
 from training_cases import ENVIRONMENT, SCHEDULE
 
@@ -13,12 +14,9 @@ from training_cases import ENVIRONMENT, SCHEDULE
 def whole_run(faces32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    done = subprocess.run(
+    done = warm_start.run(
         train_command(faces32, out, *SCHEDULE),
         env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
@@ -29,9 +27,7 @@ def whole_run(faces32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(faces32: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A run in progress, slow enough to be hit."""
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        train_command(faces32, out, *SCHEDULE), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+    process = warm_start.Popen(train_command(faces32, out, *SCHEDULE), env=ENVIRONMENT, stderr=subprocess.PIPE)
     yield process, out
     if process.poll() is None:
         process.kill()

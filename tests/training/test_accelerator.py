@@ -1,12 +1,13 @@
 """What all ranks do together: fail at once with the words of the one that failed, and average statistics."""
 
+import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import accelerate
 import pytest
+import warm_start
 from support import Trainer
 
 from pipeline.common.errors import ConfigConflict
@@ -46,10 +47,9 @@ def start(tmp_path: Path, code: str) -> list[str]:
     """Run `code` in two ranks; return what each of them printed, in order."""
     worker = tmp_path / "worker.py"
     worker.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return sorted(line for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    ranks = warm_start.run_ranks([sys.executable, worker], 2, env=environment)
+    return [done.stdout.rstrip() for done in ranks]
 
 
 @pytest.mark.parametrize(

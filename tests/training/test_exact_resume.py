@@ -1,6 +1,7 @@
 """A run that is killed, stopped, moved or cut to other processes ends as if nothing had happened to it."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_start
 from support import TINY, Trainer, write_dataset
 from training_cases import ENVIRONMENT, SCHEDULE, hashes, wait_for_lines
 
@@ -57,12 +59,13 @@ def test_a_stop_signal_saves_and_the_run_goes_on(
     assert hashes(out, 256) == hashes(whole_run, 256)
 
 
-def test_a_finished_run_says_so_at_once(whole_run: Path, faces32: Path, trainer: Trainer) -> None:
-    before = hashes(whole_run, 256)
-    done = trainer(faces32, whole_run, *SCHEDULE)
+def test_a_finished_run_says_so_at_once(whole_run: Path, faces32: Path, trainer: Trainer, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(whole_run, out)
+    done = trainer(faces32, out, *SCHEDULE)
     assert done.returncode == 0
     assert "done: 256 images" in done.stderr
-    assert hashes(whole_run, 256) == before
+    assert hashes(out, 256) == hashes(whole_run, 256)
 
 
 WORKER = """
@@ -89,20 +92,9 @@ def test_two_processes_see_the_images_and_z_of_one(tmp_path: Path) -> None:
     overrides = [*TINY, "schedule.total_images=320", "schedule.evaluate_samples=64"]
     records: dict[int, list[list[Any]]] = {}
     for processes in (1, 2):
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1"]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(processes)]
-        launch += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
         record = tmp_path / f"record{processes}"
         arguments = [str(data), str(tmp_path / f"run{processes}"), str(record), str(processes), *overrides]
-        done = subprocess.run(
-            [*launch, str(worker), *arguments],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        warm_start.run_ranks([sys.executable, worker, *arguments], processes, env=ENVIRONMENT)
         records[processes] = [json.loads(Path(f"{record}.{rank}").read_text()) for rank in range(processes)]
     one, (first, second) = records[1][0], records[2]
     assert len(one) == 20
@@ -143,8 +135,6 @@ def test_a_changed_identity_is_refused_with_the_difference(
 
 
 def test_an_allowed_change_goes_on(whole_run: Path, faces32: Path, trainer: Trainer, tmp_path: Path) -> None:
-    import shutil
-
     out = tmp_path / "copy"
     shutil.copytree(whole_run, out)
     options = ["--allow-change", "recipe.batch,recipe.learning_rate_g"]

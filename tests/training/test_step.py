@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_start
 from torch import nn
 
 from pipeline.common.randomness import Purpose
@@ -97,18 +97,8 @@ def updates(
         "updates": 3,
         "out": str(out),
     }
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", str(processes)]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
-    done = subprocess.run(
-        [*launch, str(worker), json.dumps(options)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    warm_start.run_ranks([sys.executable, worker, json.dumps(options)], processes, env=environment)
     loaded: dict[str, Any] = torch.load(out, weights_only=True)
     return loaded
 

@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 import pytest
+import warm_start
 
 PRELUDE = """
 import time
@@ -20,7 +21,7 @@ def steps():
 
 def run(work: str) -> subprocess.CompletedProcess[str]:
     code = PRELUDE + textwrap.dedent(work) + "\ntime.sleep(20)\n"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=19)
+    return warm_start.run([sys.executable, "-c", code], timeout=19)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from string import ascii_letters
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from pipeline.common.errors import DataError, UsageError, first_line
@@ -265,9 +265,10 @@ def _read_wids(location: str) -> list[str]:
         content = json.loads(_read_text(location))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{location}: not JSON ({first_line(error)}); {expected}") from None
-    shards = content.get("shardlist") if isinstance(content, dict) else None
-    urls = [shard.get("url") for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
-    if not urls or len(urls) != len(shards) or not all(isinstance(url, str) and url for url in urls):
+    shards: Any = content.get("shardlist") if isinstance(content, dict) else None
+    shards = shards if isinstance(shards, list) else []
+    urls = [url for shard in shards if isinstance(shard, dict) and isinstance(url := shard.get("url"), str) and url]
+    if not urls or len(urls) != len(shards):
         raise DataError(f"{location}: no list of shards; {expected}")
     if content.get("datasets"):
         raise DataError(f"{location}: refers to other data sets; name the index of each, joined by ::")

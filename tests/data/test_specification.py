@@ -66,7 +66,7 @@ PATTERNS = r"""
 def stores() -> Iterator[None]:
     """Tars in a bucket under memory:// and, as the Hub keeps them, under hf://; no network."""
 
-    class Hub(MemoryFileSystem):
+    class Hub(MemoryFileSystem):  # type: ignore[misc]
         protocol = "hf"
         cachable = False
         store: ClassVar[dict[str, Any]] = {}

@@ -38,7 +38,7 @@ Samples = list[dict[str, Any]]
 
 READ_WIDS = """
 import sys, wids
-dataset = wids.ShardListDataset(sys.argv[1], cache_dir=sys.argv[2], transformations=None)
+dataset = wids.ShardListDataset(sys.argv[1], cache_dir=sys.argv[2], transformations=[])
 found = [{key.lstrip("."): value.read() for key, value in dataset[index].items() if key.startswith(".")}
          for index in reversed(range(len(dataset)))]
 """

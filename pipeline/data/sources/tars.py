@@ -114,7 +114,7 @@ def open_members(file: Any, where: str, listing: Listing) -> Iterator[tuple[str,
         with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
             for member in tar:
                 if member.size < 0:  # the next header would lie before this one, for ever
-                    raise tarfile.InvalidHeaderError("negative size")
+                    raise tarfile.ReadError("negative size")
                 if member.issparse():
                     listing.refused.add(f"{where}: {member.name}", "a sparse file, whose bytes are not all in the tar")
                 elif member.isreg():

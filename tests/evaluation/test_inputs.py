@@ -49,7 +49,5 @@ def test_real_images_become_what_they_are_compared_with(tmp_path: Path) -> None:
     images, description = inputs.reals(f"{tmp_path}/*.tar", None, (16, 16, 1))
     assert np.array_equal(pixels(images), np.stack([load_square(file, 16, 1) for file in files]))
     assert description["location"] == f"{tmp_path}/*.tar"
-    with pytest.raises(
-        UsageError, match=r"sides of 24 to 40 pixels, .*dcgan-data index .* --size N"
-    ):
+    with pytest.raises(UsageError, match=r"sides of 24 to 40 pixels, .*dcgan-data index .* --size N"):
         inputs.reals(f"{tmp_path}/*.tar", None)

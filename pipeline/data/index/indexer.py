@@ -4,6 +4,7 @@ While it is under way, OUT/.index holds its plan and one record for each finishe
 last, and then the records are removed.
 """
 
+import re
 import sys
 import time
 from collections import Counter
@@ -262,7 +263,8 @@ def finish(store: Store, *, max_bad: float | None) -> Dataset:
 
 def _shard(plan: Plan, entry: IndexedShard) -> Shard:
     location = plan.tars[entry.number]
-    name = location.partition("?")[0].rpartition("/")[2].replace("\\", "_").removesuffix(".tar")
+    # A plain name, whatever the tar is called: `location` alone says where it is.
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", location.partition("?")[0].rpartition("/")[2]).removesuffix(".tar")
     return Shard(
         name=f"{name or 'tar'}.tar",
         images=entry.images,

@@ -9,7 +9,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 
 .DELETE_ON_ERROR:
 .PHONY: help install system system-slow system-check demo clean-demo test lint types unit coverage test-slow test-faults \
-	test-multinode test-metrics test-k8s test-containers test-long metrics-demo gpu-check
+	test-multinode test-metrics test-k8s test-containers test-interop test-long metrics-demo gpu-check
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -87,9 +87,9 @@ unit: .venv/.installed ## pytest, without the slow tests
 coverage: .venv/.installed ## the same with a table of the lines that no test reached
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --cov=pipeline --cov=export --cov=deploy --cov-report=term-missing
 
-test-slow: test-faults test-multinode test-metrics test-k8s test-containers test-long ## every test that `make test` omits
+test-slow: test-faults test-multinode test-metrics test-k8s test-containers test-interop test-long ## every test that `make test` omits
 
-test-long: .venv/.installed ## the other slow tests: 100,000 batches, every network exported, generation killed again and again
+test-long: .venv/.installed ## the slow tests of data, export, deploy, training and hostile files: 2,000 damaged tars, every network exported, generation killed again and again
 	$(BIN)/pytest -m slow tests/data tests/export tests/deploy tests/training tests/test_hostile_files.py
 
 test-faults: .venv/.installed ## a power cut at every write, kills at random moments, a full disk, damaged checkpoints, ranks that fail or hang
@@ -106,6 +106,11 @@ test-k8s: ## render every overlay; check schemas, checkov and our rules, and tha
 
 test-containers: .venv/.installed ## build the image; run the Jobs of the cpu-demo overlay with podman (root)
 	sh tests/containers/run.sh
+
+test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and torchdata; installs them
+	$(BIN)/python -m pip install --progress-bar off --quiet -c constraints.txt -e '.[interop]'
+	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/interop webdataset==0.2.111 torchdata==0.9.0
+	$(BIN)/pytest -m slow tests/interop
 
 metrics-demo: .venv/.installed ## Prometheus and the dashboards beside a running demo; Ctrl-C ends it
 	$(BIN)/python -m deploy.prometheus.demo

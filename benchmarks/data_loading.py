@@ -16,7 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +131,15 @@ class Contender:
         return clock, processor
 
 
-def race(work: Path, others: str | None, rounds: int) -> tuple[Seconds, Seconds, dict[str, float]]:
+def race(
+    work: Path, others: str | None, rounds: int, names: Sequence[str] = tuple(CONTENDERS)
+) -> tuple[Seconds, Seconds, dict[str, float]]:
     """Return the seconds and the processor seconds an image took of every contender, in each round.
 
     And, of the one time that each started, the images/s of its first epoch.
     """
     contenders = []
-    for name in CONTENDERS:
+    for name in names:
         foreign = name.startswith(OTHERS)
         if foreign and not others:
             continue

@@ -131,6 +131,46 @@ def litdata(folder: Path, form: str) -> Iterator[Any]:
         yield from loader
 
 
+def ours_indexed(folder: Path) -> Iterator[Any]:
+    """The tars of others where they lie: never resident, as sets too large for the memory are read."""
+    from pipeline.data.dataset import open_dataset
+    from pipeline.data.loading.loader import Loader
+
+    threads = len(os.sched_getaffinity(0))
+    dataset = open_dataset(folder / "indexed")
+    return iter(Loader(dataset, seed=SEED, streams=4, batch=BATCH, threads=threads, resident_limit=0))
+
+
+def webdataset_resized(folder: Path, decoder: str, filter_name: str) -> Iterator[Any]:
+    """webdataset on the same tars, each image resized: uint8 batches; with more than one core, from that many workers.
+
+    The scaled decoding never goes below twice the target, as ours.
+    """
+    import simplejpeg
+    import webdataset as wds
+    from PIL import Image
+
+    resampling = Image.Resampling[filter_name]
+
+    def resize(image: Any) -> Any:
+        return np.asarray(image.resize((SIZE, SIZE), resampling))
+
+    def scaled(data: bytes) -> Any:
+        return resize(Image.fromarray(simplejpeg.decode_jpeg(data, min_height=2 * SIZE, min_width=2 * SIZE)))
+
+    shards = sorted(str(path) for path in (folder / "tars").glob("*.tar"))
+    samples = wds.WebDataset(shards, shardshuffle=len(shards)).shuffle(1000)
+    if decoder == "pil":
+        batches = samples.decode("pil").to_tuple("jpg").map_tuple(resize).batched(BATCH)
+    else:
+        batches = samples.to_tuple("jpg").map_tuple(scaled).batched(BATCH)
+    cores = len(os.sched_getaffinity(0))
+    if cores == 1:
+        yield from batches.repeat()
+    else:
+        yield from wds.WebLoader(batches.repeat(), num_workers=cores, batch_size=None)
+
+
 def _raw_images(folder: Path) -> Any:
     return np.load(folder / "images.npy", mmap_mode="r")
 
@@ -166,6 +206,17 @@ CONTENDERS: dict[str, Callable[[Path], Iterator[Any]]] = {
     "litdata jpg": lambda folder: litdata(folder, "jpg"),
     "litdata raw": lambda folder: litdata(folder, "raw"),
 }
+INDEXED: dict[str, Callable[[Path], Iterator[Any]]] = {
+    "ours, indexed tars": ours_indexed,
+    "ours, indexed tars, again": ours_indexed,
+    "webdataset pil + resize": lambda folder: webdataset_resized(folder, "pil", "LANCZOS"),
+    "webdataset pil + resize, bicubic": lambda folder: webdataset_resized(folder, "pil", "BICUBIC"),
+    "webdataset simplejpeg scaled + resize": lambda folder: webdataset_resized(folder, "simplejpeg", "LANCZOS"),
+    "webdataset simplejpeg scaled + resize, bicubic": lambda folder: webdataset_resized(
+        folder, "simplejpeg", "BICUBIC"
+    ),
+}
+"""The contenders of benchmarks/indexed_loading.py."""
 OTHERS = ("mosaicml-streaming", "litdata")
 
 
@@ -179,7 +230,7 @@ def main() -> None:
             if module == "torch":
                 sys.modules["torch"].set_num_threads(1)
     began = time.perf_counter()
-    batches = CONTENDERS[name](folder)
+    batches = {**CONTENDERS, **INDEXED}[name](folder)
     first = next(batches)
     first = first[0] if isinstance(first, (tuple, list)) else first
     assert first.shape[0] == BATCH, first.shape

@@ -76,6 +76,8 @@ class RecipeConfig(Section):
     """Decides the weights, the order of images and every z."""
     streams: int = Field(16, ge=1, le=65536)
     """Independent streams of images. The number of processes must divide it, and it must divide the batch."""
+    mix_shards: int = Field(0, ge=0, le=1024)
+    """Shards that a stream draws from at once; more mend an order that is sorted by class. 0 chooses by the data."""
     batch: int = Field(128, ge=1)
     """Images in one update, over all processes together."""
     loss: one_of(LOSSES) = "non_saturating"  # type: ignore[valid-type]

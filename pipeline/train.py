@@ -58,7 +58,11 @@ class Resume(StrEnum):
 def main(
     out: Annotated[Path, typer.Option(help="Run directory: checkpoints, samples, metrics.")],
     data: Annotated[
-        str | None, typer.Option(help="Folder or URL of shards made by dcgan-data; a run that is there knows its own.")
+        str | None,
+        typer.Option(
+            help="Data set made by dcgan-data, or WebDataset tars of others, such as 'tars/train-{0000..0123}.tar'; "
+            "paths or URLs. A run that is there knows its own."
+        ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"One of: {', '.join(preset_names())}.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with settings, over the preset's.")] = None,
@@ -89,7 +93,9 @@ def main(
         print(explain(settings))
         return
     if data is None:
-        raise UsageError("--data: missing; expected a folder or URL of shards (make them with dcgan-data build)")
+        raise UsageError(
+            "--data: missing; expected a data set (make one with dcgan-data build), or the names of WebDataset tars"
+        )
     configure_logging()
     from pipeline.training.loop import train
 

@@ -102,11 +102,51 @@ def load_square(data: bytes, size: int, channels: int, *, min_side: int = 1) -> 
 
     JPEGs much larger than needed are decoded at a fraction of their size, never below twice the target.
     """
-    image = open_image(data)
-    if min(image.size) < min_side:
-        raise BadImage(f"smaller than {min_side} pixels")
-    image.draft(None, (2 * size, 2 * size))
-    return square(upright(image, channels), size)
+    image = _plain_jpeg(data, size, min_side)
+    if image is None:
+        image = open_image(data)
+        if min(image.size) < min_side:
+            raise BadImage(f"smaller than {min_side} pixels")
+        image.draft(None, (2 * size, 2 * size))
+        image = upright(image, channels)
+    mode = "L" if channels == 1 else "RGB"
+    return square(image if image.mode == mode else image.convert(mode), size)
+
+
+def _plain_jpeg(data: bytes, size: int, min_side: int) -> Image.Image | None:
+    """Decode a JPEG that nothing is special about, to the very pixels of Pillow's `draft`, in RGB or L.
+
+    None where Pillow must look at it: EXIF or XMP that may turn it, CMYK, anything that libjpeg warns of, no JPEG.
+    simplejpeg needs neither Python's lock nor Pillow's parsing of headers: an image takes 0.6 of the time.
+    """
+    if data[:2] != b"\xff\xd8" or _may_be_turned(data):
+        return None
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+        if min(height, width) < min_side or height * width > MAX_PIXELS or colors not in ("YCbCr", "RGB", "Gray"):
+            return None
+        scale = next((s for s in (8, 4, 2) if min(height, width) // (2 * size) >= s), 1)
+        low_height, low_width = -(-height // scale), -(-width // scale)
+        pixels = simplejpeg.decode_jpeg(
+            data, "GRAY" if colors == "Gray" else "RGB", min_height=low_height, min_width=low_width
+        )
+    except ValueError:
+        return None
+    if pixels.shape[:2] != (low_height, low_width):
+        return None
+    return Image.fromarray(pixels[..., 0] if colors == "Gray" else pixels)
+
+
+def _may_be_turned(jpeg: bytes) -> bool:
+    """Whether a JPEG has EXIF or XMP before its pixels, where Pillow looks for an orientation, or a broken header."""
+    position = 2
+    while jpeg[position : position + 1] == b"\xff" and (marker := jpeg[position + 1 : position + 2]):
+        if marker == b"\xda":  # the pixels
+            return False
+        if marker == b"\xe1":
+            return True
+        position += 2 + int.from_bytes(jpeg[position + 2 : position + 4])
+    return True
 
 
 def is_ready(data: bytes, format: Format, size: int, channels: int) -> bool:

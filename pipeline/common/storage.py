@@ -1,7 +1,7 @@
 """Reading and writing files, the same on a disk and in an object store: retries, time limits, atomic output.
 
 The one mechanism for both (docs/architecture.md, contract 9). A location is a directory, or the URL of a folder
-(`http(s)://`, `s3://`, `gs://`, `file://`); names inside it use forward slashes.
+(`http(s)://`, `s3://`, `gs://`, `hf://`, `file://`); names inside it use forward slashes.
 """
 
 import errno
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 from pipeline.common.errors import DataError, TryAgainError, UnavailableError, UsageError, describe_os_error
 from pipeline.common.store_errors import credentials_expired, refusal, renew_credentials
 
-SCHEMES = ("http", "https", "s3", "gs", "file", "memory")
+SCHEMES = ("http", "https", "s3", "gs", "hf", "file", "memory")
 PAUSES_SECONDS = (0.5, 2.0, 5.0, 15.0)
 """Pauses between two attempts at a store; there is one attempt more than there are pauses."""
 TIMEOUT_SECONDS = 60.0
@@ -45,13 +46,11 @@ T = TypeVar("T")
 def is_url(location: str | os.PathLike[str]) -> bool:
     """Whether `location` is a URL rather than a path. Raises UsageError for a scheme that is not allowed."""
     text = os.fspath(location)
-    try:
-        scheme = urlsplit(text).scheme if ":" in text else ""
-    except ValueError as error:
-        raise UsageError(f"{text}: not a URL: {error}") from None
-    if "://" not in text and scheme != "pipe":
+    if text.startswith("pipe:"):
+        raise UsageError(f"{text}: pipe: is refused, because it would run a shell command; name the file or its URL")
+    if (match := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)) is None:
         return False
-    if scheme not in SCHEMES:
+    if (scheme := match[1].lower()) not in SCHEMES:
         raise UsageError(f"{text}: URLs of kind {scheme!r} are refused; expected {', '.join(SCHEMES)}")
     return True
 
@@ -168,6 +167,18 @@ def locate(reference: str) -> tuple["Store", str]:
     return Store(folder or ("/" if slash else ".")), name
 
 
+@dataclass(frozen=True)
+class FileFacts:
+    """What a store says of a file."""
+
+    bytes: int | None
+    """Its size; None where the store does not say."""
+    etag: str | None
+    """Its ETag, which changes with its content; None on a disk, and where the store has none."""
+    ranges: bool
+    """Whether a part of it can be read without the rest."""
+
+
 class Store:
     """A directory or URL whose files are read whole and written atomically.
 
@@ -245,7 +256,7 @@ class Store:
         if self.remote:
             end = offset + size
             data: bytes = self._retry(name, lambda: self._fs.cat_file(f"{self._root}/{name}", start=offset, end=end))
-            if len(data) >= end > size:  # a server without range requests sends the whole file
+            if len(data) > size:  # a server without range requests sends the whole file
                 data = data[offset:end]
         else:
             with (Path(self.location) / name).open("rb") as file:
@@ -253,6 +264,33 @@ class Store:
         if len(data) != size:
             raise DataError(f"{self.path(name)}: ends before offset {offset + size}")
         return data
+
+    def facts(self, name: str) -> "FileFacts":
+        """Return what the store says of the file `name`. Raises DataError when it is not there."""
+        if not self.remote:
+            try:
+                return FileFacts((Path(self.location) / name).stat().st_size, None, True)
+            except (FileNotFoundError, NotADirectoryError):
+                raise DataError(f"{self.path(name)}: no such file") from None
+
+        def look() -> FileFacts:
+            # First a read: over http, `info` calls a store that is away a missing file.
+            path = f"{self._root}/{name}"
+            try:
+                first = self._fs.cat_file(path, start=0, end=1)
+            except Exception as error:
+                if _is_empty(error):
+                    return FileFacts(0, None, True)
+                raise
+            self._fs.invalidate_cache()
+            try:
+                info = self._fs.info(path)
+            except FileNotFoundError as error:
+                raise OSError(f"it was there and is not: {error}") from None
+            etag = next((str(info[key]) for key in ("ETag", "etag", "blob_id") if info.get(key)), None)
+            return FileFacts(info.get("size"), etag, len(first) <= 1 and info.get("partial") is not False)
+
+        return self._retry(name, look)
 
     def fetch(self, name: str, path: Path) -> None:
         """Download `name` of a remote store to the local file `path`, whole, without holding it in memory."""
@@ -281,7 +319,7 @@ class Store:
             except FileNotFoundError:
                 return False
             except Exception as error:
-                if "InvalidRange" in str(error.__cause__) or getattr(error, "status", None) == 416:  # an empty file
+                if _is_empty(error):
                     return True
                 raise
             return True
@@ -377,6 +415,11 @@ def _refuse_path(name: str, location: str) -> None:
 
 
 _LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def _is_empty(error: Exception) -> bool:
+    """Whether a store refused to read the first byte of a file because it has none."""
+    return "InvalidRange" in str(error.__cause__) or getattr(error, "status", None) == 416
 
 
 def _filesystem(location: str) -> tuple[Any, str]:

@@ -26,6 +26,8 @@ def refusal(error: Exception) -> str | None:
         status = 403
     if response is not None:
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", status)
+    elif status is None:  # huggingface_hub's errors carry the answer of httpx
+        status = getattr(getattr(error, "response", None), "status_code", None)
     said = getattr(error, "message", None) or str(error)
     if isinstance(error, PermissionError) or status in (401, 403):
         return f"the store refuses access ({status or 'no status'}: {said}); check the credentials and the rights"

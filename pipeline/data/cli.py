@@ -24,7 +24,10 @@ class EncodingName(StrEnum):
     png = "png"
 
 
-Location = Annotated[str, typer.Argument(metavar="DATA", help="Folder or URL of a data set.")]
+Location = Annotated[str, typer.Argument(metavar="DATA", help="Folder or URL of a data set, or the name of tars.")]
+Size = Annotated[int, typer.Option(min=4, max=4096, help="Height and width of the images in pixels.")]
+Channels = Annotated[int, typer.Option(min=1, max=3, help="3 for RGB, 1 for gray.")]
+MinSide = Annotated[int, typer.Option(min=1, help="Refuse pictures whose shorter side has fewer pixels.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; default: one a core.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another data set in OUT.")]
 MaxBad = Annotated[
@@ -50,12 +53,16 @@ def build(
             help=f"What SRC is: {', '.join(SOURCES)}.",
         ),
     ],
-    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder, file or URL of the pictures.")],
+    src: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder, file or URL of the pictures. webdataset: also {000..123}, a glob, ::, @list.txt.",
+        ),
+    ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the new data set.")],
-    size: Annotated[int, typer.Option(min=4, max=4096, help="Height and width of the images in pixels.")] = (
-        BuildOptions.size
-    ),
-    channels: Annotated[int, typer.Option(min=1, max=3, help="3 for RGB, 1 for gray.")] = BuildOptions.channels,
+    size: Size = BuildOptions.size,
+    channels: Channels = BuildOptions.channels,
     encoding: Annotated[
         EncodingName, typer.Option(help="Format of the stored images. packed: raw pixels in blocks, lossless, fastest.")
     ] = EncodingName(BuildOptions.encoding),
@@ -68,9 +75,7 @@ def build(
             f"webp (default {DEFAULT_QUALITY['webp']}; 100 is lossless).",
         ),
     ] = BuildOptions.quality,
-    min_side: Annotated[int, typer.Option(min=1, help="Refuse pictures whose shorter side has fewer pixels.")] = (
-        BuildOptions.min_side
-    ),
+    min_side: MinSide = BuildOptions.min_side,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -160,6 +165,51 @@ def build(
 
 
 @app.command()
+def index(
+    spec: Annotated[
+        str,
+        typer.Argument(
+            metavar="SPEC",
+            help="WebDataset tars: a folder, a tar, braces {000..123}, a glob, @list.txt, URLs of these.",
+        ),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the index: a new data set.")],
+    size: Size = BuildOptions.size,
+    channels: Channels = BuildOptions.channels,
+    min_side: MinSide = BuildOptions.min_side,
+    max_bad: MaxBad = BuildOptions.max_bad,
+    part: Annotated[
+        str | None, typer.Option(help="Index only part i of N, as i/N, counted from 0; `dcgan-data merge` joins them.")
+    ] = BuildOptions.part,
+    workers: Workers = BuildOptions.workers,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another index in OUT.")] = False,
+    metrics_port: MetricsPort = BuildOptions.metrics_port,
+    metrics_address: MetricsAddress = BuildOptions.metrics_address,
+    push_gateway: PushGateway = BuildOptions.push_gateway,
+) -> None:
+    """Make a data set of WebDataset tars where they lie: no pixel is copied. Run it again to resume."""
+    from pipeline.data.index.command import IndexOptions
+    from pipeline.data.index.command import index as index_tars
+
+    index_tars(
+        IndexOptions(
+            spec=spec,
+            out=out,
+            size=size,
+            channels=channels,
+            min_side=min_side,
+            max_bad=max_bad,
+            part=part,
+            workers=workers,
+            overwrite=overwrite,
+            metrics_port=metrics_port,
+            metrics_address=metrics_address,
+            push_gateway=push_gateway,
+        )
+    )
+
+
+@app.command()
 def merge(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the data set to finish.")],
     parts: Annotated[
@@ -167,11 +217,15 @@ def merge(
     ] = None,
     max_bad: MaxBad = BuildOptions.max_bad,
 ) -> None:
-    """Join the parts of a build. The result has the same bytes as a build without --part."""
-    from pipeline.data.build.builder import merge as merge_parts
+    """Join the parts of a build or of an index. The result has the same bytes as without --part."""
+    from pipeline.data.build import builder
     from pipeline.data.build.command import report
+    from pipeline.data.index import command, indexer
 
-    report(merge_parts(out, parts or [], max_bad=max_bad))
+    if command.is_index(out, parts or []):
+        command.report(indexer.merge(out, parts or [], max_bad=max_bad))
+    else:
+        report(builder.merge(out, parts or [], max_bad=max_bad))
 
 
 @app.command()
@@ -204,25 +258,31 @@ def dedup(
 @app.command()
 def verify(data: Location) -> None:
     """Check every shard, image and label of a data set, and name what is damaged."""
-    from pipeline.data.dataset import open_dataset
+    from pipeline.data.index.command import data_set
     from pipeline.data.verify import verify as check
 
-    check(open_dataset(data))
+    with data_set(data) as dataset:
+        check(dataset)
 
 
 @app.command()
 def show(
     data: Location,
     sheet: Annotated[
-        Path | None, typer.Option("--out", "--sheet", help="Path of the contact sheet; default: DATA/sheet.png.")
+        Path | None,
+        typer.Option("--out", "--sheet", help="Path of the contact sheet; default: DATA/sheet.png, of tars sheet.png."),
     ] = None,
     images: Annotated[int, typer.Option(min=1, max=10_000, help="Images on the sheet.")] = 96,
 ) -> None:
     """Print a data set's numbers and write a contact sheet."""
-    from pipeline.data.dataset import open_dataset
+    from pipeline.data.index.command import data_set
     from pipeline.data.show import show as present
+    from pipeline.data.specification import is_specification
 
-    present(open_dataset(data), sheet, images)
+    if sheet is None and is_specification(data):
+        sheet = Path("sheet.png")
+    with data_set(data) as dataset:
+        present(dataset, sheet, images)
 
 
 def main() -> None:

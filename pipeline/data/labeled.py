@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import Pixels
+from pipeline.common.randomness import Purpose, permutation
 from pipeline.common.storage import public_name
 from pipeline.data.dataset import Dataset, LabelType
 from pipeline.data.shard_reader import iterate
@@ -15,7 +16,7 @@ from pipeline.data.shard_reader import iterate
 
 @dataclass(frozen=True)
 class Labeled:
-    """Images (N, H, W, C) uint8 in the data set's order, which is random, and a column for each label.
+    """Images (N, H, W, C) uint8 in a random order, and a column for each label.
 
     A label that some images lack is None there.
     """
@@ -66,18 +67,16 @@ def load_labeled(dataset: Dataset, limit: int | None = None) -> Labeled:
     images: list[Pixels] = []
     columns: dict[str, list[Any]] = {name: [] for name in dataset.labels}
     have = 0
-    for batch, values in iterate(dataset, labels=True):
+    for batch, values in iterate(dataset, labels=True, limit=limit):
         images.append(batch)
         have += len(batch)
         for name in columns:
             columns[name] += values[name]
-        if limit is not None and have >= limit:
-            break
     description = {
         "location": public_name(dataset.location),
         "fingerprint": dataset.fingerprint(),
         "images": dataset.images,
-        "used": have if limit is None else min(have, limit),
+        "used": have,
     }
     whole = Labeled(
         np.concatenate(images),
@@ -85,4 +84,7 @@ def load_labeled(dataset: Dataset, limit: int | None = None) -> Labeled:
         dataset.labels,
         description,
     )
-    return whole.take(slice(0, limit))
+    if dataset.index is None:
+        return whole
+    # The tars of others may be sorted by class, and `split` takes the last images.
+    return whole.take(permutation(have, 0, Purpose.ANALYSIS))

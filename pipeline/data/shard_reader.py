@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from typing import Any, Literal, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import BadImage, Pixels, decode
 from pipeline.common.records import parse_json
 from pipeline.common.storage import Store, sha256_bytes
 from pipeline.data.dataset import Dataset, LabelType, Shard
+from pipeline.data.loading.tar_files import Tars
 from pipeline.data.shard_writer import RECORD
 
 LARGEST_LABEL = (1 << 63) - 1
@@ -62,14 +64,16 @@ def read_shard(store: Store, shard: Shard) -> bytes:
     return data
 
 
-def shard_images(dataset: Dataset, shard: Shard, data: bytes) -> Iterator[Pixels]:
-    """Yield the images in a shard's file `data` in order.
+def shard_images(dataset: Dataset, index: int, data: bytes) -> Iterator[Pixels]:
+    """Yield the images of shard number `index`, whose file is `data`, in order.
 
     They come as blocks (n, size, size, channels) if packed, else one by one (n = 1). Raises DataError.
     """
     side, channels = dataset.image_size, dataset.channels
+    shard = dataset.shards[index]
     view = memoryview(data)
-    for offset, size in zip(shard.offsets, shard.sizes, strict=True):
+    offsets, sizes = dataset.members(index)
+    for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
         piece = view[offset : offset + size]
         if dataset.encoding == "packed":
             yield np.frombuffer(piece, np.uint8).reshape(-1, side, side, channels)
@@ -82,6 +86,24 @@ def shard_images(dataset: Dataset, shard: Shard, data: bytes) -> Iterator[Pixels
         if image.shape != (side, side, channels):
             raise DataError(f"{where} is {image.shape}, not {(side, side, channels)}")
         yield image[None]
+
+
+def tar_images(dataset: Dataset, tars: Tars, index: int, rows: list[int]) -> Iterator[Pixels]:
+    """Yield the images at `rows` of tar number `index` of an indexed data set, each (1, size, size, channels).
+
+    The tar may be large, and is read image by image. Raises DataError.
+    """
+    with tars.open(index) as file:
+        for row in rows:
+            image = np.empty((1, dataset.image_size, dataset.image_size, dataset.channels), np.uint8)
+            tars.decode(index, row, file.fileno(), image[0])
+            yield image
+
+
+def tar_columns(dataset: Dataset, rows: NDArray[np.int64]) -> Columns:
+    """Return names and labels of the images at `rows` of an indexed data set. Raises DataError."""
+    labels = zip(dataset.labels, dataset.columns.labels, strict=True)
+    return {"key": dataset.columns.key.take(rows), **{name: label.take(rows) for name, label in labels}}
 
 
 def shard_columns(dataset: Dataset, shard: Shard, data: bytes) -> Columns:
@@ -118,38 +140,73 @@ def _fits(row: list[Any], kind: LabelType) -> bool:
 
 
 @overload
-def iterate(dataset: Dataset, *, batch: int = ..., labels: Literal[False] = ...) -> Iterator[Pixels]: ...
-@overload
-def iterate(dataset: Dataset, *, batch: int = ..., labels: Literal[True]) -> Iterator[tuple[Pixels, Columns]]: ...
 def iterate(
-    dataset: Dataset, *, batch: int = 256, labels: bool = False
+    dataset: Dataset, *, batch: int = ..., labels: Literal[False] = ..., limit: int | None = ...
+) -> Iterator[Pixels]: ...
+@overload
+def iterate(
+    dataset: Dataset, *, batch: int = ..., labels: Literal[True], limit: int | None = ...
+) -> Iterator[tuple[Pixels, Columns]]: ...
+def iterate(
+    dataset: Dataset, *, batch: int = 256, labels: bool = False, limit: int | None = None
 ) -> Iterator[Pixels] | Iterator[tuple[Pixels, Columns]]:
     """Yield all images in the data set's own order as uint8 batches (n, size, size, channels); the last is smaller.
 
     With `labels`, yield (images, columns): columns hold every label and `key`, the name in the source.
+
+    With `limit`, yield that many images at most: the first, which are a random draw, because a build stores images
+    in random order. An indexed data set has the order of its tars, which may be sorted: then they are images at
+    equal distances.
+
     Shards are checked against their SHA-256. Raises DataError that names the shard.
     """
-    with_labels = _iterate(dataset, batch, labels)
+    with_labels = _iterate(dataset, batch, labels, dataset.images if limit is None else min(limit, dataset.images))
     return with_labels if labels else (images for images, _ in with_labels)
 
 
-def _iterate(dataset: Dataset, batch: int, labels: bool) -> Iterator[tuple[Pixels, Columns]]:
+def _iterate(dataset: Dataset, batch: int, labels: bool, limit: int) -> Iterator[tuple[Pixels, Columns]]:
     names = ["key", *dataset.labels] if labels else []
     waiting: list[Pixels] = []
     columns: Columns = {name: [] for name in names}
     ready = 0
-    for shard in dataset.shards:
-        data = read_shard(dataset.store, shard)
-        if labels:
-            for name, values in shard_columns(dataset, shard, data).items():
-                columns[name].extend(values)
-        for images in shard_images(dataset, shard, data):
-            waiting.append(images)
-            ready += len(images)
-            while ready >= batch:
-                joined = np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
-                yield joined[:batch], {name: values[:batch] for name, values in columns.items()}
-                columns = {name: values[batch:] for name, values in columns.items()}
-                waiting, ready = [joined[batch:]], ready - batch
+    for images, values in (_from_shards if dataset.index is None else _from_tars)(dataset, labels, limit):
+        for name in names:
+            columns[name].extend(values.get(name, ()))
+        waiting.append(images)
+        ready += len(images)
+        while ready >= batch:
+            joined = np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
+            yield joined[:batch], {name: column[:batch] for name, column in columns.items()}
+            columns = {name: column[batch:] for name, column in columns.items()}
+            waiting, ready = [joined[batch:]], ready - batch
     if ready:
-        yield np.concatenate(waiting), columns
+        yield np.concatenate(waiting), {name: column[:ready] for name, column in columns.items()}
+
+
+def _from_shards(dataset: Dataset, labels: bool, limit: int) -> Iterator[tuple[Pixels, Columns]]:
+    """Yield the first `limit` images, the labels of a shard with its first images."""
+    for index, shard in enumerate(dataset.shards):
+        if limit <= 0:
+            return
+        data = read_shard(dataset.store, shard)
+        columns = shard_columns(dataset, shard, data) if labels else {}
+        for images in shard_images(dataset, index, data):
+            yield images[:limit], columns
+            limit, columns = limit - len(images), {}
+            if limit <= 0:
+                return
+
+
+def _from_tars(dataset: Dataset, labels: bool, limit: int) -> Iterator[tuple[Pixels, Columns]]:
+    """Yield `limit` images at equal distances, the labels of a tar with its first image."""
+    tars = Tars(dataset, None)
+    wanted, starts = dataset.columns.spread(limit), dataset.shard_starts
+    bounds = np.searchsorted(wanted, starts)
+    for index, start in enumerate(starts[:-1]):
+        rows = wanted[bounds[index] : bounds[index + 1]]
+        if not len(rows):
+            continue
+        columns = tar_columns(dataset, rows) if labels else {}
+        for image in tar_images(dataset, tars, index, (rows - start).tolist()):
+            yield image, columns
+            columns = {}

@@ -11,10 +11,10 @@ from rich.table import Table
 from pipeline.common.errors import UsageError, escaped, one_line
 from pipeline.common.imaging import grid, save_png
 from pipeline.data.dataset import Dataset
-from pipeline.data.shard_reader import Columns, iterate
+from pipeline.data.shard_reader import Columns, iterate, tar_columns
 
 LABEL_IMAGES = 5_000
-"""Labels are summarized over this many images. Images are shuffled, so the first ones stand for all."""
+"""Labels are summarized over this many images: those that `iterate` takes, which stand for all."""
 
 
 def show(dataset: Dataset, sheet: Path | None, images: int) -> None:
@@ -28,14 +28,17 @@ def show(dataset: Dataset, sheet: Path | None, images: int) -> None:
     batches: list[Any] = []
     columns: Columns = {}
     seen = 0
-    for batch, labels in iterate(dataset, labels=True):
-        if seen < images:
-            batches.append(batch[: images - seen])
-        for name, values in labels.items():
-            columns.setdefault(name, []).extend(values)
-        seen += len(batch)
-        if seen >= images and (seen >= LABEL_IMAGES or not dataset.labels):
-            break
+    if dataset.index is not None:
+        batches = list(iterate(dataset, limit=images))
+        columns = tar_columns(dataset, dataset.columns.spread(LABEL_IMAGES))
+        seen = len(columns["key"])
+    else:
+        for batch, labels in iterate(dataset, labels=True, limit=max(images, LABEL_IMAGES if dataset.labels else 0)):
+            if seen < images:
+                batches.append(batch[: images - seen])
+            for name, values in labels.items():
+                columns.setdefault(name, []).extend(values)
+            seen += len(batch)
     table = Table(show_header=False, box=None)
     shape = f"{dataset.image_size}x{dataset.image_size}x{dataset.channels}"
     table.add_row("images", f"{dataset.images:,} of {shape}, {dataset.encoding}")
@@ -47,7 +50,7 @@ def show(dataset: Dataset, sheet: Path | None, images: int) -> None:
     for name, kind in dataset.labels.items():
         table.add_row(escaped(f"label {name}"), escaped(f"{kind}: {summary(columns[name], kind)}"))
     if dataset.labels and seen < dataset.images:
-        table.add_row("", f"(labels: the first {seen:,} images)")
+        table.add_row("", f"(labels: {seen:,} of the images)")
     Console(markup=False, emoji=False).print(table)
     width = max(1, int(np.ceil(np.sqrt(images * 1.5))))
     save_png(sheet, grid(np.concatenate(batches), width))

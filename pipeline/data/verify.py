@@ -1,17 +1,25 @@
 """`dcgan-data verify`: checks every byte of a data set, and names shard, key and offset of each damage."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.common.errors import DataError, one_line
-from pipeline.common.imaging import BadImage, decode
+from pipeline.common.imaging import BadImage, decode, load_square
 from pipeline.common.machine import available_cores
 from pipeline.common.progress import Progress
 from pipeline.common.records import parse_json
 from pipeline.common.storage import sha256_bytes
 from pipeline.data.build.process_pool import run_tasks
 from pipeline.data.dataset import DATASET_FILE, Dataset, Shard
+from pipeline.data.index.scan import verify_headers
 from pipeline.data.shard_reader import DamagedTar, members
 from pipeline.data.shard_writer import checksum
 
@@ -45,8 +53,32 @@ class Checker:
         return shard.images, list(check_shard(self.dataset, shard))
 
 
+@dataclass(frozen=True)
+class IndexedShard:
+    """A tar of an indexed data set with its rows of the sidecar: what a worker process receives."""
+
+    shard: Shard
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class TarChecker:
+    """Checks tars of an indexed data set in the worker processes, which get dataset.json without the list of shards."""
+
+    dataset: Dataset
+
+    def check(self, indexed: IndexedShard) -> tuple[int, list[Damage]]:
+        """Return the tar's images and what is wrong with it."""
+        return indexed.shard.images, list(check_tar(self.dataset, indexed))
+
+
 def verify(dataset: Dataset) -> None:
     """Check all shards and print what is damaged. Raises DataError when anything is."""
+    if dataset.index is not None:
+        _report(dataset, _check_tars(dataset))
+        return
     present = set(dataset.store.names())
     damages = [Damage(s.name, "missing") for s in dataset.shards if s.name not in present]
     stray = sorted(n for n in present if n.endswith(".tar") and n not in {s.name for s in dataset.shards})
@@ -58,17 +90,66 @@ def verify(dataset: Dataset) -> None:
         for images, found in run_tasks(checker.check, there, available_cores()):
             progress.advance(images)
             damages += found
+    _report(dataset, damages)
+
+
+def _check_tars(dataset: Dataset) -> list[Damage]:
+    """Return what is wrong with the tars of an indexed data set."""
+    damages: list[Damage] = []
+    checker = TarChecker(dataset.model_copy(update={"shards": []}))
+    tars = []
+    for number, shard in enumerate(dataset.shards):
+        rows = dataset.rows(number)
+        tars.append(IndexedShard(shard, *dataset.members(number), dataset.columns.key.slice(rows.start, rows.stop)))
+    with Progress("verifying", dataset.images) as progress:
+        for images, found in run_tasks(checker.check, tars, available_cores()):
+            progress.advance(images)
+            damages += found
+    return damages
+
+
+def _report(dataset: Dataset, damages: list[Damage]) -> None:
+    """Print damages; raise DataError when there are any."""
     for damage in sorted(damages, key=lambda damage: (damage.shard, damage.offset or 0))[:SHOWN]:
         print(one_line(str(damage)))
     if damages:
         shards = len({damage.shard for damage in damages})
+        again = "build" if dataset.index is None else "index"
         raise DataError(
             f"{dataset.location}: {len(damages):,} damages in {shards:,} of {len(dataset.shards):,} shards; "
-            "copy those shards again, or build again with --overwrite"
+            f"copy those shards again, or {again} again with --overwrite"
         )
     print(
         f"{dataset.location}: {dataset.images:,} images in {len(dataset.shards):,} shards, all as {DATASET_FILE} says"
     )
+
+
+def check_tar(dataset: Dataset, indexed: IndexedShard) -> Iterator[Damage]:
+    """Yield everything that is wrong with one tar of an indexed data set."""
+    store, name = dataset.place(indexed.shard)
+    where = store.path(name)
+    with tempfile.TemporaryDirectory(prefix="dcgan-verify-") as folder:
+        path = Path(folder) / "copy.tar" if store.remote else Path(where)
+        try:
+            if store.remote:
+                store.fetch(name, path)
+            with FileIO(path) as file:
+                verify_headers(file, indexed.shard, where)
+                yield from _check_members(dataset, indexed, file, where)
+        except FileNotFoundError:
+            yield Damage(where, "missing")
+        except DataError as error:
+            yield Damage(where, str(error).removeprefix(f"{where}: "))
+
+
+def _check_members(dataset: Dataset, indexed: IndexedShard, file: FileIO, where: str) -> Iterator[Damage]:
+    """Yield the images of a tar that cannot be decoded."""
+    for key, offset, size in zip(indexed.keys, indexed.offsets.tolist(), indexed.sizes.tolist(), strict=True):
+        try:
+            data = os.pread(file.fileno(), size, offset)
+            load_square(data, dataset.image_size, dataset.channels, min_side=dataset.min_side)
+        except BadImage as error:
+            yield Damage(where, str(error), key, offset)
 
 
 def check_shard(dataset: Dataset, shard: Shard) -> Iterator[Damage]:

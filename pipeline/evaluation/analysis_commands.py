@@ -31,10 +31,10 @@ def classifier(
     epochs: Annotated[int, typer.Option(help="Passes over the data.", min=1)] = 12,
 ) -> None:
     """Train the attribute classifier on labeled images, and report its accuracy on held-out ones."""
-    from pipeline.data.dataset import open_dataset
     from pipeline.evaluation.classifier_training import make_classifier
+    from pipeline.evaluation.inputs import data_set
 
-    heads = make_classifier(open_dataset(data), out, seed=seed, epochs=epochs).heads
+    heads = make_classifier(data_set(data), out, seed=seed, epochs=epochs).heads
     scores = {name: head.score for name, head in heads.items()}
     show(scores, out, "classifier")
 

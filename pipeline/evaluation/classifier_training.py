@@ -12,10 +12,11 @@ from torch import Tensor
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose, permutation, raw_bits
-from pipeline.data.dataset import Dataset, open_dataset
+from pipeline.data.dataset import Dataset
 from pipeline.data.labeled import Labeled, load_labeled
 from pipeline.evaluation.classifier import FILE_NAME, AttributeNet, Classifier, Head, load_classifier
 from pipeline.evaluation.device import device, to_network
+from pipeline.evaluation.inputs import data_set
 from pipeline.evaluation.results import Result
 
 EPOCHS = 12
@@ -36,7 +37,7 @@ def get_classifier(reference: str | None, data: str | None, out: Path) -> Classi
     if reference is not None:
         return load_classifier(reference)
     kept = out / FILE_NAME
-    dataset = open_dataset(data) if data is not None else None
+    dataset = data_set(data) if data is not None else None
     if kept.exists():
         classifier = load_classifier(str(kept))
         if dataset is None or dataset.fingerprint() == classifier.data:

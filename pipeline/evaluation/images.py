@@ -77,7 +77,7 @@ def rebatch(batches: Iterable[Pixels], size: int = BLOCK) -> Iterator[Pixels]:
 
 
 class ShardImages:
-    """The first `limit` images of a data set, read from its shards at every pass. Their order is random already."""
+    """`limit` images of a data set, read at every pass: those that `iterate` takes, the same always."""
 
     def __init__(self, dataset: "Dataset", limit: int | None = None) -> None:
         self.dataset = dataset
@@ -90,7 +90,7 @@ class ShardImages:
     def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Pixels]]:
         from pipeline.data.shard_reader import iterate
 
-        whole = first(rebatch(iterate(self.dataset)), self.count)
+        whole = rebatch(iterate(self.dataset, limit=self.count))
         return ((block, pixels) for block, pixels in enumerate(whole) if block % world_size == rank)
 
 

@@ -1,12 +1,18 @@
 """What --ckpt, --samples and --data name, opened, each with its description for the results."""
 
+import atexit
+import functools
+import shutil
+import tempfile
 from typing import Any
 
 from pipeline.checkpoints.reference import LoadedDiscriminator, LoadedGenerator, load_discriminator, load_generator
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.storage import public_name
 from pipeline.config import NetworkConfig
-from pipeline.data.dataset import open_dataset
+from pipeline.data.dataset import Dataset, open_dataset
+from pipeline.data.index.indexer import make_index
+from pipeline.data.specification import expand, is_specification
 from pipeline.evaluation.device import device
 from pipeline.evaluation.images import GeneratedImages, Images, ShardImages
 
@@ -34,28 +40,61 @@ def _describe(loaded: LoadedGenerator | LoadedDiscriminator) -> dict[str, Any]:
     }
 
 
+def data_set(location: str, shape: tuple[int, int, int] | None = None) -> Dataset:
+    """Return the data set that --data or --samples names.
+
+    The images of a shard specification become (height, width, channels) `shape`, or stay as they are. Raises UsageError
+    when they are not all of one size and there is no `shape`.
+    """
+    return _index(location, shape) if is_specification(location) else open_dataset(location)
+
+
+@functools.cache
+def _index(spec: str, shape: tuple[int, int, int] | None) -> Dataset:
+    """Return a data set of anyone's tars, whose index lives as long as this process."""
+    folder = tempfile.mkdtemp(prefix="dcgan-index-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    size, channels = (shape[0], shape[2]) if shape else (1, 3)
+    dataset = make_index(expand(spec), folder, spec=spec, size=size, channels=3 if channels == 3 else 1)
+    assert dataset is not None  # not a part
+    if shape is not None:
+        return dataset
+    sides = {*dataset.columns.width.tolist(), *dataset.columns.height.tolist()}
+    if len(sides) > 1:
+        raise UsageError(
+            f"{spec}: its images have sides of {min(sides)} to {max(sides)} pixels, not of one length; choose it: "
+            f"dcgan-data index {spec} OUT --size N, and name OUT"
+        )
+    return dataset.model_copy(update={"image_size": sides.pop()})
+
+
 def fakes(ckpt: str | None, samples: str | None, count: int, seed: int) -> tuple[Images, dict[str, Any]]:
     """Return the images to evaluate: `count` fresh samples of a checkpoint, or the first `count` of sample shards.
 
     Raises UsageError unless exactly one of the two is named.
     """
     if (ckpt is None) == (samples is None):
-        raise UsageError("give either --ckpt (a checkpoint) or --samples (a folder of sample shards), and not both")
+        raise UsageError("give either --ckpt (a checkpoint) or --samples (sample shards), and not both")
     if ckpt is not None:
         loaded, description = generator(ckpt)
         return GeneratedImages(loaded.generator, count, seed), description
     assert samples is not None
-    images = ShardImages(open_dataset(samples), count)
+    images = ShardImages(data_set(samples), count)
     _check_set(images)
     return images, {"kind": "samples", "source": public_name(samples), "sha256": images.dataset.fingerprint()}
 
 
-def reals(data: str, count: int | None) -> tuple[ShardImages, dict[str, Any]]:
-    """Return the first `count` images of a data set (all, when it has fewer), with its description."""
-    images = ShardImages(open_dataset(data), count)
+def reals(
+    data: str, count: int | None, shape: tuple[int, int, int] | None = None
+) -> tuple[ShardImages, dict[str, Any]]:
+    """Return the first `count` images of a data set (all, when it has fewer), with its description.
+
+    Images that tars of others hold become (height, width, channels) `shape`.
+    """
+    images = ShardImages(data_set(data, shape), count)
     _check_set(images)
     return images, {
-        "location": public_name(images.dataset.location),
+        "location": public_name(data if is_specification(data) else images.dataset.location),
         "fingerprint": images.dataset.fingerprint(),
         "images": images.dataset.images,
         "used": images.count,
@@ -78,12 +117,17 @@ def check_same_shape(fakes: Images, reals: Images) -> None:
 
 def check_fits(config: NetworkConfig, shape: tuple[int, ...]) -> None:
     """Raise UsageError unless a network of `config` can read images (height, width, channels)."""
-    expected = (config.image_size, config.image_size, config.channels)
+    expected = shape_of(config)
     if tuple(shape) != expected:
         raise UsageError(
             f"the images of --data are {_in_words(shape)}, the discriminator expects {_in_words(expected)}: "
             "build the data at that size"
         )
+
+
+def shape_of(config: NetworkConfig) -> tuple[int, int, int]:
+    """Return the height, width and channels of the images that a network of `config` makes and reads."""
+    return config.image_size, config.image_size, config.channels
 
 
 def _in_words(shape: tuple[int, ...]) -> str:

@@ -9,9 +9,11 @@ from pipeline.common.errors import UsageError
 
 Ckpt = Annotated[str, typer.Option(help="A run, a checkpoint, or a weights file; path or URL.", show_default=False)]
 OptionalCkpt = Annotated[str | None, typer.Option(help="A run, a checkpoint, or a weights file; path or URL.")]
-Samples = Annotated[str | None, typer.Option(help="Evaluate these sample shards (dcgan-generate), not a --ckpt.")]
-Data = Annotated[str, typer.Option(help="Shards of real images; a folder or URL.", show_default=False)]
-OptionalData = Annotated[str | None, typer.Option(help="Shards of real images; a folder or URL.")]
+Samples = Annotated[
+    str | None, typer.Option(help="Evaluate these samples (dcgan-generate's, or anyone's tars), not a --ckpt.")
+]
+Data = Annotated[str, typer.Option(help="Shards of real images: a folder, a URL, anyone's tars.", show_default=False)]
+OptionalData = Annotated[str | None, typer.Option(help="Shards of real images: a folder, a URL, anyone's tars.")]
 ClassifierFile = Annotated[
     str | None, typer.Option(help="A classifier.safetensors; by default one is trained on --data and kept in --out.")
 ]

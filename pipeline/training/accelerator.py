@@ -3,17 +3,22 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import wait
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from pipeline.common.errors import ConfigConflict, TryAgainError, UnavailableError, UserError, describe_os_error
+from pipeline.data.loading.thread_pool import ThreadPool
 from pipeline.training.watchdog import Peers
 
 T = TypeVar("T")
+
+POLL_SECONDS = 5.0
+"""How often ranks meet that wait for a long piece of work of the main process."""
 
 HARMLESS = ("", "no", "false", "0")
 REFUSED_SETTINGS = {
@@ -96,6 +101,27 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return cast(T, result)
+
+
+def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Return on every rank what `work()` returns on the main process, however long that takes.
+
+    What it raises is raised on all ranks. The others meet the main process every POLL_SECONDS: one collective that
+    waits for it would end after minutes with a timeout.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    # In a thread of ThreadPool, because those do not hold up an exit.
+    running = ThreadPool(1, "main-process").submit(work) if accelerator.is_main_process else None
+    done = False
+    while not done:
+        if running is not None:
+            wait([running], POLL_SECONDS)
+        state = torch.tensor([float(running is not None and running.done())], device=accelerator.device)
+        done = bool(accelerator.reduce(state, "sum").item())
+    found = [together(accelerator, lambda: None if running is None else running.result())]
+    broadcast_object_list(found)
+    return cast(T, found[0])
 
 
 def _public_kind(failure: Exception) -> type[UserError]:

@@ -11,6 +11,7 @@ from pipeline.common.randomness import Purpose
 from pipeline.common.ranks import ranks_of
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset
+from pipeline.data.loading.loader import run_loader
 from pipeline.model.ema import EMA
 from pipeline.model.sampling import sample
 
@@ -21,15 +22,16 @@ GRID_SIDE = 8
 
 
 class Evaluator:
-    """Draws the run's 64 fixed samples, and measures samples against the first images of the data set.
+    """Draws the run's 64 fixed samples, and measures samples against a fair draw of the data set.
 
-    SWD and MS-SSIM; with `schedule.extractor`, FID and KID as well. The data set's own order is already shuffled, so
-    its first images are a fair draw. All ranks share the work; the reals' share is computed once.
+    SWD and MS-SSIM; with `schedule.extractor`, FID and KID as well. All ranks share the work; the reals' share is
+    computed once.
     """
 
     def __init__(self, config: RunConfig, dataset: Dataset, folder: Path, accelerator: "Accelerator") -> None:
         """Grids go into `folder`. Raises what `load_extractor` raises, before the first step."""
         schedule = config.schedule
+        self.config = config
         self.dataset = dataset
         self.folder = folder
         self.samples = min(schedule.evaluate_samples, dataset.images)
@@ -75,6 +77,11 @@ class Evaluator:
         return {**quality(self._reference, fakes, seed=self.seed, ranks=ranks), **more}
 
     def _reals(self) -> Pixels:
+        """Return a fair draw of real images: the data set's first, or, where its order is others', the run's first."""
+        if self.dataset.encoding == "tar":
+            with run_loader(self.config, self.dataset, start=0, rank=0, world_size=1) as loader:
+                batches = [loader.next_batch() for _ in range(-(-self.samples // loader.batch))]
+            return np.concatenate(batches)[: self.samples]
         from pipeline.data.shard_reader import iterate
 
         parts: list[Pixels] = []

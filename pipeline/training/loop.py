@@ -23,7 +23,7 @@ from pipeline.training.evaluator import Evaluator
 from pipeline.training.identity import describe_run
 from pipeline.training.manager import CheckpointManager
 from pipeline.training.preflight import check_ranks_agree, check_settings, warn
-from pipeline.training.run_directory import RunDirectory
+from pipeline.training.run_directory import RunDirectory, indexed
 from pipeline.training.run_log import RunLog
 from pipeline.training.schedule import Schedule
 from pipeline.training.step import AdversarialStep
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 def train(
     config: RunConfig,  # what to learn, and when to do what
     *,
-    data: str,  # folder or URL of shards
+    data: str,  # a data set, or the tars of one
     out: Path,  # the run directory
     resume: Literal["auto", "never"] = "auto",  # continue a run that is there, or insist on a new one
     allow_change: Sequence[str] = (),  # parts of the run's identity that may differ from its checkpoint
@@ -58,6 +58,7 @@ def train(
     with ExitStack() as resources:
         # Armed first: a rank that hangs while it starts is as bad as one that hangs in a step.
         watchdog = resources.enter_context(Watchdog(config.runtime.step_timeout_seconds, peers_of(accelerator)))
+        data = resources.enter_context(indexed(data, out, network, accelerator))
         requests = StopRequests()  # not earlier: while ranks wait for each other there is nothing to save
 
         # The data; the run directory, in which only the main process writes; the networks, and where the run stands.
@@ -145,5 +146,4 @@ def train(
         if stop and not schedule.finished(seen):
             message = f"at image {seen:,}, saved in {manager.last_path}; run it again to resume"
             raise Interrupted(message) if stop == signal.SIGINT else Stopped(message)
-        if main:
-            log.info("done: %d images, %s", seen, out)
+        log.info("done: %d images, %s", seen, out)

@@ -9,19 +9,76 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from tempfile import TemporaryDirectory
+from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.common.errors import DataError, TryAgainError
+from pipeline.common.machine import available_cores
 from pipeline.common.records import LARGEST, parse_json
-from pipeline.common.storage import Store, make_directory, remove_abandoned, write_atomic
+from pipeline.common.storage import Store, is_url, locate, make_directory, remove_abandoned, write_atomic
+from pipeline.config import NetworkConfig
+from pipeline.data.dataset import DATASET_FILE
+from pipeline.data.index.indexer import REMOTE_TARS, make_index
+from pipeline.data.index.reader import opened
+from pipeline.data.index.samples import index_tar
+from pipeline.data.specification import expand, is_specification
+from pipeline.training.accelerator import from_main
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+INDEX = "index"
+"""Folder of the index that a run makes of the tars that `--data` names."""
 LOCK_PATIENCE_SECONDS = 30.0
 LOCATION = ".data"
 """The file that says where the run's data set lies. It belongs to this machine: nothing copies or publishes it."""
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def indexed(data: str, out: Path, network: NetworkConfig, accelerator: "Accelerator") -> Iterator[str]:
+    """Yield where the run's data set is: `data`, or the index of the tars that it names.
+
+    The main process makes the index in OUT/index, or finds it there. The others, which may be on other machines, get
+    a copy. Raises what `expand` and `make_index` raise, on all ranks.
+    """
+    files = from_main(accelerator, lambda: _index(data, out, network))
+    if files is None:
+        yield data
+    elif accelerator.is_main_process:
+        yield str(out / INDEX)
+    else:
+        with TemporaryDirectory(prefix="dcgan-index-") as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            yield folder
+
+
+def _index(data: str, out: Path, network: NetworkConfig) -> dict[str, bytes] | None:
+    """Return the files of the index of the tars that `data` names; None if it names a data set."""
+    if not is_specification(data):
+        return None
+    tars = [tar if is_url(tar) else os.path.abspath(tar) for tar in expand(data)]
+    if not (out / INDEX / DATASET_FILE).exists():
+        log.info("indexing %d tars into %s, about %.0f s", len(tars), out / INDEX, _estimate_seconds(tars))
+    dataset = make_index(tars, str(out / INDEX), spec=data, size=network.image_size, channels=network.channels)
+    assert dataset is not None
+    assert dataset.index is not None
+    return {name: dataset.store.read(name) for name in (DATASET_FILE, dataset.index.name)}
+
+
+def _estimate_seconds(tars: list[str]) -> float:
+    """Return how long it takes to index some tars, from the time that one of them takes."""
+    middle = tars[len(tars) // 2]
+    began = time.monotonic()
+    with opened(*locate(middle)) as tar:
+        index_tar(tar, middle, min_side=1)
+    at_once = available_cores() * (REMOTE_TARS if is_url(middle) else 1)
+    return (time.monotonic() - began) * -(-len(tars) // at_once)
 
 
 class RunDirectory:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+
+HELD_BACK_SHARE = 0.2
+"""A run that waits for its images for more than this share of two windows in a row is held back by reading them."""
 
 
 class ProgressLine:
@@ -49,10 +54,16 @@ class RunLog:
         self._progress = ProgressLine()
         self._busy_seconds = 0.0
         self._mirror_failures = 0
+        self._slow_windows = 0
+        self._build_command = ""
 
     def begin(self, description: dict[str, Any], images_seen: int, accelerator: "Accelerator") -> None:
         """Write config.json, begin TensorBoard's files, and set the metrics of a run that starts at `images_seen`."""
-        starts = 1
+        starts, data = 1, description["dataset"]
+        if data["encoding"] == "tar":
+            size, channels = (description["config"]["network"][name] for name in ("image_size", "channels"))
+            spec = shlex.quote(data["source"].get("spec", "SPEC"))
+            self._build_command = f"dcgan-data build webdataset {spec} OUT --size {size} --channels {channels}"
         if self.run is not None:
             starts = self.run.write_config(description)
             self.run.open_board(images_seen)
@@ -91,6 +102,7 @@ class RunLog:
             }
             self.run.record(seen, report.values, timing=timing)
             self._progress.show(self._line(report, seen, rate, wait), last=seen >= self.target)
+            self._say_if_held_back(rate, wait)
         if (metrics := self.telemetry) is None:
             return
         values = report.values
@@ -106,6 +118,20 @@ class RunLog:
         for batch in ("real", "fake"):
             metrics.set("dcgan_train_discriminator_output", values[f"d_{batch}"], batch=batch)
         metrics.set("dcgan_train_sample_diversity_ratio", values["diversity"])
+
+    def _say_if_held_back(self, rate: float, wait: float) -> None:
+        """Say once, with the rates of the window, that decoding tars of others costs more time than training."""
+        # Not at the first window alone: it begins with empty buffers, and perhaps with a download.
+        self._slow_windows = self._slow_windows + 1 if wait > HELD_BACK_SHARE else 0
+        if self._slow_windows == 2 and self._build_command:
+            log.warning(
+                "reading and decoding the tars holds the training back: %s images/s, where the networks alone would "
+                "reach %s; `%s` stores the images ready for use: train with --data OUT",
+                f"{rate:,.0f}",
+                f"{rate / max(1 - wait, 0.01):,.0f}",
+                self._build_command,
+            )
+            self._build_command = ""
 
     def quality(self, values: dict[str, float], seen: int) -> None:
         """Record an evaluation."""

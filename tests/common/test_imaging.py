@@ -9,7 +9,20 @@ import pytest
 from picture_files import as_bytes, make_picture
 from PIL import Image
 
-from pipeline.common.imaging import BadImage, decode, encode, grid, is_ready, labeled_sheet, load_square
+from pipeline.common.imaging import (
+    BadImage,
+    Pixels,
+    _plain_jpeg,
+    decode,
+    encode,
+    grid,
+    is_ready,
+    labeled_sheet,
+    load_square,
+    open_image,
+    square,
+    upright,
+)
 from pipeline.data.build.transform import Recipe
 
 RED = (200, 30, 40)
@@ -101,6 +114,49 @@ def test_the_middle_is_cropped_and_resizing_antialiases() -> None:
     stripes[:, 68:132] = np.tile(np.array([0, 255], np.uint8).repeat(1), 32)[None, :, None]
     small = load_square(encode(stripes, "png"), 16, 3)
     assert np.abs(small.astype(int) - 128).max() < 20  # stripes of one pixel average to gray, nothing of the border
+
+
+def by_pillow(data: bytes, size: int, channels: int) -> Pixels:
+    """Return what `load_square` makes of an image by Pillow alone."""
+    image = open_image(data)
+    image.draft(None, (2 * size, 2 * size))
+    return square(upright(image, channels), size)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {"subsampling": "4:4:4"}),
+        ("RGB", {"subsampling": "4:2:2"}),
+        ("RGB", {"subsampling": "4:2:0"}),
+        ("RGB", {"progressive": True}),
+        ("RGB", {"keep_rgb": True}),
+        ("L", {}),
+    ],
+)
+def test_plain_jpegs_get_the_pixels_of_pillow_without_it(mode: str, options: dict[str, object]) -> None:
+    noise = np.random.default_rng(1).normal(0, 20, (300, 300, 3))
+    for width, height in ((256, 256), (255, 129), (64, 64), (1, 3), (170, 300)):
+        picture = np.clip(make_picture(width, width, height) + noise[:height, :width], 0, 255).astype(np.uint8)
+        data = as_bytes(Image.fromarray(picture).convert(mode), "JPEG", quality=80, **options)
+        for size, channels in ((16, 3), (32, 1), (128, 3)):
+            assert np.array_equal(load_square(data, size, channels), by_pillow(data, size, channels))
+            assert _plain_jpeg(data, size, 1) is not None
+
+
+@pytest.mark.parametrize("what", ["exif", "xmp", "cmyk", "cut", "damaged"])
+def test_other_jpegs_are_left_to_pillow(what: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(make_picture(1, 200, 100))
+    data = {
+        "exif": lambda: as_bytes(image, "JPEG", exif=exif),
+        "cmyk": lambda: as_bytes(image.convert("CMYK"), "JPEG"),
+        "xmp": lambda: as_bytes(image, "JPEG", xmp=b'<x tiff:Orientation="6"/>'),
+        "cut": lambda: as_bytes(image, "JPEG")[:-40],
+        "damaged": lambda: as_bytes(image, "JPEG", quality=95).replace(b"\xff\xda", b"\xff\xda\xff\xff"),
+    }[what]()
+    assert _plain_jpeg(data, 32, 1) is None
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,8 @@ def run(
     mine = part.slice(plan.groups)
     present = set(store.names(STATE_FOLDER))
     todo = [index for index in mine if f"{index:06d}.json" not in present]
-    builder = Builder(source, recipe, plan.labels, plan.shard_bytes, out, is_url(location))
+    remote = any(is_url(file) for file in listing.files or [location])
+    builder = Builder(source, recipe, plan.labels, plan.shard_bytes, out, remote)
     tasks = [Task(index, build.group(index)) for index in todo]
     total = sum(len(build.group(index)) for index in mine)
     done = total - sum(len(task.items) for task in tasks)

@@ -1,5 +1,6 @@
 """`dcgan-data build`: opens the source, plans the build, runs it and prints the result."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -37,6 +38,8 @@ def build_all(options: BuildOptions) -> None:
         state.make_local_folder(options.out)
         print(f"{options.src}: listing", file=sys.stderr)
         listing = source.listing()
+        for folder in {os.path.dirname(file) or "." for file in listing.files}:
+            state.refuse_overlap(folder, options.out)
         print(f"{options.src}: {len(listing.items):,} pictures", file=sys.stderr)
         for note in listing.notes:
             print(one_line(f"note: {note}"), file=sys.stderr)

@@ -11,6 +11,7 @@ from pipeline.common.records import LARGEST, Record, read_record
 from pipeline.common.storage import Store, is_url
 from pipeline.data.build.plan import Plan
 from pipeline.data.dataset import DATASET_FILE, Dataset, Shard, open_dataset
+from pipeline.data.index.sidecar import SIDECAR_FILE
 
 STATE_FOLDER = ".build"
 STATE_FILE = f"{STATE_FOLDER}/plan.json"
@@ -112,15 +113,21 @@ def prepare(out: str, plan: Plan, *, overwrite: bool) -> Dataset | None:
 
 
 def clear(out: str) -> None:
-    """Remove a data set or an unfinished build, and nothing else. `finish_clearing` completes a killed removal."""
+    """Remove a data set or an unfinished build, and nothing else. `finish_clearing` completes a killed removal.
+
+    Raises UsageError when tars lie beside an index: they are its user's, and may have the names of ours.
+    """
     store = Store(out)
     names = store.names()
+    indexed = SIDECAR_FILE in names
+    if indexed and any(name.endswith(".tar") for name in names):
+        raise UsageError(f"{out}: holds an index, and tars that are not its own; choose another OUT")
     if DATASET_FILE in names or STATE_FOLDER in names:
         store.write(CLEARING, b"")
         records = [f"{STATE_FOLDER}/{name}" for name in store.names(STATE_FOLDER)]
         shards = [name for name in names if re.fullmatch(r"[0-9]{6}(-[0-9]+)?\.tar", name)]
         # First the files that vouch for the others. The mark stays until the next build is finished: see `tidy`.
-        for name in [DATASET_FILE, STATE_FILE, *shards, REFUSED, SKIPPED, *records]:
+        for name in [DATASET_FILE, STATE_FILE, *shards, REFUSED, SKIPPED, *records, *[SIDECAR_FILE] * indexed]:
             if name != CLEARING:
                 store.delete(name)
 

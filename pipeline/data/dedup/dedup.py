@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.errors import DataError
+from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import Pixels, decode, encode, labeled_sheet
 from pipeline.common.progress import Progress
 from pipeline.common.storage import Store, atomic_path, is_url
@@ -73,6 +73,11 @@ def dedup(dataset: Dataset, out: str, *, radius: int, seed: int, workers: int, o
 
     `out` must not be the data set's own folder: see `refuse_overlap`.
     """
+    if dataset.encoding == "tar":
+        raise UsageError(
+            f"{dataset.location}: is an index of tars; copy the images first: "
+            f"dcgan-data build webdataset {dataset.source.get('spec')} …"
+        )
     state.refuse_overlap(dataset.location, out)
     state.refuse_foreign(out)
     description = {"kind": "dedup", "of": dataset.fingerprint(), "radius": radius, "hash_seed": seed}
@@ -134,6 +139,7 @@ def _recorded(dataset: Dataset, name: str, default: int, end: int) -> int:
 
 def _recipe(dataset: Dataset) -> Recipe:
     """Return the recipe that keeps the data set's images byte for byte."""
+    assert dataset.encoding != "tar"
     quality = _recorded(dataset, "quality", 100, 101)
     return Recipe(
         size=dataset.image_size,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 from heapq import merge
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -19,12 +19,17 @@ import torch
 
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset
-from pipeline.data.loading.shard_buffer import Images, ShardBuffer
+from pipeline.data.loading.shard_buffer import ShardBuffer
 from pipeline.data.loading.shuffle import Indices, Shuffle, Visit, check_division
+from pipeline.data.loading.slots import Images, SlotBuffer
+from pipeline.data.loading.tar_buffer import ResidentTars, TarBuffer
 from pipeline.data.loading.thread_pool import ThreadPool
 
 RESIDENT_BYTES = 512 << 20
 """A data set whose decoded images need no more than this is decoded once and stays in memory."""
+
+MIX_INDEXED = 4
+"""`recipe.mix_shards` of indexed data sets, chosen by benchmarks/mixing.py; the order of a build is shuffled."""
 
 PREFETCH = 4
 """Batches made ahead of the caller."""
@@ -48,6 +53,7 @@ class Loader:
 
     `batch` is global; `start` is the number of images seen so far over all ranks, the one integer of state.
     Rank r owns the streams s with s mod world_size = r, and so the images i with i mod world_size = r, in order.
+    A stream draws from `mix` shards at once.
     The shards of a remote data set are cached on disk under `cache_dir` (default: `shard_cache.default_directory`).
 
     Raises ConfigConflict when `streams` does not divide `batch`, `world_size` does not divide `streams`, or there
@@ -68,6 +74,7 @@ class Loader:
         threads: int = 2,
         cache_dir: Path | None = None,
         resident_limit: int = RESIDENT_BYTES,
+        mix: int = 1,
     ) -> None:
         self.dataset = dataset
         check_division(batch, streams, world_size, dataset.images)
@@ -76,13 +83,13 @@ class Loader:
         """Images handed out so far over all ranks."""
         self.wait_seconds = 0.0
         """Total time that callers of `next_batch` have waited for data."""
-        self._shuffle = Shuffle([shard.images for shard in dataset.shards], seed=seed, streams=streams)
+        self._shuffle = Shuffle([shard.images for shard in dataset.shards], seed=seed, streams=streams, mix=mix)
         self._shape = (self.dataset.image_size, self.dataset.image_size, self.dataset.channels)
         self._pinned = torch.cuda.is_available()
 
         resident = self.dataset.images * self.dataset.image_bytes <= resident_limit
-        slots = len(self.dataset.shards) if resident else streams // world_size + 1
-        self._buffer = ShardBuffer(dataset, slots=slots, decode=resident, cache_dir=cache_dir)
+        slots = len(self.dataset.shards) if resident else (streams // world_size + 1) * mix
+        self._buffer = _open_buffer(dataset, slots, resident, cache_dir)
         self.resident_bytes = self._buffer.nbytes + (PREFETCH + 1) * (batch // world_size) * self.dataset.image_bytes
         """Upper bound of its memory: the buffer of shards and the batches made ahead."""
         # Rows are gathered by the producer thread itself, at the speed of memory; decoding is cut over threads.
@@ -234,11 +241,18 @@ class Loader:
         return flat[skip : skip + size].reshape(count, *self._shape)
 
 
+def _open_buffer(dataset: Dataset, slots: int, resident: bool, cache_dir: Path | None) -> SlotBuffer:
+    """Return what holds the shards: decoded for good if `resident`, else `slots` of them at a time."""
+    if dataset.encoding != "tar":
+        return ShardBuffer(dataset, slots=slots, decode=resident, cache_dir=cache_dir)
+    return ResidentTars(dataset, cache_dir) if resident else TarBuffer(dataset, slots, cache_dir)
+
+
 class _Lookahead:
     """Which shards this rank's streams enter next, in the order in which they are needed."""
 
     def __init__(self, shuffle: Shuffle, streams: range, offset: int) -> None:
-        self._entered: dict[int, int] = {}
+        self._entered: dict[int, tuple[int, ...]] = {}
         self._visits: Iterator[Visit] = merge(*(shuffle.visits(stream, offset) for stream in streams))
         self._coming: deque[Visit] = deque()
         self._last: dict[int, None] = {}
@@ -251,14 +265,14 @@ class _Lookahead:
         entered = False
         while self._peek(0).offset <= offset:
             visit = self._coming.popleft()
-            self._entered[visit.stream] = visit.shard
+            self._entered[visit.stream] = visit.shards
             entered = True
         if not entered and all(shard in self._last for shard in needed):
             return None
-        wanted = dict.fromkeys([*needed, *self._entered.values()])
+        wanted = dict.fromkeys([*needed, *chain.from_iterable(self._entered.values())])
         position = 0
         while len(wanted) < limit and position < 4 * limit:
-            wanted[self._peek(position).shard] = None
+            wanted.update(dict.fromkeys(self._peek(position).shards))
             position += 1
         self._last = dict.fromkeys(islice(wanted, limit))
         return list(self._last)
@@ -280,4 +294,5 @@ def run_loader(config: RunConfig, dataset: Dataset, *, start: int, rank: int, wo
         rank=rank,
         world_size=world_size,
         threads=config.runtime.loader_threads,
+        mix=config.recipe.mix_shards or (MIX_INDEXED if dataset.encoding == "tar" else 1),
     )

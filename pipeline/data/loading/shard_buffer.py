@@ -2,11 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, wait
-from functools import partial
+from collections.abc import Callable, Iterable
 from io import FileIO
-from itertools import accumulate
 from pathlib import Path
 from stat import S_ISREG
 
@@ -14,110 +11,56 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from pipeline.common.errors import DataError, UnavailableError, describe_os_error
+from pipeline.common.errors import DataError, UnavailableError
 from pipeline.common.imaging import BadImage, decode
-from pipeline.data.dataset import Dataset, Encoding, Shard, check_places
-from pipeline.data.loading.shard_cache import ShardCache, default_directory, default_limit_bytes
-from pipeline.data.loading.thread_pool import ThreadPool
+from pipeline.data.dataset import Dataset, Shard, check_places
+from pipeline.data.loading.shard_cache import open_cache
+from pipeline.data.loading.slots import Images, SlotBuffer
 
-Images = NDArray[np.uint8]
 Identity = tuple[int, int, int]
 
 PIECE_BYTES = 1 << 20
 """Bytes read and hashed at once: few enough to be hashed while they are in the processor's cache."""
 
-LOAD_THREADS = 4
-"""Threads that load shards: enough to hide a store's latency at the start and at the end of an epoch."""
 
-
-class ShardBuffer:
-    """At most `slots` shards in memory, as decoded rows or as the files' bytes, each verified when first read.
+class ShardBuffer(SlotBuffer):
+    """Shards in memory, as decoded rows or as the files' bytes, each verified when first read.
 
     Packed data sets, and all others when `decode` is set, are kept as rows: decoded uint8 images, one after another.
-    A shard that differs from dataset.json raises DataError from `wait`, before any of its images are used.
     """
 
     def __init__(self, dataset: Dataset, *, slots: int, decode: bool, cache_dir: Path | None) -> None:
         for shard in dataset.shards:
             check_places(shard, dataset.location)
+        super().__init__(len(dataset.shards), slots)
         self.dataset = dataset
         self.rows_kept = decode or dataset.encoding == "packed"
-        self._store = dataset.store
-        self._cache = (
-            ShardCache(cache_dir or default_directory(), default_limit_bytes()) if self._store.remote else None
-        )
+        self._cache = open_cache(cache_dir) if dataset.store.remote else None
         self._shape = (dataset.image_size, dataset.image_size, dataset.channels)
         self._decode = (_jpeg_decoder if dataset.encoding == "jpg" else _picture_decoder)(self._shape)
         self._first_member = np.cumsum([0, *(len(shard.offsets) for shard in dataset.shards)])
         self._offsets = np.concatenate([np.asarray(shard.offsets, np.int64) for shard in dataset.shards])
         self._sizes = np.concatenate([np.asarray(shard.sizes, np.int64) for shard in dataset.shards])
-        slots = min(slots, len(dataset.shards))
         units = [shard.images if self.rows_kept else shard.bytes for shard in dataset.shards]
         # If everything fits, each shard has a slot of its size. Otherwise all slots are as large as the largest shard.
-        widths = units if slots == len(units) else [max(units)] * slots
-        self._bases = list(accumulate(widths, initial=0))
+        widths = units if self.holds_all else [max(units)] * self.slots
+        self._bases = np.cumsum([0, *widths])
         unit_bytes = dataset.image_bytes if self.rows_kept else 1
-        self.nbytes = self._bases[-1] * unit_bytes
+        self.nbytes = int(self._bases[-1]) * unit_bytes
         try:
-            self._buffer = np.empty((self._bases[-1], unit_bytes), np.uint8)
+            self._buffer = np.empty((int(self._bases[-1]), unit_bytes), np.uint8)
         except MemoryError:
             raise UnavailableError(
                 f"{dataset.location}: {slots} of its shards need {self.nbytes:,} bytes of memory, more than is here; "
                 "lower recipe.streams, or build it with smaller shards (--shard-bytes)"
             ) from None
-        self._holder: list[int | None] = [None] * slots
-        self._base_of = np.full(len(units), -1, np.int64)
-        self._loads: dict[int, Future[None]] = {}
-        self._readers: list[Future[None]] = []
-        self._complete = False
         self._verified: dict[int, Identity] = {}
-        self._threads = ThreadPool(min(LOAD_THREADS, slots), "shard-loader")
-
-    @property
-    def slots(self) -> int:
-        """Number of shards that it can hold."""
-        return len(self._holder)
-
-    def hold(self, shards: Sequence[int]) -> None:
-        """Begin to load those of `shards` (distinct, at most `slots`) that are absent, into slots that hold others."""
-        wanted = set(shards)
-        free = (slot for slot, holder in enumerate(self._holder) if holder not in wanted)
-        for shard in shards:
-            if shard in self._loads:
-                continue
-            # With a slot for each shard, a shard's slot has its own number and its own width.
-            slot = shard if self.slots == len(self.dataset.shards) else next(free)
-            self._readers = [reader for reader in self._readers if not reader.done()]
-            before = list(self._readers)
-            if (old := self._holder[slot]) is not None:
-                before.append(self._loads.pop(old))
-            self._holder[slot] = shard
-            self._base_of[shard] = base = self._bases[slot]
-            self._loads[shard] = self._threads.submit(partial(self._load, shard, base, before))
-
-    def wait(self, shards: Iterable[int]) -> None:
-        """Return when all of `shards`, which must be held, are loaded. Raises the error of a load that failed."""
-        for shard in shards:
-            self._loads[shard].result()
-
-    @property
-    def complete(self) -> bool:
-        """Whether all shards are loaded; then they stay loaded."""
-        if not self._complete and len(self._loads) == len(self.dataset.shards):
-            self._complete = all(load.done() and not load.exception() for load in self._loads.values())
-        return self._complete
-
-    def read_by(self, readers: Iterable["Future[None]"]) -> None:
-        """Overwrite no slot before `readers` are done."""
-        if self.slots < len(self.dataset.shards):  # else no slot is ever overwritten, and they would pile up
-            self._readers.extend(readers)
 
     def bases(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where the slots of held `shards` begin, for `copy`. Valid until `hold` drops the shards."""
-        return self._base_of[shards]
+        """Return where the slots of held `shards` begin."""
+        return self._bases[self._slot_of[shards]]
 
     def copy(self, shards: NDArray[np.int64], rows: NDArray[np.int64], bases: NDArray[np.int64], out: Images) -> None:
-        """Write the images at `rows` of loaded `shards` (n), which begin at `bases`, into `out`, uint8 (n, H, W, C)."""
         if self.rows_kept:
             # mode="clip" because numpy gathers through a second buffer when it may have to raise.
             np.take(self._buffer, bases + rows, axis=0, out=out.reshape(len(out), -1), mode="clip")
@@ -134,20 +77,10 @@ class ShardBuffer:
         except BadImage as error:
             raise self._unusable(int(shards[done]), int(rows[done]), error) from None
 
-    def close(self) -> None:
-        """Stop loading."""
-        self._threads.close()
-
-    def join(self, until: float) -> None:
-        """Wait for the threads to end, but not beyond `time.monotonic()` = `until`."""
-        self._threads.join(until)
-
-    def _load(self, shard: int, base: int, before: list["Future[None]"]) -> None:
-        """Read `shard` to `base`, once nothing reads or writes there any more."""
-        wait(before)
+    def _load(self, shard: int, slot: int) -> None:
         entry = self.dataset.shards[shard]
-        width = entry.images if self.rows_kept else entry.bytes
-        target = self._buffer[base : base + width]
+        base = int(self._bases[slot])
+        target = self._buffer[base : base + (entry.images if self.rows_kept else entry.bytes)]
         try:
             try:
                 self._fill(shard, entry, target)
@@ -158,24 +91,27 @@ class ShardBuffer:
                 self._fill(shard, entry, target)
         except FileNotFoundError:
             raise DataError(
-                f"{self._store.path(entry.name)}: this shard of the data set is missing; build the data set again"
+                f"{self.dataset.store.path(entry.name)}: this shard of the data set is missing; "
+                "build the data set again"
             ) from None
-        except OSError as error:
-            raise describe_os_error(error) from error
 
     def _fill(self, shard: int, entry: Shard, target: Images) -> None:
         """Read a shard's file into `target`, and hash it unless the same file was verified before."""
-        path = self._store.path(self._store.inside(entry.name))
-        with FileIO(path) if self._cache is None else self._cache.open(self._store, entry) as file:
+        with self._open(entry) as file:
             self._read(shard, entry, file, target)
+
+    def _open(self, entry: Shard) -> FileIO:
+        if self._cache is None:
+            return FileIO(self.dataset.store.path(self.dataset.store.inside(entry.name)))
+        return self._cache.open(self.dataset, entry)
 
     def _read(self, shard: int, entry: Shard, file: FileIO, target: Images) -> None:
         stat = os.fstat(file.fileno())
         identity = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
         if S_ISREG(stat.st_mode) and stat.st_size != entry.bytes:  # before anything as large as stated is made
             raise DataError(
-                f"{self._store.path(entry.name)}: damaged: {stat.st_size} bytes, but dataset.json says {entry.bytes} "
-                "bytes; copy or build the data set again"
+                f"{self.dataset.store.path(entry.name)}: damaged: {stat.st_size} bytes, but dataset.json says "
+                f"{entry.bytes} bytes; copy or build the data set again"
             )
         if self.rows_kept and self.dataset.encoding != "packed":
             content = np.empty((entry.bytes, 1), np.uint8)
@@ -195,8 +131,8 @@ class ShardBuffer:
         if length != entry.bytes or (verify and digest.hexdigest() != entry.sha256):
             found = digest.hexdigest() if verify else "not computed"
             raise DataError(
-                f"{self._store.path(entry.name)}: damaged: {length} bytes with sha256 {found}, but dataset.json says "
-                f"{entry.bytes} bytes with sha256 {entry.sha256}; copy or build the data set again"
+                f"{self.dataset.store.path(entry.name)}: damaged: {length} bytes with sha256 {found}, but dataset.json "
+                f"says {entry.bytes} bytes with sha256 {entry.sha256}; copy or build the data set again"
             )
         self._verified[shard] = identity
         if content is not target:
@@ -210,7 +146,7 @@ class ShardBuffer:
     def _unusable(self, shard: int, row: int, error: BadImage) -> DataError:
         entry = self.dataset.shards[shard]
         return DataError(
-            f"{self._store.path(entry.name)}: the image at offset {entry.offsets[row]} cannot be used: {error}; "
+            f"{self.dataset.store.path(entry.name)}: the image at offset {entry.offsets[row]} cannot be used: {error}; "
             "build the data set again"
         )
 
@@ -241,7 +177,7 @@ def _picture_decoder(shape: tuple[int, int, int]) -> Callable[[memoryview, Image
     return decode_into
 
 
-def _pieces(entry: Shard, content: memoryview, encoding: Encoding) -> Iterable[memoryview]:
+def _pieces(entry: Shard, content: memoryview, encoding: str) -> Iterable[memoryview]:
     """Yield, in file order, a target for each piece of a shard's file: pixels go to `content`, tar headers to scrap."""
     if encoding == "packed":
         position = filled = 0

@@ -9,8 +9,8 @@ from io import FileIO
 from pathlib import Path
 
 from pipeline.common.errors import UsageError
-from pipeline.common.storage import Store, atomic_path, remove_abandoned
-from pipeline.data.dataset import Shard
+from pipeline.common.storage import Store, atomic_path, remove_abandoned, sha256_bytes
+from pipeline.data.dataset import Dataset, Shard
 
 DEFAULT_LIMIT_GIB = 16.0
 
@@ -44,6 +44,8 @@ def default_limit_bytes() -> int:
 class ShardCache:
     """At most `limit_bytes` of shards in `directory`, each under its SHA-256, so that equal shards are one file.
 
+    That of an indexed tar is not of all its bytes: there the ETag is in the name as well.
+
     The cache does not verify its files. The reader does, and calls `drop` for a damaged one.
     """
 
@@ -51,14 +53,14 @@ class ShardCache:
         self.directory = directory
         self.limit_bytes = limit_bytes
 
-    def open(self, store: Store, shard: Shard) -> FileIO:
+    def open(self, dataset: Dataset, shard: Shard) -> FileIO:
         """Return the shard's open file; download it first if it is absent. An open file survives its eviction."""
         path = self._path(shard)
         while True:
             try:
                 file = FileIO(path, "r")
             except FileNotFoundError:
-                self._download(store, shard)
+                self._download(*dataset.place(shard), path)
                 continue
             with suppress(FileNotFoundError):  # `_evict` sorts by access time, which mounts may not keep
                 os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
@@ -69,16 +71,16 @@ class ShardCache:
         self._path(shard).unlink(missing_ok=True)
 
     def _path(self, shard: Shard) -> Path:
-        return self.directory / f"{shard.sha256}.tar"
+        name = shard.sha256 if shard.etag is None else sha256_bytes(f"{shard.sha256} {shard.etag}".encode())
+        return self.directory / f"{name}.tar"
 
-    def _download(self, store: Store, shard: Shard) -> None:
-        path = self._path(shard)
+    def _download(self, store: Store, name: str, path: Path) -> None:
         # A lock by the hash's first byte: processes do not fetch a shard twice, and lock files stay few.
-        with self._locked(shard.sha256[:2]):
+        with self._locked(path.name[:2]):
             if path.exists():
                 return
             with atomic_path(path) as temporary:
-                store.fetch(shard.name, temporary)
+                store.fetch(name, temporary)
         with self._locked("evict"):
             self._evict(keep=path)
 
@@ -104,3 +106,8 @@ class ShardCache:
         with (self.directory / f"{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def open_cache(directory: Path | None) -> ShardCache:
+    """Return the cache in `directory`, by default the user's. Raises UsageError where the environment gives none."""
+    return ShardCache(directory or default_directory(), default_limit_bytes())

@@ -4,12 +4,12 @@ See docs/architecture.md, contract 3.
 
 Image i of a run belongs to stream s = i mod S, at offset o = i div S. Epoch e = o div L, with L = floor(N / S),
 orders the N images anew. Stream s reads the positions s*L to (s+1)*L of that order; the last N - S*L positions
-are not read. An order is a permutation of the shards, and of the images inside each.
+are not read. An order is a permutation of the shards, cut into blocks of k (`recipe.mix_shards`; the last may have
+fewer), and a permutation of the images inside each block. So a stream draws from k shards at once.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -24,37 +24,52 @@ Indices = NDArray[np.int64]
 
 
 class Visit(NamedTuple):
-    """From `offset` on, `stream` reads images of `shard`."""
+    """From `offset` on, `stream` reads images of the block of `shards`."""
 
     offset: int
     stream: int
-    shard: int
+    shards: tuple[int, ...]
+
+
+class _Epoch(NamedTuple):
+    """An epoch's order: its shards, the position at which each begins, and the positions at which the blocks begin.
+
+    Both lists of positions have the total at the end.
+    """
+
+    shards: Indices
+    shard_positions: Indices
+    block_positions: Indices
 
 
 class Shuffle:
-    """The order of a run's images, for shards of `shard_images` images each. There are at least `streams` images."""
+    """The order of a run's images, for shards of `shard_images` images each. There are at least `streams` images.
 
-    def __init__(self, shard_images: Sequence[int], *, seed: int, streams: int) -> None:
+    `mix` is the number of shards whose images are shuffled together.
+    """
+
+    def __init__(self, shard_images: Sequence[int], *, seed: int, streams: int, mix: int = 1) -> None:
         self.sizes = np.asarray(shard_images, np.int64)
         self.shard_starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self.seed = seed
         self.streams = streams
+        self.mix = mix
         self.images = int(self.sizes.sum())
         self.range_images = self.images // streams
         assert self.range_images > 0, "check_division comes first"
-        # A batch may span two epochs, so two are in use; a stream is in one shard, or between two.
+        # A batch may span two epochs, so two are in use; a stream is in one block, or between two.
         self._epoch = lru_cache(maxsize=4)(self._order_shards)
         self._inside = lru_cache(maxsize=4 * streams)(self._order_images)
 
-    def _order_shards(self, epoch: int) -> tuple[list[int], list[int], Indices, Indices]:
-        """Return an epoch's shards in order and their first positions (with the total last), as lists and as arrays."""
+    def _order_shards(self, epoch: int) -> _Epoch:
         shards = permutation(len(self.sizes), self.seed, Purpose.SHARD_ORDER, lane=epoch)
-        positions = list(accumulate(self.sizes[shards].tolist(), initial=0))
-        return shards.tolist(), positions, shards, np.asarray(positions, np.int64)
+        positions = np.concatenate([[0], np.cumsum(self.sizes[shards])])
+        return _Epoch(shards, positions, np.append(positions[: -1 : self.mix], positions[-1]))
 
-    def _order_images(self, epoch: int, shard: int) -> Indices:
+    def _order_images(self, epoch: int, first_shard: int, images: int) -> Indices:
+        """Return the order of the `images` of the block that begins with `first_shard`."""
         # Epochs and shards both stay far below 2^32, so that no two pairs share a lane.
-        return permutation(int(self.sizes[shard]), self.seed, Purpose.IMAGE_ORDER, lane=(epoch << 32) | shard)
+        return permutation(images, self.seed, Purpose.IMAGE_ORDER, lane=(epoch << 32) | first_shard)
 
     def locate(self, images: Indices) -> tuple[Indices, Indices]:
         """Return the shard of each image of the run, and its row inside that shard; int64, shaped like `images`."""
@@ -64,14 +79,22 @@ class Shuffle:
         shards, rows = np.empty_like(position), np.empty_like(position)
         for epoch in np.unique(epochs).tolist():
             here = np.flatnonzero(epochs == epoch)
-            _, _, order, positions = self._epoch(epoch)
-            rank = np.searchsorted(positions, position[here], side="right") - 1
-            shards[here] = order[rank]
-            local = position[here] - positions[rank]
-            for shard in np.unique(shards[here]).tolist():
-                inside = shards[here] == shard
-                rows[here[inside]] = self._inside(epoch, shard)[local[inside]]
+            order, starts, _ = self._epoch(epoch)
+            unmixed = self._unmix(epoch, position[here])
+            rank = np.searchsorted(starts, unmixed, side="right") - 1
+            shards[here], rows[here] = order[rank], unmixed - starts[rank]
         return shards, rows
+
+    def _unmix(self, epoch: int, position: Indices) -> Indices:
+        """Return the images at `position` of an epoch's order as positions in its shards, one after another."""
+        order, _, starts = self._epoch(epoch)
+        blocks = np.searchsorted(starts, position, side="right") - 1
+        unmixed = np.empty_like(position)
+        for block in np.unique(blocks).tolist():
+            inside, start = blocks == block, int(starts[block])
+            permuted = self._inside(epoch, int(order[block * self.mix]), int(starts[block + 1]) - start)
+            unmixed[inside] = start + permuted[position[inside] - start]
+        return unmixed
 
     def ids(self, images: Indices) -> Indices:
         """Return the index of each image of the run in the data set's own order, int64."""
@@ -79,23 +102,23 @@ class Shuffle:
         return self.shard_starts[shards] + rows
 
     def visits(self, stream: int, offset: int) -> Iterator[Visit]:
-        """Yield, endlessly, each shard that `stream` enters from `offset` on, with the offset where it enters."""
+        """Yield, endlessly, each block that `stream` enters from `offset` on, with the offset where it enters."""
         while True:
             epoch, within = divmod(offset, self.range_images)
-            shards, positions, _, array = self._epoch(epoch)
+            order, _, starts = self._epoch(epoch)
             position, end = stream * self.range_images + within, (stream + 1) * self.range_images
-            rank = int(np.searchsorted(array, position, side="right")) - 1
+            block = int(np.searchsorted(starts, position, side="right")) - 1
             while position < end:
-                yield Visit(offset, stream, shards[rank])
-                rank += 1
-                offset, position = offset + positions[rank] - position, positions[rank]
+                yield Visit(offset, stream, tuple(order[block * self.mix : (block + 1) * self.mix].tolist()))
+                block += 1
+                offset, position = offset + int(starts[block]) - position, int(starts[block])
             offset = (epoch + 1) * self.range_images
 
 
-def image_ids(dataset: Dataset, seed: int, streams: int, start: int, count: int) -> Indices:
+def image_ids(dataset: Dataset, seed: int, streams: int, start: int, count: int, *, mix: int = 1) -> Indices:
     """Return the data-set indices of images `start` to `start + count` of a run, int64: contract 3 as a function."""
     check_division(streams, streams, 1, dataset.images)
-    shuffle = Shuffle([shard.images for shard in dataset.shards], seed=seed, streams=streams)
+    shuffle = Shuffle([shard.images for shard in dataset.shards], seed=seed, streams=streams, mix=mix)
     return shuffle.ids(np.arange(start, start + count, dtype=np.int64))
 
 

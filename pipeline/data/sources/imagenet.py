@@ -6,10 +6,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.common.errors import DataError, UsageError
-from pipeline.common.storage import Store, is_url
+from pipeline.common.storage import Store, is_url, locate
 from pipeline.data.sources.folder import SUFFIXES, Folder
 from pipeline.data.sources.interface import Item, Listing
-from pipeline.data.sources.tars import folder_of, open_members, tar_members
+from pipeline.data.sources.tars import open_members, tar_members
+from pipeline.data.specification import short_names
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,18 @@ class ImageNet:
         """Return the JPEG."""
         if not isinstance(item.where, tuple):
             return Folder(self.location).read(item)
-        name, offset, size = item.where
-        return Store(folder_of(self.location)).read_range(name, offset, size)
+        tar, offset, size = item.where
+        store, name = locate(tar)
+        return store.read_range(name, offset, size)
 
-    def _tars(self) -> list[tuple[str, str]]:
-        """Return (folder, name) of the tars to read."""
+    def _tars(self) -> list[str]:
+        """Return the paths or URLs of the tars to read."""
         if self.location.endswith(".tar"):
-            return [(folder_of(self.location), self.location.rpartition("/")[2])]
+            return [self.location]
         if not is_url(self.location) and not Path(self.location).is_dir():
             raise UsageError(f"{self.location}: no such folder or tar")
-        return [(self.location, name) for name in Store(self.location).names() if name.endswith(".tar")]
+        store = Store(self.location)
+        return [store.path(name) for name in store.names() if name.endswith(".tar")]
 
     def _from_folders(self) -> Listing:
         listing = Folder(self.location).listing()
@@ -53,21 +56,20 @@ class ImageNet:
             raise DataError(f"{self.location}: {flat[0]} lies in no class folder")
         return listing
 
-    def _from_tars(self, tars: list[tuple[str, str]]) -> Listing:
+    def _from_tars(self, tars: list[str]) -> Listing:
         listing = Listing({}, [])
-        for folder, name in tars:
-            for member, offset, size, file in tar_members(folder, name, listing):
+        for tar, shown in zip(tars, short_names(tars), strict=True):
+            for member, offset, size, file in tar_members(tar, listing):
                 if member.endswith(".tar"):
-                    inner = open_members(_Window(file, offset, size), f"{folder}/{name}: {member}", listing)
+                    inner = open_members(_Window(file, offset, size), f"{tar}: {member}", listing)
                     wnid = PurePosixPath(member).stem
                     listing.items += [
-                        _item(wnid, picture, name, offset + at, length)
+                        _item(wnid, picture, tar, offset + at, length)
                         for picture, at, length in inner
                         if _is_image(picture)
                     ]
                 elif _is_image(member):
-                    wnid = PurePosixPath(Store(folder).shown(name)).stem
-                    listing.items.append(_item(wnid, member, name, offset, size))
+                    listing.items.append(_item(PurePosixPath(shown).stem, member, tar, offset, size))
         if not listing.items:
             raise DataError(f"{self.location}: its tars hold no images")
         return listing

@@ -67,6 +67,8 @@ class Listing:
     """What was skipped because it is no picture, one line each."""
     damaged: bool = False
     """Whether the source itself is broken and pictures are lost. The build then needs --max-bad."""
+    files: list[str] = field(default_factory=list)
+    """Paths and URLs of the files that hold the pictures, if SRC only says where they are."""
 
 
 class Source(Protocol):

@@ -15,33 +15,43 @@ import numpy as np
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels
-from pipeline.common.storage import Store, is_url
-from pipeline.data.dataset import DATASET_FILE, Dataset, open_dataset
+from pipeline.common.storage import locate
+from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.shard_reader import read_shard, shard_columns
 from pipeline.data.shard_writer import RECORD
 from pipeline.data.sources.interface import KEY, Item, Listing, as_type, infer_type
+from pipeline.data.specification import expand, is_dataset, short_names
 
 IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "gif", "tif", "tiff"}
 LABEL_BYTES = 64 << 20
 """Largest .json or .cls member; a larger one gives no labels."""
 _SAMPLE = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # webdataset's rule: a sample's name ends at the first dot
+_META = re.compile(r"__[^/]*__/")  # in such a folder are notes on the tar, says webdataset
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd", b"PK": "zip"}
+"""How a file that is no tar begins, whatever its name."""
+_BROKEN = (tarfile.TarError, ValueError, ArithmeticError, LookupError)
+"""What `tarfile` raises in damaged tars."""
 
 
 @dataclass(frozen=True)
 class Tars:
-    """A folder of tars, with our dataset.json or without, or one tar."""
+    """What a shard specification or an index names, or one of our data sets."""
 
     location: str
 
     def listing(self) -> Listing:
         """Return all images. Members that are neither images nor labels are never opened."""
-        folder, names = _tars(self.location)
-        if names is None:
-            return list_dataset(open_dataset(folder))
-        listing = Listing({}, [])
+        if is_dataset(self.location):
+            dataset = open_dataset(self.location)
+            if dataset.index is None:
+                return list_dataset(dataset)
+            tars = [store.path(name) for store, name in map(dataset.place, dataset.shards)]
+        else:
+            tars = expand(self.location)
+        listing = Listing({}, [], files=tars)
         samples: list[tuple[str, dict[str, Any], Any]] = []
-        for name in names:
-            samples += _samples(folder, name, listing)
+        for tar, shown in zip(tars, short_names(tars), strict=True):
+            samples += _samples(tar, shown, listing)
         columns = sorted({label for _, labels, _ in samples for label in labels})
         if KEY in columns:  # img2dataset writes it into every .json
             columns.remove(KEY)
@@ -57,8 +67,9 @@ class Tars:
 
     def read(self, item: Item) -> bytes | Pixels:
         """Return the image's bytes, or its pixels when it lies in a block."""
-        name, offset, size, shape = item.where
-        data = Store(folder_of(self.location)).read_range(name, offset, size)
+        tar, offset, size, shape = item.where
+        store, name = locate(tar)
+        data = store.read_range(name, offset, size)
         return data if shape is None else np.frombuffer(data, np.uint8).reshape(shape)
 
 
@@ -66,54 +77,37 @@ def list_dataset(dataset: Dataset) -> Listing:
     """Return the images of one of our own data sets, checked, by the names that they had in its source."""
     listing = Listing(dict(dataset.labels), [])
     side, channels = dataset.image_size, dataset.channels
-    for shard in dataset.shards:
+    for index, shard in enumerate(dataset.shards):
         columns = shard_columns(dataset, shard, read_shard(dataset.store, shard))
+        tar = dataset.store.path(shard.name)
         places: list[tuple[str, int, int, Any]] = []
-        for offset, size in zip(shard.offsets, shard.sizes, strict=True):
+        offsets, sizes = dataset.members(index)
+        for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
             if dataset.encoding != "packed":
-                places.append((shard.name, offset, size, None))
+                places.append((tar, offset, size, None))
                 continue
             for start in range(0, size, dataset.image_bytes):
-                places.append((shard.name, offset + start, dataset.image_bytes, (side, side, channels)))
+                places.append((tar, offset + start, dataset.image_bytes, (side, side, channels)))
         rows = zip(*(columns[label] for label in dataset.labels), strict=True) if dataset.labels else [()] * len(places)
         for key, labels, where in zip(columns["key"], rows, places, strict=True):
             listing.items.append(Item(key, tuple(labels), where))
     return listing
 
 
-def _tars(location: str) -> tuple[str, list[str] | None]:
-    """Return the folder and the names of the tars in it, or None for the names if it is one of our data sets."""
-    if location.endswith(".tar"):
-        return folder_of(location), [location.rpartition("/")[2]]
-    if not is_url(location) and not Path(location).is_dir():
-        raise DataError(f"{location}: no such folder; SRC is a folder of tars, or one .tar")
-    present = Store(location).names()
-    if DATASET_FILE in present:
-        return location, None
-    names = [name for name in present if name.endswith(".tar")]
-    if not names:
-        raise DataError(f"{location}: no .tar files here")
-    return location, names
-
-
-def folder_of(location: str) -> str:
-    """Return the folder of the tars: `location` itself, or where it lies if it is a single tar."""
-    return location.rpartition("/")[0] or "." if location.endswith(".tar") else location
-
-
-def tar_members(folder: str, name: str, listing: Listing) -> Iterator[tuple[str, int, int, Any]]:
-    """Yield (name, offset, size, open file) of a tar's plain files. Raises DataError where the tar breaks.
+def tar_members(location: str, listing: Listing) -> Iterator[tuple[str, int, int, Any]]:
+    """Yield (name, offset, size, open file) of the plain files in a tar. Raises DataError where the tar breaks.
 
     A tar without an end mark marks `listing` as damaged.
     """
+    store, name = locate(location)
     with contextlib.ExitStack() as stack:
-        if is_url(folder):
-            copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dcgan-tar-"))) / "copy.tar"
-            Store(folder).fetch(name, copy)
-            source: Any = stack.enter_context(copy.open("rb"))
+        if store.remote:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dcgan-tar-"))) / "copy.tar"
+            store.fetch(name, path)
         else:
-            source = stack.enter_context((Path(folder) / name).open("rb"))
-        for member, offset, size in open_members(source, f"{folder}/{name}", listing):
+            path = Path(location)
+        source = stack.enter_context(path.open("rb"))
+        for member, offset, size in open_members(source, location, listing):
             yield member, offset, size, source
 
 
@@ -122,12 +116,21 @@ def open_members(file: Any, where: str, listing: Listing) -> Iterator[tuple[str,
     try:
         with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
             for member in tar:
-                if member.size < 0:  # tarfile would go back by it, for ever
-                    raise tarfile.ReadError(f"{member.name!r} has a negative size")
-                if member.isreg() and not member.issparse():  # a sparse one is larger than its tar
+                if member.size < 0:  # the next header would lie before this one, for ever
+                    raise tarfile.ReadError("negative size")
+                if member.issparse():
+                    listing.refused.add(f"{where}: {member.name}", "a sparse file, whose bytes are not all in the tar")
+                elif member.isreg():
                     yield member.name, member.offset_data, member.size
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # of headers that are none
-        raise DataError(f"{where}: damaged tar near offset {file.tell()}: {error}") from None
+    except _BROKEN as error:
+        place = file.tell()
+        file.seek(0)
+        if (compression := _COMPRESSIONS.get(file.read(2))) is not None:
+            raise DataError(
+                f"{where}: compressed ({compression}), and images are read from the middle of a tar; "
+                "unpack it, and name the plain .tar"
+            ) from None
+        raise DataError(f"{where}: damaged tar near offset {place}: {error}") from None
     # tarfile silently takes an unreadable header for the end, so the end must be checked.
     file.seek(tar.offset)
     if not (mark := file.read(RECORD)):  # some writers omit the mark, but a cut-off copy looks the same
@@ -142,29 +145,33 @@ def open_members(file: Any, where: str, listing: Listing) -> Iterator[tuple[str,
         mark = file.read(1 << 20)
 
 
-def _samples(folder: str, name: str, listing: Listing) -> list[tuple[str, dict[str, Any], Any]]:
-    """Return (key, labels, where) of each image in a tar."""
+def _samples(tar: str, shown: str, listing: Listing) -> list[tuple[str, dict[str, Any], Any]]:
+    """Return (key, labels, where) of each image in a tar. A key begins with `shown`, the tar's short name."""
     found: dict[str, list[tuple[str, Any]]] = {}
     labels: dict[str, dict[str, Any]] = {}
-    shown = Store(folder).shown(name)
+    seen: set[str] = set()
     passed = unread = 0
-    for member, offset, size, file in tar_members(folder, name, listing):
+    for member, offset, size, file in tar_members(tar, listing):
         match = _SAMPLE.fullmatch(member)
         extension = match[2].lower().rpartition(".")[2] if match else ""
-        if match is None or extension not in IMAGES | {"json", "cls", "npy"}:
+        if match is None or extension not in IMAGES | {"json", "cls", "npy"} or _META.match(member):
             passed += 1
             continue
         sample = match[1]
         if extension in ("json", "cls"):
             file.seek(offset)
-            some = _labels(file.read(size), extension) if size <= LABEL_BYTES else None
+            some = labels_in(file.read(size), extension) if size <= LABEL_BYTES else None
             labels.setdefault(sample, {}).update(some or {})
             unread += some is None
+        elif member in seen:
+            listing.refused.add(f"{shown}/{member}", "its name is in its tar twice")
         elif extension in IMAGES:
-            found.setdefault(sample, []).append((f"{shown}/{member}", (name, offset, size, None)))
+            seen.add(member)
+            found.setdefault(sample, []).append((f"{shown}/{member}", (tar, offset, size, None)))
         else:
+            seen.add(member)
             file.seek(offset)
-            block = _block(file, name, offset, size)
+            block = _block(file, tar, offset, size)
             if block is None:
                 listing.refused.add(f"{shown}/{member}", "not a block of uint8 images")
             else:
@@ -174,13 +181,13 @@ def _samples(folder: str, name: str, listing: Listing) -> list[tuple[str, dict[s
     if unread:
         listing.notes.append(f"{unread:,} .json members of {shown} are not JSON and give no labels")
     return [
-        (key, _row(labels.get(sample, {}), index, len(images)), where)
+        (key, label_row(labels.get(sample, {}), index, len(images)), where)
         for sample, images in found.items()
         for index, (key, where) in enumerate(images)
     ]
 
 
-def _labels(data: bytes, extension: str) -> dict[str, Any] | None:
+def labels_in(data: bytes, extension: str) -> dict[str, Any] | None:
     """Return the labels in a .json or .cls member: its scalar values, or columns of them. None if it is no JSON."""
     try:
         content = json.loads(data)
@@ -201,7 +208,7 @@ def _is_label(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
-def _row(labels: dict[str, Any], index: int, images: int) -> dict[str, Any]:
+def label_row(labels: dict[str, Any], index: int, images: int) -> dict[str, Any]:
     """Return one image's labels: of columns the image's value, if they have one for each image."""
     row = {}
     for name, value in labels.items():
@@ -212,7 +219,7 @@ def _row(labels: dict[str, Any], index: int, images: int) -> dict[str, Any]:
     return row
 
 
-def _block(file: Any, name: str, offset: int, size: int) -> list[tuple[str, int, int, Any]] | None:
+def _block(file: Any, tar: str, offset: int, size: int) -> list[tuple[str, int, int, Any]] | None:
     """Return the places of the images in an .npy block (n, H, W, 1 or 3) of uint8, or None if it is another array."""
     try:
         version = np.lib.format.read_magic(file)
@@ -225,4 +232,4 @@ def _block(file: Any, name: str, offset: int, size: int) -> list[tuple[str, int,
     start, each = file.tell(), math.prod(shape[1:])  # numpy's product would overflow
     if min(shape) < 1 or start - offset + each * shape[0] != size:
         return None
-    return [(name, start + i * each, each, tuple(shape[1:])) for i in range(shape[0])]
+    return [(tar, start + i * each, each, tuple(shape[1:])) for i in range(shape[0])]

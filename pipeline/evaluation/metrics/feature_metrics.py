@@ -69,7 +69,7 @@ class Measurement:
         self.result = Result(name, request.out, subject, settings=settings)
         self.reals: ShardImages | None = None
         if request.data is not None:
-            self.reals, self.result.data = inputs.reals(request.data, request.count)
+            self.reals, self.result.data = inputs.reals(request.data, request.count, self.fakes.shape)
             inputs.check_same_shape(self.fakes, self.reals)
             settings["images_real"] = self.reals.count
 

@@ -16,8 +16,8 @@ def measure_swd(
     out: Path, *, ckpt: str | None, samples: str | None, data: str, count: int, sampling: Sampling
 ) -> dict[str, float]:
     """Write swd.json and swd.png, and return the numbers."""
-    reals, data_description = inputs.reals(data, count)
     fakes, subject = inputs.fakes(ckpt, samples, count, sampling.seed)
+    reals, data_description = inputs.reals(data, count, fakes.shape)
     inputs.check_same_shape(fakes, reals)
     settings = {**asdict(sampling), "images": fakes.count, "images_real": reals.count}
     result = Result("swd", out, subject, data_description, settings)
@@ -61,7 +61,7 @@ def measure_ms_ssim(
     result = Result("ms_ssim", out, subject, settings={"images": fakes.count, "pairs": fakes.count // 2, "seed": seed})
     numbers = {"ms_ssim": ms_ssim(WithProgress(fakes, "MS-SSIM, samples"))}
     if data is not None:
-        reals, result.data = inputs.reals(data, count)
+        reals, result.data = inputs.reals(data, count, fakes.shape)
         numbers["ms_ssim_real"] = ms_ssim(WithProgress(reals, "MS-SSIM, real images"))
     _, first = next(iter(fakes.blocks()))
     result.picture(charts.sheet([("the first pairs of samples, side by side", first[:24])], 12), "The first pairs")

@@ -47,7 +47,7 @@ def run_features(
     layer = len(widths) if layer is None else layer
     if not 1 <= layer <= len(widths):
         raise UsageError(f"--layer {layer}: the discriminator has layers 1 to {len(widths)}")
-    reals, description = inputs.reals(data, SEARCHED)
+    reals, description = inputs.reals(data, SEARCHED, inputs.shape_of(loaded.config))
     inputs.check_fits(loaded.config, reals.shape)
     images = gather(reals, "reading real images")
     settings = {"layer": layer, "units": units, "images_each": images_each, "seed": seed}

@@ -38,7 +38,8 @@ def run_memorization(
     hash of a training image, and do walks in latent space jump?
     """
     loaded, subject = inputs.generator(ckpt)
-    trained, description = inputs.reals(data, limit)
+    shape = inputs.shape_of(loaded.config)
+    trained, description = inputs.reals(data, limit, shape)
     sizes = [*(size for size in SIZES if size < most), most]
     settings: dict[str, Any] = {"samples": sizes, "held_out": held_out, "seed": seed, "walks": WALKS}
     result = Result("memorization", out, subject, description, settings)
@@ -46,7 +47,7 @@ def run_memorization(
 
     locations = {"training": data} | ({"held-out": held_out} if held_out else {})
     queries = {
-        name: flat(gather(inputs.reals(location, min(limit or REAL_QUERIES, REAL_QUERIES))[0], f"{name} images"))
+        name: flat(gather(inputs.reals(location, min(limit or REAL_QUERIES, REAL_QUERIES), shape)[0], f"{name} images"))
         for name, location in locations.items()
     }
     curves = distance_curves(loaded.generator, queries, sizes, seed)

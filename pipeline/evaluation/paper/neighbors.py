@@ -22,10 +22,11 @@ def run_neighbors(out: Path, *, ckpt: str, data: str, count: int, limit: int | N
     """Write neighbors.json and pictures of samples above their nearest real images; return distances in gray levels."""
     loaded, subject = inputs.generator(ckpt)
     loaded_d, _ = inputs.discriminator(ckpt)
-    reals, description = inputs.reals(data, limit)
+    shape = inputs.shape_of(loaded.config)
+    reals, description = inputs.reals(data, limit, shape)
     z = draw(loaded.config, seed, 0, count)
     fakes = images_of(loaded.generator, z)
-    some = gather(inputs.reals(data, min(reals.count, BATCHNORM_IMAGES))[0], "reading real images")
+    some = gather(inputs.reals(data, min(reals.count, BATCHNORM_IMAGES), shape)[0], "reading real images")
     network = measure_batchnorm(loaded_d.discriminator, some)
     settings = {"samples": count, "seed": seed}
     result = Result("neighbors", out, subject, description, settings)

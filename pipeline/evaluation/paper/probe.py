@@ -12,7 +12,6 @@ from pipeline.common.errors import UsageError
 from pipeline.common.imaging import PIXEL_SCALE, Pixels
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose, permutation
-from pipeline.data.dataset import open_dataset
 from pipeline.data.labeled import Labeled, load_labeled
 from pipeline.evaluation import charts, inputs, published
 from pipeline.evaluation.confidence import interval_of_mean, wilson
@@ -54,11 +53,11 @@ def run_probe(
 ) -> dict[str, float]:
     """Write probe.json and probe.png, and return the accuracies."""
     loaded, subject = inputs.discriminator(ckpt)
-    everything = load_labeled(open_dataset(data), limit)
+    everything = load_labeled(inputs.data_set(data, inputs.shape_of(loaded.config)), limit)
     whole = everything.having(label)
     without = len(everything.images) - len(whole.images)
     if test_data:
-        learn, tested = whole, load_labeled(open_dataset(test_data))
+        learn, tested = whole, load_labeled(inputs.data_set(test_data, inputs.shape_of(loaded.config)))
         test = tested.having(label)
         without += len(tested.images) - len(test.images)
     else:

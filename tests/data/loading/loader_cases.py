@@ -1,14 +1,18 @@
 """Small data sets for the loader's tests, written by the real writer."""
 
 import hashlib
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import webdataset as wds
 from numpy.typing import NDArray
+from picture_files import make_picture
 
 from pipeline.common.imaging import encode
 from pipeline.common.storage import Store
+from pipeline.data.build.transform import Recipe
 from pipeline.data.dataset import DATASET_FILE, Dataset, Encoding, open_dataset
 from pipeline.data.loading.shard_cache import ShardCache
 from pipeline.data.shard_reader import iterate
@@ -42,6 +46,33 @@ def write_dataset(
     return dataset.at(Store(folder))
 
 
+def write_tars(folder: Path, sizes: Sequence[int]) -> list[str]:
+    """Write tars of others: pictures of every size and format, with labels beside them, in the order of their class."""
+    folder.mkdir(exist_ok=True)
+    paths, number = [], 0
+    for tar, size in enumerate(sizes):
+        paths.append(str(folder / f"train-{tar:04d}.tar"))
+        with open(paths[-1], "wb") as file, wds.TarWriter(file) as writer:
+            for _ in range(size):
+                picture = make_picture(number, 20 + number % 37, 16 + number % 29)
+                form = ("jpg", "png", "jpg", "webp", "jpg")[number % 5]
+                writer.write({"__key__": f"{number:05d}", form: encode(picture, form), "cls": str(tar)})  # type: ignore[arg-type]
+                number += 1
+    return paths
+
+
+def tar_images(tars: Sequence[str], size: int, channels: int = 3) -> NDArray[np.uint8]:
+    """Return the images that a build would store of the tars, in their order."""
+    recipe = Recipe(size=size, channels=3 if channels == 3 else 1, encoding="packed", quality=100, min_side=1)
+    images = []
+    for path in tars:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if not member.name.endswith(".cls"):
+                    images.append(recipe.convert(tar.extractfile(member).read()))  # type: ignore[union-attr]
+    return np.stack(images)
+
+
 def all_images(dataset: Dataset) -> NDArray[np.uint8]:
     """Return the images in the data set's own order, read by `iterate`, which shares no code with the loader."""
     return np.concatenate(list(iterate(dataset)))
@@ -52,5 +83,5 @@ def read_through_cache(url: str, cache: str, seed: int) -> None:
     dataset = open_dataset(url)
     bounded = ShardCache(Path(cache), limit_bytes=3 * max(shard.bytes for shard in dataset.shards))
     for index in np.random.default_rng(seed).integers(0, len(dataset.shards), 60).tolist():
-        with bounded.open(dataset.store, dataset.shards[index]) as file:
+        with bounded.open(dataset, dataset.shards[index]) as file:
             assert hashlib.sha256(file.read()).hexdigest() == dataset.shards[index].sha256

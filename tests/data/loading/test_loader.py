@@ -47,6 +47,7 @@ def runs(draw: st.DrawFn) -> dict[str, object]:
         "streams": streams,
         "seed": draw(st.integers(0, 2**64 - 1)),
         "start": draw(st.integers(0, 100)) * streams,
+        "mix": draw(st.integers(1, 3)),
         "legs": draw(st.lists(legs, min_size=2, max_size=3)),
     }
 
@@ -61,7 +62,8 @@ def test_any_processes_batches_and_restarts_see_the_images_of_one_process(run: d
         seen = run["start"]
         for leg in run["legs"]:
             world_size, batch, batches = leg["world_size"], leg["batch"], leg["batches"]
-            expected = image_ids(dataset, run["seed"], run["streams"], seen, batches * batch).reshape(batches, batch)
+            ids = image_ids(dataset, run["seed"], run["streams"], seen, batches * batch, mix=run["mix"])
+            expected = ids.reshape(batches, batch)
             for rank in range(world_size):
                 with Loader(
                     dataset,
@@ -73,6 +75,7 @@ def test_any_processes_batches_and_restarts_see_the_images_of_one_process(run: d
                     world_size=world_size,
                     threads=leg["threads"],
                     resident_limit=leg["resident_limit"],
+                    mix=run["mix"],
                 ) as loader:
                     for ids in expected[:, rank::world_size]:
                         assert np.array_equal(loader.ids(), ids)

@@ -98,20 +98,20 @@ def test_a_copy_damaged_in_the_cache_is_replaced(web: FaultyProxy, tmp_path: Pat
 
 
 def test_the_cache_is_bounded_and_keeps_what_was_read_last(web: FaultyProxy, tmp_path: Path) -> None:
-    store, dataset = Store(web.url), write_dataset(tmp_path / "root", [6] * 8)
+    dataset = write_dataset(tmp_path / "root", [6] * 8).at(Store(web.url))
     size = dataset.shards[0].bytes
     cache = ShardCache(tmp_path / "cache", limit_bytes=4 * size)
     for index in (0, 1, 2, 3, 0, 4, 5):  # 1 and 2 were read longest ago
-        with cache.open(store, dataset.shards[index]) as file:
+        with cache.open(dataset, dataset.shards[index]) as file:
             assert hashlib.sha256(file.read()).hexdigest() == dataset.shards[index].sha256
     held = {path.stem for path in (tmp_path / "cache").glob("*.tar")}
     assert held == {dataset.shards[index].sha256 for index in (3, 0, 4, 5)}
 
 
 def test_a_removed_copy_does_no_harm_to_its_reader(web: FaultyProxy, tmp_path: Path) -> None:
-    store, dataset = Store(web.url), write_dataset(tmp_path / "root", [6] * 3)
+    dataset = write_dataset(tmp_path / "root", [6] * 3).at(Store(web.url))
     cache = ShardCache(tmp_path / "cache", limit_bytes=1)
-    with cache.open(store, dataset.shards[0]) as first, cache.open(store, dataset.shards[1]):
+    with cache.open(dataset, dataset.shards[0]) as first, cache.open(dataset, dataset.shards[1]):
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
         assert hashlib.sha256(first.read()).hexdigest() == dataset.shards[0].sha256
 

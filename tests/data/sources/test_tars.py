@@ -1,13 +1,16 @@
 """A tar that breaks is refused where it breaks: Python's tarfile ends quietly there, and all that follows is lost."""
 
+import gzip
 import io
 import json
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
-from picture_files import make_picture
+import webdataset
+from picture_files import make_picture, tree
 
 from pipeline.common.imaging import encode
 from pipeline.data.dataset import open_dataset
@@ -98,7 +101,7 @@ def test_a_tar_without_its_end_is_taken_only_when_the_user_says_so(dcgan_data: A
 
 def test_tars_of_img2dataset(dcgan_data: Any, tmp_path: Path) -> None:
     """Each of its .json has a `key`, which no label can be called and nobody can rename."""
-    members = {}
+    members = {"__notes__/of-all.jpg": b"not an image of the set"}
     for index in range(6):
         name = f"{index:09d}"
         members[f"{name}.jpg"] = encode(make_picture(index, 32, 32), "jpg")
@@ -136,3 +139,106 @@ def test_json_that_cannot_be_read_gives_no_labels_and_is_counted(dcgan_data: Any
         "0.tar/b.png": None,
         "0.tar/c.png": 3,
     }
+
+
+@pytest.fixture
+def lsun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A working folder with two tars that the library's writer made; return their names."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"tars/lsun-{number:06d}.tar" for number in range(2)]
+    Path("tars").mkdir()
+    for number, name in enumerate(names):
+        with Path(name).open("wb") as file, webdataset.TarWriter(file) as writer:
+            for index in range(4):
+                picture = encode(make_picture(10 * number + index, 20, 16), "png")
+                writer.write({"__key__": f"{index:04d}", "png": picture, "cls": number})
+    Path("list.txt").write_text("\n".join(names))
+    Path("wids.json").write_text(json.dumps({"shardlist": [{"url": name, "nsamples": 4} for name in names]}))
+    return names
+
+
+def test_every_notation_builds_the_same_set(dcgan_data: Any, tmp_path: Path, lsun: list[str]) -> None:
+    for name in lsun:
+        fsspec.filesystem("memory").pipe(f"/bucket/{name}", Path(name).read_bytes())
+    specs = [
+        *("tars", "tars/lsun-{000000..000001}.tar", "tars/lsun-*.tar", "::".join(lsun), "tars/lsun-00000{0,1}.tar"),
+        *("@list.txt", "wids.json", f"file://{tmp_path}/tars", "memory://bucket/tars", "memory://bucket/tars/*.tar"),
+        *("memory://bucket/tars/lsun-000000.tar::tars/lsun-000001.tar", "index"),
+    ]
+    assert dcgan_data("index", "tars", "index", "--size", 16, "--workers", 1).code == 0
+    made = {}
+    for number, spec in enumerate(specs):
+        done = dcgan_data("build", "webdataset", spec, f"out{number}", "--size", 16, "--workers", 1)
+        assert done.code == 0, (spec, done.err)
+        made[spec] = tree(tmp_path / f"out{number}")
+        assert json.loads(made[spec].pop("dataset.json"))["source"]["location"] == spec
+    assert all(files == made["tars"] for files in made.values()), "the same names, bytes and labels"
+    dataset = open_dataset("out0")
+    assert (dataset.images, dataset.labels) == (8, {"label": "int"})
+
+
+def test_tars_of_one_file_name_in_two_folders_are_told_apart(dcgan_data: Any, tmp_path: Path, lsun: list[str]) -> None:
+    for number, name in enumerate(lsun):
+        (tmp_path / f"part{number}").mkdir()
+        Path(name).rename(tmp_path / f"part{number}" / "0.tar")
+    done = dcgan_data("build", "webdataset", "part{0..1}/0.tar", "out", "--size", 16, "--workers", 1)
+    assert done.code == 0, done.err
+    _, columns = next(iterate(open_dataset("out"), labels=True))
+    assert sorted(zip(columns["key"], columns["label"], strict=True)) == [
+        (f"part{number}/0.tar/{index:04d}.png", number) for number in range(2) for index in range(4)
+    ]
+
+
+@pytest.mark.parametrize("spec", ["@list.txt", "wids.json", "copy.tar::tars/lsun-000001.tar"])
+def test_an_out_that_holds_one_of_the_tars_is_refused(dcgan_data: Any, lsun: list[str], spec: str) -> None:
+    Path("copy.tar").write_bytes(Path(lsun[0]).read_bytes())
+    done = dcgan_data("build", "webdataset", spec, "tars", "--overwrite", "--size", 16)
+    assert done.code == 2
+    assert "the build would delete it" in done.err
+    assert all(Path(name).exists() for name in lsun)
+
+
+@pytest.mark.parametrize("name", ["s.tar.gz", "s.tar"])
+def test_a_compressed_tar_is_told_by_its_first_bytes(dcgan_data: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / "src").mkdir()
+    write_tar(tmp_path / "plain.tar", pictures(3))
+    (tmp_path / "src" / name).write_bytes(gzip.compress((tmp_path / "plain.tar").read_bytes()))
+    for src in (tmp_path / "src", tmp_path / "src" / name):
+        done = dcgan_data("build", "webdataset", src, tmp_path / "out", "--size", 16)
+        assert done.code == 65
+        assert f"{name}: compressed (gzip)" in done.err
+        assert "unpack it" in done.err
+
+
+def test_a_name_that_is_in_a_tar_twice_counts_once(dcgan_data: Any, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    with tarfile.open(tmp_path / "src" / "0.tar", "w") as tar:
+        for seed, name in enumerate(("a.png", "b.png", "a.png", "./a.png")):
+            data = encode(make_picture(seed, 16, 16), "png")
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    command = ["build", "webdataset", tmp_path / "src", tmp_path / "out", "--size", 16, "--workers", 1]
+    assert "0.tar/a.png: its name is in its tar twice" in dcgan_data(*command).err
+    assert dcgan_data(*command, "--max-bad", 0.5).code == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert (dataset.images, dataset.refused.count) == (3, 1)
+    images, columns = next(iterate(dataset, labels=True))
+    assert (images[columns["key"].index("0.tar/a.png")] == make_picture(0, 16, 16)).all()
+
+
+def test_a_tar_that_lies_about_sizes_is_refused_and_never_loops(dcgan_data: Any, tmp_path: Path) -> None:
+    """A member of negative size leads back to itself; a sparse file has fewer bytes in the tar than its size."""
+    (tmp_path / "src").mkdir()
+    headers = write_tar(tmp_path / "src" / "0.tar", pictures(3))
+    data = bytearray((tmp_path / "src" / "0.tar").read_bytes())
+    header = memoryview(data)[headers[1] : headers[1] + 512]
+    for size, kind, said in ((-512, b"0", "0.tar: damaged tar near offset"), (600, b"S", "0.png: a sparse file")):
+        header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
+        header[156:157] = kind
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        (tmp_path / "src" / "0.tar").write_bytes(data)
+        done = dcgan_data("build", "webdataset", tmp_path / "src", tmp_path / "out", "--size", 16, "--workers", 1)
+        assert done.code == 65
+        assert said in done.err.replace(f"{WNID}_001", "0")

@@ -55,7 +55,7 @@ def test_memory_does_not_grow_with_the_training_set(
     monkeypatch.setattr(memorization, "HASH_STEPS", 2)
 
     def peak(command: Callable[..., object], images: int, **options: int) -> int:
-        def reals(_: str, count: int | None) -> tuple[Unheld, dict[str, object]]:
+        def reals(_: str, count: int | None, *_shape: object) -> tuple[Unheld, dict[str, object]]:
             return Unheld(min(count or images, images)), {}
 
         monkeypatch.setattr(inputs, "reals", reals)

@@ -22,6 +22,7 @@ VALUES = {
     "diversity": 0.875,
 }
 REPORT = Report(
+    whole=True,
     values=VALUES,
     images=512,
     steps=4,
@@ -30,6 +31,7 @@ REPORT = Report(
     hopeless_steps=0,
     stop=0,
     save=False,
+    slowest_step_seconds=2.0,
     seconds=8.0,
     data_wait_seconds=2.0,
     step_seconds=1.0,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from pipeline.common.errors import DataError
-from pipeline.common.records import Record
+from pipeline.common.records import LARGEST, PlainName, Record
 from pipeline.common.storage import Store, sha256_bytes
 
 SIDECAR_FILE = "index.npz"
@@ -26,9 +26,9 @@ Arrays = dict[str, NDArray[Any]]
 class Sidecar(Record):
     """The sidecar as dataset.json states it."""
 
-    name: str = Field(pattern=r"^[^/\\]+\.npz$")
+    name: PlainName = Field(pattern=r"\.npz$")
     """File name beside dataset.json."""
-    bytes: int = Field(ge=1)
+    bytes: int = Field(ge=1, le=LARGEST)
     """Size of the file."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """SHA-256 of the file."""
@@ -157,7 +157,7 @@ class MemberColumns:
 def read_sidecar(store: Store, sidecar: Sidecar, images: int, labels: int) -> MemberColumns:
     """Return the columns of a data set of `images` images, checked against dataset.json. Raises DataError."""
     where = store.path(sidecar.name)
-    data = store.read(sidecar.name)
+    data = store.read(store.inside(sidecar.name))
     if len(data) != sidecar.bytes or sha256_bytes(data) != sidecar.sha256:
         raise DataError(f"{where}: is not the file that dataset.json states (size or SHA-256); index the tars again")
     try:

@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 from pipeline.common.errors import UsageError
-from pipeline.common.storage import Store, atomic_path, remove_abandoned
+from pipeline.common.storage import Store, atomic_path, made_directory, remove_abandoned
 from pipeline.data.dataset import Shard
 
 DEFAULT_LIMIT_GIB = 16.0
@@ -73,8 +73,7 @@ class ShardCache:
 
     def _download(self, store: Store, shard: Shard) -> None:
         path = self._path(shard)
-        # A lock by the hash's first byte: processes do not fetch a shard twice, and lock files stay few.
-        with self._locked(shard.sha256[:2]):
+        with self._locked(shard.sha256):  # so that processes do not fetch a shard twice
             if path.exists():
                 return
             with atomic_path(path) as temporary:
@@ -100,7 +99,18 @@ class ShardCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / f"{name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        path = self.directory / f"{name}.lock"
+        while True:
+            with made_directory(self.directory):
+                try:
+                    file = path.open("w")
+                except FileNotFoundError:  # after a failed first download, its process has just removed the folder
+                    continue
+                with file:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    if os.fstat(file.fileno()).st_nlink:  # else its last holder has just removed it
+                        try:
+                            yield
+                        finally:
+                            path.unlink(missing_ok=True)
+                        return

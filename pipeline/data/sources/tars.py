@@ -24,6 +24,8 @@ from pipeline.data.sources.interface import KEY, Item, Listing, as_type, infer_t
 IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "gif", "tif", "tiff"}
 LABEL_BYTES = 64 << 20
 """Largest .json or .cls member; a larger one gives no labels."""
+PICTURES = (*(f".{suffix}" for suffix in sorted(IMAGES)), ".npy")
+REPLACED = "replaced by a later file of the same name in the tar"
 _SAMPLE = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # webdataset's rule: a sample's name ends at the first dot
 
 
@@ -118,14 +120,18 @@ def tar_members(folder: str, name: str, listing: Listing) -> Iterator[tuple[str,
 
 
 def open_members(file: Any, where: str, listing: Listing) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, size) of the plain files in an open tar, like `tar_members`."""
+    """Yield (name, offset, size) of the plain files in an open tar, like `tar_members`.
+
+    Of several files with one name the last counts, as when tar unpacks them; pictures before it are refused.
+    """
     try:
         with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
+            files = []
             for member in tar:
                 if member.size < 0:  # tarfile would go back by it, for ever
                     raise tarfile.ReadError(f"{member.name!r} has a negative size")
                 if member.isreg() and not member.issparse():  # a sparse one is larger than its tar
-                    yield member.name, member.offset_data, member.size
+                    files.append(member)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # of headers that are none
         raise DataError(f"{where}: damaged tar near offset {file.tell()}: {error}") from None
     # tarfile silently takes an unreadable header for the end, so the end must be checked.
@@ -140,6 +146,12 @@ def open_members(file: Any, where: str, listing: Listing) -> Iterator[tuple[str,
                 "the rest would be lost; copy or make it again"
             )
         mark = file.read(1 << 20)
+    last = {member.name: member for member in files}
+    for member in files:
+        if last[member.name] is member:
+            yield member.name, member.offset_data, member.size
+        elif member.name.lower().endswith(PICTURES):
+            listing.refused.add(f"{where.rpartition('/')[2]}/{member.name}", REPLACED)
 
 
 def _samples(folder: str, name: str, listing: Listing) -> list[tuple[str, dict[str, Any], Any]]:

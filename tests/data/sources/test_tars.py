@@ -136,3 +136,36 @@ def test_json_that_cannot_be_read_gives_no_labels_and_is_counted(dcgan_data: Any
         "0.tar/b.png": None,
         "0.tar/c.png": 3,
     }
+
+
+def test_of_two_files_with_one_name_the_last_counts(dcgan_data: Any, tmp_path: Path) -> None:
+    """As when the tar is unpacked, and as `tar --append` and `--update` mean it; the picture before it is counted."""
+    old, new, other = (encode(make_picture(index, 16, 16), "png") for index in range(3))
+    (tmp_path / "src").mkdir()
+    with tarfile.open(tmp_path / "src" / "0.tar", "w") as tar:
+        for name, data in (
+            ("a.png", old),
+            ("a.json", b'{"age": 1}'),
+            ("b.png", other),
+            ("b.json", b'{"age": 3}'),
+            ("a.png", new),
+            ("a.json", b'{"age": 2}'),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    command = ["build", "webdataset", tmp_path / "src", tmp_path / "out", "--size", 16, "--encoding", "png"]
+    refused = dcgan_data(*command)
+    assert (refused.code, "0.tar/a.png: replaced by a later file of the same name in the tar" in refused.err) == (
+        65,
+        True,
+    ), refused.err
+    assert dcgan_data(*command, "--max-bad", 0.5).code == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.refused.reasons == {"replaced by a later file of the same name in the tar": 1}
+    images, columns = next(iterate(dataset, labels=True))
+    found = zip(columns["key"], columns["age"], (image.tobytes() for image in images), strict=True)
+    assert sorted(found) == [
+        ("0.tar/a.png", 2, make_picture(1, 16, 16).tobytes()),
+        ("0.tar/b.png", 3, make_picture(2, 16, 16).tobytes()),
+    ]

@@ -368,6 +368,10 @@ def test_a_run_directory_is_withdrawn_until_a_run_comes_of_it(tmp_path: Path) ->
             logging.getLogger("pipeline").warning("refused")
             assert {"log.txt", ".lock", "metrics.jsonl", "config.json", "samples"} < paths(out)
         assert paths(tmp_path) == before
+    with RunDirectory(tmp_path / "saved") as run:
+        run.write_config({})
+        CheckpointStore(Store(tmp_path / "saved")).save(64, {}, {})
+    assert {".lock", "config.json", "checkpoints"} <= paths(tmp_path / "saved")
     with RunDirectory(tmp_path / "run") as run:
         run.write_config({})
         run.record(64, {"loss_d": 1.0})

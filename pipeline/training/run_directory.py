@@ -114,6 +114,8 @@ class RunDirectory:
 
     def _withdraw(self) -> None:
         """Remove what this start has made, unless a run has come of it."""
+        if any(self.path.glob("checkpoints/*/state.json")):  # saved before the first record, or from the mirror
+            return
         for entry in self._new:
             if entry.parent == self.path and entry.name in FOLDERS:
                 shutil.rmtree(entry, ignore_errors=True)

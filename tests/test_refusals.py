@@ -362,7 +362,7 @@ def test_a_run_directory_is_withdrawn_until_a_run_comes_of_it(tmp_path: Path) ->
     for out in (tmp_path / "new" / "run", tmp_path / "mine"):
         before = paths(tmp_path)
         with RunDirectory(out) as run:
-            run.restore_metrics(b"")
+            run.restore_metrics([])
             run.write_config({})
             storage.write_atomic(out / "samples" / "0.png", b"")
             logging.getLogger("pipeline").warning("refused")

@@ -164,9 +164,10 @@ def _generate(
     from deploy.generation.pipeline import generate_shards
     from export.samplers.open import open_sampler
     from pipeline.common.progress import Progress
-    from pipeline.common.storage import Store
+    from pipeline.common.storage import Store, require_writable
 
     store = Store(out)
+    require_writable(out)
     try:
         if rebuild:
             from export.builders.engine import rebuild_unless_it_fits
@@ -277,7 +278,8 @@ def _stop_on_signals() -> Iterator[threading.Event]:
     interrupted = threading.Event()
 
     def note(number: int, frame: object) -> None:
-        signal.signal(number, previous[signal.Signals(number)])
+        at_once = signal.SIG_DFL if number == signal.SIGTERM else previous[signal.SIGINT]
+        signal.signal(number, at_once)
         print("stopping after the shards that are being written", file=sys.stderr, flush=True)
         if number == signal.SIGINT:
             interrupted.set()

@@ -20,7 +20,7 @@ SUBCOMMANDS = [
     ("dcgan-launch", ""),
     ("dcgan-generate", ""),
     ("dcgan-generate", "merge"),
-    *(("dcgan-data", name) for name in ("", "build", "verify", "show", "merge", "dedup")),
+    *(("dcgan-data", name) for name in ("", "build", "verify", "show", "merge", "clear", "dedup")),
     *(("dcgan-export", name) for name in ("", "onnx", "trt", "triton", "verify", "bench", "inspect")),
     *(("dcgan-eval", name) for name in ("", "swd", "fid", "probe", "arithmetic", "features", "report")),
 ]

@@ -20,6 +20,7 @@ from deploy.generation.plan import Plan, ShardRange
 from pipeline.common.errors import ConfigConflict, DataError, TryAgainError
 from pipeline.common.records import LARGEST, PlainName, Record, read_record
 from pipeline.common.storage import Store, sha256_bytes
+from pipeline.data.commit import require_recorded
 from pipeline.data.dataset import DATASET_FILE, Dataset, Shard, open_dataset
 from pipeline.data.shard_writer import ShardWriter
 
@@ -29,6 +30,7 @@ PLAN = f"{RECORDS}/plan.json"
 PREFIX = "samples-"
 READERS = 16
 _OURS = re.compile(rf"\.?{PREFIX}[0-9]{{12,}}-[0-9a-f]{{12}}\.tar(\..*)?")  # a shard, or one half written
+AGAIN = "run dcgan-generate again with the same options: it makes these again and keeps the rest"
 
 T = TypeVar("T", bound=Record)
 
@@ -82,6 +84,12 @@ def record_name(shard: ShardRange) -> str:
 def shard_name(shard: ShardRange, sha256: str) -> str:
     """Return the file name of a shard with this content."""
     return f"{PREFIX}{shard.prefix}-{sha256[:12]}.tar"
+
+
+def start_of(name: str) -> int | None:
+    """Return the index of the first image of the shard `name`, or None if no generation names a file so."""
+    match = re.fullmatch(rf"{PREFIX}([0-9]{{12,}})-[0-9a-f]{{12}}\.tar", name)
+    return int(match[1]) if match else None
 
 
 def begin(store: Store, plan: Plan) -> bool:
@@ -160,7 +168,8 @@ def merge(store: Store, *, verify: bool = False, tidy: bool = False) -> Manifest
     `verify` reads every shard and compares its SHA-256. `tidy` removes the records and stray shards, which is safe
     only when no part runs any more. It is safe to repeat a merge, and for two processes to merge at once.
 
-    Raises TryAgainError while shards are missing, DataError when one belongs to another generation or is damaged.
+    Raises TryAgainError while shards are missing; DataError when one belongs to another generation or is damaged, and
+    when a listing of the folder shows other shards than the records.
     """
     manifest = read_manifest(store)
     if manifest is not None:
@@ -179,6 +188,14 @@ def merge(store: Store, *, verify: bool = False, tidy: bool = False) -> Manifest
         manifest, dataset = _assemble(store, plan)
     if verify:
         _verify(manifest, dataset)
+    starts = {shard.start for shard in manifest.shards}
+    require_recorded(
+        store,
+        dataset.shards,
+        forget=lambda names: _reopen(manifest, dataset, names),
+        spare=lambda name: start_of(name) in starts,  # what another writer of the same shard left
+        advice=AGAIN,
+    )
     store.write(MANIFEST, _json(manifest, 1))
     store.write(DATASET_FILE, _json(dataset))
     if tidy:
@@ -251,12 +268,18 @@ def _verify(manifest: Manifest, dataset: Dataset) -> None:
     store = dataset.store
     with ThreadPoolExecutor(READERS) as pool:
         intact = list(pool.map(lambda shard: _intact(store, shard), manifest.shards))
-    if all(intact):
-        return
+    if damaged := [shard.name for shard, good in zip(manifest.shards, intact, strict=True) if not good]:
+        _reopen(manifest, dataset, set(damaged))
+        raise DataError(f"{store.path(damaged[0])}: missing or damaged, and {len(damaged) - 1} others; {AGAIN}")
+
+
+def _reopen(manifest: Manifest, dataset: Dataset, lost: set[str]) -> None:
+    """Make the generation unfinished, with the records of all shards but those that are `lost`."""
+    store = dataset.store
     store.write(PLAN, _json(manifest.plan, 1))
-    for good, shard, stored in zip(intact, manifest.shards, dataset.shards, strict=True):
+    for shard, stored in zip(manifest.shards, dataset.shards, strict=True):
         name = f"{RECORDS}/{shard.start:012d}.json"
-        if good:
+        if shard.name not in lost:
             provenance = manifest.made_by[shard.made_by]
             record = FinishedShard(
                 plan_sha256=manifest.plan.sha256(), start=shard.start, shard=stored, made_by=provenance
@@ -266,11 +289,6 @@ def _verify(manifest: Manifest, dataset: Dataset) -> None:
             store.delete(name)
     store.delete(DATASET_FILE)
     store.delete(MANIFEST)
-    first = manifest.shards[intact.index(False)]
-    raise DataError(
-        f"{store.path(first.name)}: missing or damaged, and {intact.count(False) - 1} others; "
-        "run dcgan-generate again with the same options: it makes these again and keeps the rest"
-    )
 
 
 def _intact(store: Store, shard: Shard | ManifestShard) -> bool:

@@ -24,6 +24,7 @@ from pipeline.common.imaging import encode
 from pipeline.common.machine import available_threads
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose
+from pipeline.common.storage import require_writable
 from pipeline.model.latents import latents
 
 SETTLE_SECONDS = 0.02
@@ -48,7 +49,7 @@ def run_benchmark(
     if ckpt is None and not models:
         raise UsageError("nothing to measure: give --ckpt, --model, or both")
     threads = threads or available_threads()
-    out.mkdir(parents=True, exist_ok=True)  # an --out that cannot be written is refused before the work
+    require_writable(out)  # before the work
     settings = MeasurementSettings(rounds, turn_seconds=0.3, warm_up_blocks=200 if driver_version() else 5)
     if quick:
         settings = MeasurementSettings(rounds=5, turn_seconds=0.1, warm_up_blocks=2)

@@ -15,11 +15,11 @@ from export.format.card import (
     read_card,
     read_model,
     require_replaceable,
-    write_card,
+    write_model,
 )
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.machine import versions
-from pipeline.common.storage import is_url, locate, sha256_bytes, write_atomic
+from pipeline.common.storage import is_url, locate, require_writable, sha256_bytes
 
 if TYPE_CHECKING:
     from export.builders.parity import Reference
@@ -55,6 +55,7 @@ def export_engine(
     if options.runtime == "tensorrt-rtx" and options.timing_cache is not None:
         raise UsageError("--timing-cache: TensorRT-RTX has none; it chooses kernels on the GPU that runs the engine")
     require_builder(options.runtime)  # refuse before the minutes of an ONNX export
+    require_writable(folder)
     if reference.endswith(".onnx"):
         model, weights = _onnx_beside(reference, folder, name, precision, output, max_batch), None
     else:
@@ -114,11 +115,9 @@ def _onnx_beside(
                 f"{option} {wanted}: {reference} has {found}, and an engine has what its graph has; pass the "
                 "checkpoint as --ckpt instead, to export another graph"
             )
-    folder.mkdir(parents=True, exist_ok=True)
     model = folder / card.file
     require_replaceable(model, card.sha256, replacing=engine)
-    write_atomic(model, data)
-    write_card(str(folder), card)
+    write_model(str(folder), card, data)
     return model
 
 
@@ -178,8 +177,7 @@ def _build(
     )
     if reference is not None:
         card = card.model_copy(update={"parity": check_parity(card, serialized, str(engine), reference, parity_images)})
-    write_atomic(engine, serialized)
-    write_card(str(engine.parent), card)
+    write_model(str(engine.parent), card, serialized)
     return card
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.builders import parity
-from export.format.card import MAX_BATCH, Card, ComputePrecision, Output, Parity, Source, ports, write_card
+from export.format.card import MAX_BATCH, Card, ComputePrecision, Output, Parity, Source, ports, write_model
 from export.format.graph import DeployedGenerator
 from export.format.onnx_file import check_network, load_checked, metadata
 from export.samplers.base import Sampler
@@ -21,7 +21,7 @@ from export.samplers.open import cpu_onnx_backends
 from pipeline.checkpoints.reference import LoadedGenerator, load_generator
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.machine import available_threads, versions
-from pipeline.common.storage import sha256_bytes, write_atomic
+from pipeline.common.storage import require_writable, sha256_bytes
 from pipeline.model.networks import Generator
 
 OPSET = 20
@@ -46,7 +46,7 @@ def export_onnx(
         raise UsageError(f"--max-batch {max_batch}: expected 2 to {MAX_BATCH}")
     if not name.endswith(".onnx"):
         raise UsageError(f"--name {name}: expected a name that ends in .onnx")
-    folder.mkdir(parents=True, exist_ok=True)  # an --out that cannot be written is refused before the work
+    require_writable(folder)  # before the work
     loaded = load_generator(reference)
     data = build(loaded, precision, output, max_batch)
     z, image = ports(loaded.config, output)
@@ -64,8 +64,7 @@ def export_onnx(
     )
     proven = check_parity(loaded.generator, card, data, str(folder / name), parity_images)
     card = card.model_copy(update={"parity": proven})
-    write_atomic(folder / name, data)
-    write_card(str(folder), card)
+    write_model(str(folder), card, data)
     return card
 
 

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from export.format.card import Card, read_model, write_card
+from export.format.card import Card, card_json, card_name, read_model
 from export.format.onnx_file import check_network, load_checked
 from pipeline.common.errors import DataError, UnavailableError, UsageError
-from pipeline.common.storage import write_atomic
+from pipeline.common.storage import Store
 
 TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8"}
 VERSION_FOLDER = "1"
@@ -40,13 +40,14 @@ def export_repository(
         )
     text = make_config(card, name, instances, max_queue_delay_microseconds)
     check_config(text, card)
-    folder = repository / name / VERSION_FOLDER
     file = "model.plan" if card.engine else "model.onnx"
-    write_atomic(folder / file, data)
-    write_card(str(folder), card.model_copy(update={"file": file}))
-    path = repository / name / "config.pbtxt"
-    write_atomic(path, text)
-    return path
+    files = {
+        f"{VERSION_FOLDER}/{file}": data,
+        f"{VERSION_FOLDER}/{card_name(file)}": card_json(card.model_copy(update={"file": file})),
+        "config.pbtxt": text.encode(),
+    }
+    Store(repository / name).write_all(files)
+    return repository / name / "config.pbtxt"
 
 
 def make_config(card: Card, name: str, instances: int, max_queue_delay_microseconds: int) -> str:

@@ -138,9 +138,19 @@ def beside(model: str, name: str) -> str:
     return f"{folder}{slash}{name}"
 
 
+def card_json(card: Card) -> bytes:
+    """Return the content of a card's file."""
+    return (card.model_dump_json(indent=2) + "\n").encode()
+
+
 def write_card(folder: str, card: Card) -> None:
-    """Write `card` beside its model, after the model: a model without a card is an unfinished export."""
-    Store(folder).write(card_name(card.file), (card.model_dump_json(indent=2) + "\n").encode())
+    """Write `card` into the folder of its model, which is there."""
+    Store(folder).write(card_name(card.file), card_json(card))
+
+
+def write_model(folder: str, card: Card, data: bytes) -> None:
+    """Write the model `data` into `folder`, a path or URL, and then its card: without one, an export is unfinished."""
+    Store(folder).write_all({card.file: data, card_name(card.file): card_json(card)})
 
 
 def read_card(model: str) -> Card:
@@ -205,6 +215,5 @@ def require_replaceable(model: Path, sha256: str | None, *, replacing: str) -> N
 def copy_model(model: str, folder: str) -> Card:
     """Copy `model` and then its card, checked against each other, into `folder`, a path or URL. Return the card."""
     card, data = read_model(model)
-    Store(folder).write(card.file, data)
-    write_card(folder, card)
+    write_model(folder, card, data)
     return card

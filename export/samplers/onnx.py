@@ -12,6 +12,7 @@ from export.format.driver import driver_version
 from export.samplers.base import Sampler
 from pipeline.common.errors import DataError, UnavailableError
 from pipeline.common.imaging import to_pixels
+from pipeline.common.machine import use_no_signal_stack
 
 CPU = "CPUExecutionProvider"
 PROVIDERS = {
@@ -174,6 +175,7 @@ class OpenVinoSampler(_OnnxSampler):
         except RuntimeError as error:
             line = str(error).strip().splitlines()[-1]
             raise DataError(f"{model}: OpenVINO cannot load it: {line}; export it again") from None
+        use_no_signal_stack()  # compiling has set one
         self.provider = f"OpenVINO {compiled.get_property('EXECUTION_DEVICES')[0]}"
         self._requests = [compiled.create_infer_request() for _ in range(pieces)]
         self._block = np.zeros((pieces * self._rows, card.network.latent_dim), np.float32)

@@ -185,11 +185,10 @@ class CheckpointStore:
         name = f"{images_seen:012d}"
         self.store.delete(self._name(name, STATE))  # a damaged one at this position must not commit half new files
         self.store.remove_abandoned(self._name(name))
-        for file, data in files.items():
-            self.store.write(self._name(name, file), data)
         hashes = {file: sha256_bytes(data) for file, data in files.items()}
         content = {"version": VERSION, "images_seen": images_seen, **state, "files": hashes}
-        self.store.write(self._name(name, STATE), (json.dumps(content, indent=1) + "\n").encode())
+        whole = {**files, STATE: (json.dumps(content, indent=1) + "\n").encode()}
+        self.store.write_all({self._name(name, file): data for file, data in whole.items()})
         return name
 
     def discard_after(self, images_seen: int) -> None:

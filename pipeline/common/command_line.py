@@ -4,12 +4,15 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
 
 from pipeline.common.errors import Stopped, UnavailableError, UserError, describe_os_error
+from pipeline.common.machine import use_no_signal_stack
 
 DISTRIBUTION = "dcgan-pipeline"
 """Name of the installed package; pyproject.toml holds its version, and nothing else does."""
@@ -67,8 +70,10 @@ def run_command(command: Callable[[], object]) -> None:
     `UserError` and `OSError` become one line on standard error; anything else is a bug of ours and keeps
     its traceback. Set `DCGAN_TRACEBACK=1` to see the traceback of user errors as well.
     """
+    use_no_signal_stack()
     try:
-        command()
+        with _stop_by_exception():
+            command()
     except SystemExit as end:  # typer's, after success as well
         exit_with(end.code if isinstance(end.code, int) else int(end.code is not None))
     except (UserError, OSError) as error:
@@ -77,9 +82,37 @@ def run_command(command: Callable[[], object]) -> None:
         known = describe_os_error(error) if isinstance(error, OSError) else error
         print(f"{'stopped' if isinstance(known, Stopped) else 'error'}: {known}", file=sys.stderr)
         exit_with(known.exit_code)
+    except _Terminated:
+        print("stopped: what is finished is kept; run the same command again to resume", file=sys.stderr)
+        exit_with(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         print("interrupted: run the same command again to resume", file=sys.stderr)
         exit_with(128 + signal.SIGINT)
+
+
+class _Terminated(BaseException):
+    """SIGTERM. No Exception, as KeyboardInterrupt is none: who handles a bad picture must not take it for one."""
+
+
+@contextmanager
+def _stop_by_exception() -> Iterator[None]:
+    """Let SIGTERM raise _Terminated, as Ctrl-C raises KeyboardInterrupt: else it would leave what is half-written.
+
+    Not where several processes work together: one that waits for its peers would not end. And not over the handler
+    of a program that has its own.
+    """
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1") or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def exit_with(code: int) -> NoReturn:

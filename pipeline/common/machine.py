@@ -1,7 +1,9 @@
 """What this process may use of its machine, and which versions it runs."""
 
+import ctypes
 import os
 import platform
+import sys
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +26,25 @@ def available_threads() -> int:
     """Return OMP_NUM_THREADS where it is set, else the available cores."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return int(wanted) if wanted.isdigit() and int(wanted) else available_cores()
+
+
+class SignalStack(ctypes.Structure):
+    """stack_t of Linux."""
+
+    _fields_ = [("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+NO_SIGNAL_STACK = 2  # SS_DISABLE
+
+
+def use_no_signal_stack() -> None:
+    """Let signal handlers run on this thread's ordinary stack, whatever alternate stack a library has set.
+
+    OpenVINO's has 12 kB, as faulthandler's has: too few where AMX is in use, and the first signal that Python handles
+    (Ctrl-C, SIGTERM) would be a segmentation fault.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(SignalStack(None, NO_SIGNAL_STACK, 0)), None)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -12,8 +12,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -57,26 +57,35 @@ def is_url(location: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it."""
-    make_directory(path.parent)
-    handle, name = _temporary(path)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~UMASK)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(handle)
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it.
+
+    Folders that are missing are made, and go with it: an error leaves nothing.
+    """
+    with made_directory(path.parent):
+        handle, name = _temporary(path)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~UMASK)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(handle)
 
 
 def _temporary(path: Path) -> tuple[int, str]:
     """Return a new file beside `path`, locked for as long as its descriptor is open: `remove_abandoned` spares it."""
     while True:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
+        try:
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
+        except FileNotFoundError:  # another writer made the folder, failed, and has just removed it again
+            if path.parent.is_dir():
+                raise
+            make_directory(path.parent)
+            continue
         with suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         if os.fstat(handle).st_nlink:
@@ -108,12 +117,59 @@ def write_atomic(path: Path, data: bytes | str | Iterable[bytes | memoryview]) -
                     rest = rest[file.write(rest) :]
 
 
-def make_directory(path: Path) -> None:
-    """Create `path` and its parents so that they outlive a crash: a file is safe only when its folders are."""
-    if not path.is_dir():
-        make_directory(path.parent)
+def make_directory(path: Path) -> list[Path]:
+    """Create `path` and its parents so that they outlive a crash: a file is safe only when its folders are.
+
+    Returns those that were missing, the innermost first. An error leaves none of them.
+    """
+    if path.is_dir():
+        return []
+    made = make_directory(path.parent)
+    try:
         path.mkdir(exist_ok=True)
         fsync_directory(path.parent)
+    except BaseException:
+        remove_empty(path, *made)
+        raise
+    return [path, *made]
+
+
+def remove_empty(*folders: Path) -> None:
+    """Remove those of `folders` that are there and empty, in this order."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
+def made_directory(path: Path) -> Iterator[None]:
+    """Create `path` and its parents; after an error, remove again those that were missing and are still empty."""
+    made = make_directory(path)
+    try:
+        yield
+    except BaseException:
+        remove_empty(*made)
+        raise
+
+
+def require_writable(location: str | os.PathLike[str]) -> None:
+    """Raise what writing into the folder `location` would raise, before the work; leave nothing there.
+
+    The folder need not exist. Whether an object store can be written shows only in the first write.
+    """
+    if is_url(location := os.fspath(location).removeprefix("file://")):
+        if location.startswith(("http://", "https://")):
+            raise UsageError(f"{location}: an http server is only read; choose a folder, s3:// or gs://")
+        return
+    path = Path(location)
+    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # without a name, where the system supports that
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def fsync_directory(path: Path) -> None:
@@ -154,6 +210,8 @@ def public_name(location: str | os.PathLike[str]) -> str:
     Of a path that is the last part; of a URL everything but user, password and query.
     """
     text = os.fspath(location)
+    if "::" in text:  # a shard specification of several
+        return "::".join(map(public_name, text.split("::")))
     if "://" in text and not text.startswith("file://"):
         with suppress(ValueError):
             parts = urlsplit(text)
@@ -306,6 +364,29 @@ class Store:
         else:
             write_atomic(self.writable(name), data)
 
+    @contextmanager
+    def made(self, folder: str = "") -> Iterator[None]:
+        """Make `folder`; after an error, remove it again if it was missing and is empty. A store has no folders."""
+        with nullcontext() if self.remote else made_directory(Path(self.location) / folder):
+            yield
+
+    def write_all(self, files: Mapping[str, bytes | Sequence[bytes | memoryview]]) -> None:
+        """Write files of which the last commits the others. After an error, those that are new do not stay on a disk.
+
+        In an object store they do: one that fails would fail for minutes more.
+        """
+        with ExitStack() as stack:
+            for folder in dict.fromkeys(name.rpartition("/")[0] for name in files):
+                stack.enter_context(self.made(folder))
+            new = [name for name in files if not self.remote and not self.exists(name)]
+            try:
+                for name, data in files.items():
+                    self.write(name, data)
+            except BaseException:
+                for name in new:
+                    self.delete(name)
+                raise
+
     def exists(self, name: str) -> bool:
         """Whether `name` is there."""
         _refuse_path(name, self.location)
@@ -330,8 +411,9 @@ class Store:
         """Return the names of the files and folders in `folder`, sorted; empty if there is no such folder."""
         _refuse_path(folder, self.location)
         if not self.remote:
-            here = Path(self.location) / folder
-            return sorted(entry.name for entry in here.iterdir()) if here.is_dir() else []
+            with suppress(FileNotFoundError, NotADirectoryError):
+                return sorted(os.listdir(Path(self.location) / folder))
+            return []
 
         def listing() -> list[str]:
             try:
@@ -343,6 +425,26 @@ class Store:
             return sorted(name for name in names if name not in ("", ".", ".."))
 
         return self._retry(folder, listing)
+
+    def sizes(self) -> dict[str, int | None]:
+        """Return the bytes of each file by its name, of one listing; None where the store does not say."""
+        if not self.remote:
+            sizes: dict[str, int | None] = {}
+            for path in Path(self.location).iterdir() if Path(self.location).is_dir() else ():
+                with suppress(FileNotFoundError):  # gone meanwhile
+                    sizes |= {path.name: path.stat().st_size} if path.is_file() else {}
+            return sizes
+
+        def listing() -> dict[str, int | None]:
+            try:
+                self._fs.invalidate_cache()
+                found = self._fs.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return {}
+            files = [entry for entry in found if entry["type"] != "directory"]
+            return {entry["name"].rsplit("/", 1)[-1]: entry.get("size") for entry in files}
+
+        return self._retry("", listing)
 
     def find(self, folder: str = "") -> list[tuple[str, int]]:
         """Return (name, bytes) of all files below `folder` of an object store, sorted; 0 bytes where unknown."""

@@ -1,5 +1,6 @@
 """dcgan-data: builds, checks and shows data sets."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -226,6 +227,28 @@ def merge(
         command.report(indexer.merge(out, parts or [], max_bad=max_bad))
     else:
         report(builder.merge(out, parts or [], max_bad=max_bad))
+
+
+@app.command()
+def clear(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a data set, or of an unfinished build.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove a data set or an unfinished build. Only what a build or dedup wrote goes; other files stay."""
+    from pipeline.data.build.clear import clear as remove
+    from pipeline.data.build.clear import describe, find_builds
+
+    places = find_builds(out)
+    for place in places:
+        what = describe(place)
+        if not yes and not sys.stdin.isatty():
+            raise UsageError(f"{what}: nobody is there to be asked; add --yes to remove it")
+        if not yes and not typer.confirm(f"Remove {what}?"):
+            raise UsageError(f"{place}: not removed")
+        remove(place, out)
+        print(f"removed {what}")
+    if not places:
+        print(f"{out}: nothing to remove")
 
 
 @app.command()

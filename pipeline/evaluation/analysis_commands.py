@@ -31,12 +31,13 @@ def classifier(
     epochs: Annotated[int, typer.Option(help="Passes over the data.", min=1)] = 12,
 ) -> None:
     """Train the attribute classifier on labeled images, and report its accuracy on held-out ones."""
+    folder = output_folder(out, None)
     from pipeline.evaluation.classifier_training import make_classifier
     from pipeline.evaluation.inputs import data_set
 
-    heads = make_classifier(data_set(data), out, seed=seed, epochs=epochs).heads
+    heads = make_classifier(data_set(data), folder, seed=seed, epochs=epochs).heads
     scores = {name: head.score for name, head in heads.items()}
-    show(scores, out, "classifier")
+    show(scores, folder, "classifier")
 
 
 @commands.command()

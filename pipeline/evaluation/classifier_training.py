@@ -1,5 +1,6 @@
 """How the attribute classifier is trained on a labeled data set, scored on held-out images, and kept for reuse."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,10 +30,11 @@ HELD_OUT = 0.2
 """Share of the images that the classifier is scored on, not trained on."""
 
 
-def get_classifier(reference: str | None, data: str | None, out: Path) -> Classifier:
+def get_classifier(reference: str | None, data: str | None, out: Path, *, attributes: Iterable[str] = ()) -> Classifier:
     """Return the classifier that `--classifier` names, else the one in `out`, else a new one trained on `data`.
 
-    One in `out` that was trained on another data set is trained anew.
+    One in `out` that was trained on another data set is trained anew. Raises UsageError before the training when the
+    data set has no label for one of `attributes`.
     """
     if reference is not None:
         return load_classifier(reference)
@@ -44,6 +46,13 @@ def get_classifier(reference: str | None, data: str | None, out: Path) -> Classi
             return classifier
     if dataset is None:
         raise UsageError("no classifier: give --classifier FILE, or a labeled --data set to train one on")
+    learned = [name for name, kind in dataset.labels.items() if kind in ("bool", "float")]
+    for name in attributes:
+        if name not in learned:
+            raise UsageError(
+                f"attribute {name!r}: a classifier trained on {dataset.location} would not predict it; it would "
+                f"predict {', '.join(learned) or 'nothing'}"
+            )
     return make_classifier(dataset, out, seed=0)
 
 

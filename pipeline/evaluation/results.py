@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.records import first_problem, parse_json
-from pipeline.common.storage import write_atomic
+from pipeline.common.storage import Store, require_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ class _Stored(BaseModel):
 
 @dataclass
 class Result:
-    """The result of one command, written to OUT/NAME.json and OUT/NAME*.png."""
+    """The result of one command: OUT/NAME.json and OUT/NAME*.png, which `write` writes, and nothing before it."""
 
     name: str
     out: Path
@@ -59,23 +59,24 @@ class Result:
     settings: dict[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
     pictures: list[dict[str, str]] = field(default_factory=list)
+    _files: dict[str, bytes] = field(default_factory=dict)
 
     def picture(self, image: "Pixels", caption: str, suffix: str = "") -> None:
-        """Write a picture (height, width, channels) beside the JSON."""
-        from pipeline.common.imaging import save_png
+        """Add a picture (height, width, channels)."""
+        from pipeline.common.imaging import encode
 
-        save_png(self._add(caption, suffix), image)
+        self._add(encode(image, "png"), caption, suffix)
 
     def chart(self, chart: "Figure", caption: str, suffix: str = "") -> None:
-        """Write a matplotlib figure beside the JSON."""
+        """Add a matplotlib figure."""
         buffer = io.BytesIO()
         chart.savefig(buffer, format="png", dpi=110)
-        write_atomic(self._add(caption, suffix), buffer.getvalue())
+        self._add(buffer.getvalue(), caption, suffix)
 
-    def _add(self, caption: str, suffix: str) -> Path:
+    def _add(self, png: bytes, caption: str, suffix: str) -> None:
         name = f"{self.name}{suffix}.png"
         self.pictures.append({"file": name, "caption": caption})
-        return self.out / name
+        self._files[name] = png
 
     def write(
         self,
@@ -86,7 +87,7 @@ class Result:
         table: list[list[Any]] | None = None,
         published: list[dict[str, Any]] | None = None,
     ) -> Path:
-        """Write the JSON, after all pictures, and return its path.
+        """Write all pictures and then the JSON, and return its path.
 
         `summary` is the outcome in a sentence; `table` (first row: headings) is what the report shows of it.
         """
@@ -105,18 +106,22 @@ class Result:
             "versions": {name: _version(name) for name in ("dcgan-pipeline", "torch", "numpy")},
         }
         path = self.out / f"{self.name}.json"
-        write_atomic(path, json.dumps(content, indent=1) + "\n")
+        Store(self.out).write_all({**self._files, path.name: (json.dumps(content, indent=1) + "\n").encode()})
         return path
 
 
 def output_folder(out: Path | None, ckpt: str | None) -> Path:
-    """Return `out`, or RUN/evaluation when `ckpt` names a run directory on this disk. Else raises UsageError."""
-    if out is not None:
-        return out
+    """Return `out`, or RUN/evaluation when `ckpt` names a run directory on this disk. Else raises UsageError.
+
+    Raises OSError when the folder cannot be written.
+    """
     run = Path((ckpt or "").partition("@")[0])
-    if ckpt and (run / "config.json").is_file():
-        return run / FOLDER
-    raise UsageError("--out is missing: name a folder for the results (only a run directory has a default)")
+    if out is None and ckpt and (run / "config.json").is_file():
+        out = run / FOLDER
+    if out is None:
+        raise UsageError("--out is missing: name a folder for the results (only a run directory has a default)")
+    require_writable(out)
+    return out
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -18,7 +19,15 @@ from typing import IO, TYPE_CHECKING, Any
 from pipeline.common.errors import DataError, TryAgainError
 from pipeline.common.machine import available_cores
 from pipeline.common.records import LARGEST, parse_json
-from pipeline.common.storage import Store, is_url, locate, make_directory, remove_abandoned, write_atomic
+from pipeline.common.storage import (
+    Store,
+    is_url,
+    locate,
+    make_directory,
+    remove_abandoned,
+    remove_empty,
+    write_atomic,
+)
 from pipeline.config import NetworkConfig
 from pipeline.data.dataset import DATASET_FILE
 from pipeline.data.index.indexer import REMOTE_TARS, make_index
@@ -35,6 +44,9 @@ INDEX = "index"
 LOCK_PATIENCE_SECONDS = 30.0
 LOCATION = ".data"
 """The file that says where the run's data set lies. It belongs to this machine: nothing copies or publishes it."""
+FILES = (LOCATION, "log.txt", "config.json", "metrics.jsonl", "timing.jsonl")
+FOLDERS = ("samples", "tensorboard")
+"""What a run writes besides its checkpoints."""
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +94,10 @@ def _estimate_seconds(tars: list[str]) -> float:
 
 
 class RunDirectory:
-    """Owned by the main process of a run. `metrics.jsonl` follows from position; `timing.jsonl` does not."""
+    """Owned by the main process of a run. `metrics.jsonl` follows from position; `timing.jsonl` does not.
+
+    A run exists from its first record on. What fails before that leaves no file or folder that was not there.
+    """
 
     def __init__(self, path: Path, location: str = "") -> None:
         """`location` is the data set's, a path or a URL."""
@@ -90,13 +105,21 @@ class RunDirectory:
         self._location = location if "://" in location else str(Path(location).resolve())
         self.metrics = path / "metrics.jsonl"
         self.timing = path / "timing.jsonl"
-        make_directory(path)
-        for name in (".lock", LOCATION, "log.txt", "metrics.jsonl", "timing.jsonl", "samples", "tensorboard"):
-            Store(path).inside(name)  # a run directory of others may link what this writes to files of ours
-        self._lock = _lock(path / ".lock")
+        self._new = make_directory(path)
+        try:
+            for name in (".lock", *FILES, *FOLDERS):
+                Store(path).inside(name)  # a run directory of others may link what this writes to files of ours
+            self._lock = _lock(path / ".lock")
+            early = [path / name for name in (*FILES, *FOLDERS, "checkpoints")]
+            unsigned = [path / ".lock"] if not os.fstat(self._lock.fileno()).st_size else []
+            self._new = unsigned + [entry for entry in early if not entry.exists()] + self._new
+            _sign(self._lock)
+        except BaseException:
+            self._withdraw()
+            raise
         for folder in (path, path / "samples"):
             remove_abandoned(folder)
-        self._log = logging.FileHandler(path / "log.txt")
+        self._log = logging.FileHandler(path / "log.txt", delay=True)
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("pipeline").addHandler(self._log)
         self._board: Any = None
@@ -132,6 +155,7 @@ class RunDirectory:
         """Append values that follow from position to metrics.jsonl, rates and times to timing.jsonl."""
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON knows no NaN
         _append(self.metrics, {"images": images_seen, **values})
+        self._new = []
         if timing is not None:
             _append(self.timing, {"images": images_seen, "time": round(time.time(), 3), **timing})
         if self._board is not None:
@@ -150,7 +174,20 @@ class RunDirectory:
             self._board.close()
         logging.getLogger("pipeline").removeHandler(self._log)
         self._log.close()
+        self._withdraw()
         self._lock.close()
+
+    def _withdraw(self) -> None:
+        """Remove what this start has made, unless a run has come of it."""
+        if any(self.path.glob("checkpoints/*/state.json")):  # saved before the first record, or from the mirror
+            return
+        for entry in self._new:
+            if entry.parent == self.path and entry.name in FOLDERS:
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.is_file():
+                entry.unlink(missing_ok=True)
+            else:
+                remove_empty(entry)
 
 
 def known_location(run: Path, config: dict[str, Any]) -> str | None:
@@ -184,18 +221,21 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 
 def _lock(path: Path) -> IO[str]:
     """Take the run's lock, waiting a little for a trainer that is about to exit."""
-    file = path.open("a+")
     give_up = time.monotonic() + LOCK_PATIENCE_SECONDS
     waiting = False
     while True:
+        make_directory(path.parent)  # the holder may have withdrawn, and the folder with it
+        file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            if os.fstat(file.fileno()).st_nlink:
+                break
+            file.close()
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
+            file.close()
             if time.monotonic() > give_up:
-                file.close()
                 raise TryAgainError(
                     f"{path.parent}: {holder} is training this run; stop it, or choose another --out"
                 ) from None
@@ -203,8 +243,12 @@ def _lock(path: Path) -> IO[str]:
                 print(f"{path.parent}: waiting for {holder} to finish", file=sys.stderr, flush=True)
                 waiting = True
             time.sleep(0.5)
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
     return file
+
+
+def _sign(lock: IO[str]) -> None:
+    """Say in the lock's file who holds it."""
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()

@@ -190,9 +190,10 @@ def test_a_damaged_shard_is_made_again_on_resume(run: Run, tmp_path: Path, model
     run(*options, "--part", "0/2")
     shard = min(tmp_path.glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    run(*options, "--part", "1/2")  # sees that all records are there; the cut shard shows in the next run
-    _, error = run("merge", tmp_path, code=65)
-    assert shard.name in error
+    _, error = run(*options, "--part", "1/2", code=65)  # would be the last: all records are there
+    assert f"{shard.name}: " in error
+    assert not (tmp_path / "dataset.json").exists()
+    run("merge", tmp_path, code=75)
     run(*options, "--part", "0/2")
     assert files(tmp_path) == files(whole)
 
@@ -231,6 +232,45 @@ def test_merge_removes_what_killed_parts_left_behind(run: Run, tmp_path: Path, m
     run("merge", tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"manifest.json", "dataset.json", "notes.txt", *(s.name for s in open_dataset(tmp_path).shards)}
+
+
+@pytest.mark.parametrize("fault", ["missing", "short", "foreign"])
+def test_what_a_listing_contradicts_is_not_committed(run: Run, tmp_path: Path, model: str, fault: str) -> None:
+    """Neither by the part that ends last nor by a quick merge; the same command makes again what is missing."""
+    out = tmp_path / "out"
+    options = ["--model", model, "--count", 300, "--shard-images", 96]
+    run(*options, "--out", tmp_path / "whole")
+    run(*options, "--out", out, "--part", "0/2")
+    shard = min(out.glob("*.tar"))
+    data = shard.read_bytes()
+
+    def hurt() -> Path:
+        if fault == "foreign":
+            (out / "samples-000000000500-0123456789ab.tar").write_bytes(b"of another generation")
+            return out / "samples-000000000500-0123456789ab.tar"
+        shard.unlink()
+        if fault == "short":
+            shard.write_bytes(data[:-1])
+        return shard
+
+    named = hurt()
+    _, error = run(*options, "--out", out, "--part", "1/2", code=65)
+    assert f"error: {named}: " in error
+    assert not (out / "dataset.json").exists()
+    assert not (out / "manifest.json").exists()
+    if fault == "foreign":
+        named.unlink()
+    run(*options, "--out", out, "--part", "0/2")
+    assert files(out) == files(tmp_path / "whole")
+    named = hurt()
+    _, error = run("merge", out, "--quick", code=65)
+    assert f"error: {named}: " in error
+    assert (out / "dataset.json").exists() is (fault == "foreign")
+    if fault == "foreign":
+        named.unlink()
+    run(*options, "--out", out)
+    run("merge", out)
+    assert files(out) == files(tmp_path / "whole")
 
 
 def test_two_writers_of_the_same_part_do_no_harm(

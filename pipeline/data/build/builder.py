@@ -5,8 +5,9 @@ and then the records are removed. Without dataset.json there is no data set.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ from pipeline.common.progress import Progress
 from pipeline.common.records import first_problem
 from pipeline.common.storage import Store, is_url, public_name
 from pipeline.common.telemetry import Telemetry
+from pipeline.data.build.clear import clear
 from pipeline.data.build.options import DEFAULT_MAX_BAD
 from pipeline.data.build.plan import PlannedBuild
 from pipeline.data.build.process_pool import run_tasks
@@ -32,10 +34,8 @@ from pipeline.data.build.state import (
     built_as,
     compare,
     finish_clearing,
-    finished_groups,
     group_name,
     identity,
-    read_group,
     read_groups,
     read_state,
     refuse_foreign,
@@ -43,6 +43,7 @@ from pipeline.data.build.state import (
     tidy,
 )
 from pipeline.data.build.transform import Recipe, Skipped
+from pipeline.data.commit import require_recorded
 from pipeline.data.dataset import DATASET_FILE, Dataset, LabelType, Shard, dump_dataset, open_dataset
 from pipeline.data.shard_reader import read_shard
 from pipeline.data.shard_writer import ShardWriter, write_shard
@@ -156,92 +157,111 @@ def run(
         lost=dict(listing.refused.unnamed),
         damaged=listing.damaged,
     )
-    if not store.exists(STATE_FILE):
-        store.write(STATE_FILE, state.model_dump_json().encode())
     part = part or Partition()
     mine = part.slice(plan.groups)
-    present = set(store.names(STATE_FOLDER))
-    todo = [index for index in mine if f"{index:06d}.json" not in present]
     remote = any(is_url(file) for file in listing.files or [location])
     builder = Builder(source, recipe, plan.labels, plan.shard_bytes, out, remote)
-    tasks = [Task(index, build.group(index)) for index in todo]
+    metrics = telemetry or Telemetry("build", run=out, part=str(part))
+    with store.made():
+        if not store.exists(STATE_FILE):
+            store.write(STATE_FILE, state.model_dump_json().encode())
+        try:
+            _build_groups(builder, build, mine, listing, workers, max_bad, metrics)
+        finally:  # workers are stopped in the middle of a file
+            for folder in ("", STATE_FOLDER):
+                store.remove_abandoned(folder)
+        state, groups = read_state(store), read_groups(store, mine)
+        if part.count > 1:
+            _check_groups(state, groups, mine, max_bad, out)
+            _check_shards(store, groups, alone=False)  # the other parts may be at work in the same folder
+            return None
+        if not any(group.shards for group in groups.values()):
+            clear(out, out)  # nothing is worth keeping, and what follows refuses
+        return _finish(store, state, groups, max_bad)
+
+
+def _build_groups(
+    builder: Builder,
+    build: PlannedBuild,
+    mine: range,
+    listing: Listing,
+    workers: int,
+    max_bad: float | None,
+    metrics: Telemetry,
+) -> None:
+    """Build those of the groups `mine` that have no record yet, or fewer when too many pictures are unusable."""
+    present = set(Store(builder.out).names(STATE_FOLDER))
+    tasks = [Task(index, build.group(index)) for index in mine if f"{index:06d}.json" not in present]
     total = sum(len(build.group(index)) for index in mine)
     done = total - sum(len(task.items) for task in tasks)
-    metrics = telemetry or Telemetry("build", run=out, part=str(part))
-    metrics.set("dcgan_build_info", 1, source=plan.source["kind"], encoding=recipe.encoding)
+    metrics.set("dcgan_build_info", 1, source=build.plan.source["kind"], encoding=builder.recipe.encoding)
     metrics.add("dcgan_build_target_images", total)
     metrics.add("dcgan_build_skipped_images_total", done)
     metrics.set("dcgan_build_last_shard_timestamp_seconds", time.time())
-    with Progress("building", total, "pictures", done=done) as progress:
-        bad = listing.refused.count
-        for built in run_tasks(builder.build, tasks, workers):
+    bad = listing.refused.count
+    with (
+        Progress("building", total, "pictures", done=done) as progress,
+        closing(run_tasks(builder.build, tasks, workers)) as finished,
+    ):
+        for built in finished:
             progress.advance(built.pictures)
             metrics.add("dcgan_build_images_total", built.pictures - built.refused)
             metrics.add("dcgan_build_refused_images_total", built.refused)
             metrics.add("dcgan_build_written_bytes_total", built.bytes)
             metrics.set("dcgan_build_last_shard_timestamp_seconds", time.time())
             bad += built.refused
-            if bad > _share(max_bad) * (plan.pictures + listing.refused.count):
-                break  # the check below raises
-    if part.count > 1:
-        built_here = read_groups(store, mine)
-        _check_refusals(_refusals(state, built_here.values()), state, max_bad, out)
-        return None
-    return finish(out, max_bad=max_bad)
+            if bad > _share(max_bad) * (build.plan.pictures + listing.refused.count):
+                return  # the checks of the caller raise
 
 
-def merge(out: str, parts: Iterable[str], *, max_bad: float | None = None) -> Dataset:
+def merge(out: str, parts: Sequence[str], *, max_bad: float | None = None) -> Dataset:
     """Join the parts of a build in `out` and finish the data set. `out` may itself hold parts.
 
     Raises ConfigConflict when `out` or a part belongs to another build, DataError when a part is missing or damaged.
+    Parts that do not make a whole are refused before one is copied.
     """
     target = Store(out)
     finished = open_dataset(target) if target.exists(DATASET_FILE) else None
     if finished is None:
         refuse_foreign(out)
         finish_clearing(out)
-    for location in parts:
-        store = Store(location)
+    state = read_state(target) if finished is None and target.exists(STATE_FILE) else None
+    stores = [Store(location) for location in parts]
+    for location, store in zip(parts, stores, strict=True):
         if not store.exists(STATE_FILE):
             raise DataError(f"{location}: holds no part of a build; expected the OUT of `dcgan-data build … --part`")
-        plan = identity(read_state(store).plan)
+        part = read_state(store)
         if finished is not None:
-            compare(plan, built_as(finished), out, "choose another OUT")
-            continue
-        if target.exists(STATE_FILE):
-            compare(plan, identity(read_state(target).plan), out, f"{location} is not a part of that build")
+            compare(identity(part.plan), built_as(finished), out, "choose another OUT")
         else:
-            target.write(STATE_FILE, store.read(STATE_FILE))
-        present = set(finished_groups(target))
-        for index in finished_groups(store):
-            if index in present:
-                continue
-            group = read_group(store, index)
-            for shard in group.shards:
-                target.write(shard.name, read_shard(store, shard))
-            target.write(group_name(index), group.model_dump_json().encode())
+            state = state or part
+            compare(identity(part.plan), identity(state.plan), out, f"{location} is not a part of that build")
     if finished is not None:
         tidy(target)  # the merge before may have been killed just before this
         return finished
-    if not target.exists(STATE_FILE):
+    if state is None:
         raise DataError(f"{out}: holds no part of a build; name the folders of the parts: merge OUT PART0 PART1 …")
-    return finish(out, max_bad=max_bad)
+    everything = range(state.plan.groups)
+    groups, origins = read_groups(target, everything), dict[int, Store]()
+    for store in stores:
+        new = {index: group for index, group in read_groups(store, everything).items() if index not in groups}
+        groups |= new
+        origins |= dict.fromkeys(new, store)
+    groups = dict(sorted(groups.items()))
+    _check_groups(state, groups, everything, max_bad, out)
+    if not target.exists(STATE_FILE):
+        target.write(STATE_FILE, state.model_dump_json().encode())
+    for index, store in origins.items():
+        for shard in groups[index].shards:
+            target.write(shard.name, read_shard(store, shard))
+        target.write(group_name(index), groups[index].model_dump_json().encode())
+    return _finish(target, state, groups, max_bad)
 
 
-def finish(out: str, *, max_bad: float | None) -> Dataset:
+def _finish(store: Store, state: BuildState, groups: dict[int, Group], max_bad: float | None) -> Dataset:
     """Write dataset.json from the records of all groups; remove the records. Raises DataError when some are missing."""
-    store = Store(out)
-    state = read_state(store)
     plan = state.plan
-    groups = read_groups(store, range(plan.groups))
-    refused = _refusals(state, groups.values())
-    _check_refusals(refused, state, max_bad, out)
-    if missing := plan.groups - len(groups):
-        first = next(index for index in range(plan.groups) if index not in groups)
-        raise DataError(
-            f"{out}: {missing} of {plan.groups} groups are missing (the first is {first}); "
-            "build the missing parts, then merge again"
-        )
+    refused = _check_groups(state, groups, range(plan.groups), max_bad, store.location)
     shards = [shard for group in groups.values() for shard in group.shards]
     skipped = sorted(entry for group in groups.values() for entry in group.skipped)
     if not shards:
@@ -261,6 +281,7 @@ def finish(out: str, *, max_bad: float | None) -> Dataset:
         ).at(store)
     except ValidationError as error:
         raise DataError(f"{store.path(STATE_FILE)}: its plan is damaged: {first_problem(error)}; {HINT}") from None
+    _check_shards(store, groups, alone=True)
     for name, entries in ((REFUSED, sorted(refused.entries)), (SKIPPED, skipped)):
         if entries:
             lines = (f"{escaped(key)}\t{escaped(reason)}\n" for key, reason in entries)
@@ -268,6 +289,41 @@ def finish(out: str, *, max_bad: float | None) -> Dataset:
     store.write(DATASET_FILE, dump_dataset(dataset))
     tidy(store)
     return dataset
+
+
+def _check_groups(
+    state: BuildState, groups: dict[int, Group], wanted: range, max_bad: float | None, out: str
+) -> RefusalLog:
+    """Return all refusals. Raises DataError when they are too many, or when a wanted group has no record."""
+    refused = _refusals(state, groups.values())
+    _check_refusals(refused, state, max_bad)
+    if missing := len(wanted) - len(groups):  # of a damaged plan there may be too many to list
+        first = next(index for index in wanted if index not in groups)
+        raise DataError(
+            f"{out}: {missing} of {len(wanted)} groups are missing (the first is {first}); "
+            "build the missing parts, then merge again"
+        )
+    return refused
+
+
+def _check_shards(store: Store, groups: dict[int, Group], *, alone: bool) -> None:
+    """Raise DataError unless the shards of `groups`, and where they are `alone` no others, are in `store`.
+
+    The next build makes those that are not there again.
+    """
+
+    def forget(lost: set[str]) -> None:
+        for index, group in groups.items():
+            if lost & {shard.name for shard in group.shards}:
+                store.delete(group_name(index))
+
+    require_recorded(
+        store,
+        (shard for group in groups.values() for shard in group.shards),
+        forget=forget,
+        spare=lambda name: not alone,
+        advice="build again with the same options (and --part): what is missing is made again, the rest is kept",
+    )
 
 
 def _share(max_bad: float | None) -> float:
@@ -283,7 +339,7 @@ def _refusals(state: BuildState, groups: Iterable[Group]) -> RefusalLog:
     return log
 
 
-def _check_refusals(refused: RefusalLog, state: BuildState, max_bad: float | None, out: str) -> None:
+def _check_refusals(refused: RefusalLog, state: BuildState, max_bad: float | None) -> None:
     """Raise DataError when too many pictures cannot be used."""
     pictures = state.plan.pictures + len(state.refused) + sum(state.lost.values())
     share = refused.count / pictures
@@ -292,9 +348,7 @@ def _check_refusals(refused: RefusalLog, state: BuildState, max_bad: float | Non
     what = "; ".join(filter(None, (names, lost)))
     advice = "repair the source, or accept them with --max-bad"
     if state.damaged and max_bad is None:
-        raise DataError(
-            f"{state.location}: {what}. {advice} {share + 0.0005:.3f} (what can be read is already in {out})"
-        )
+        raise DataError(f"{state.location}: {what}. {advice} {share + 0.0005:.3f} (what could be read is kept)")
     if share > _share(max_bad):
         raise DataError(
             f"{state.location}: {refused.count:,} of {pictures:,} pictures cannot be used, more than "

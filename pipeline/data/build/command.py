@@ -1,41 +1,45 @@
 """`dcgan-data build`: opens the source, plans the build, runs it and prints the result."""
 
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from pipeline.common.errors import Stopped, UsageError, one_line
+from pipeline.common.errors import UsageError, one_line
 from pipeline.common.imaging import encode, grid
 from pipeline.common.machine import available_cores
 from pipeline.common.partition import Partition, parse_partition
-from pipeline.common.storage import sha256_file
+from pipeline.common.storage import require_writable, sha256_file
 from pipeline.common.telemetry import Telemetry
 from pipeline.data.build import builder, state
 from pipeline.data.build.options import DEFAULT_MARGIN, DEFAULT_QUALITY, BuildOptions
-from pipeline.data.build.plan import Selection, plan_build
+from pipeline.data.build.plan import PlannedBuild, Selection, plan_build
 from pipeline.data.build.transform import Recipe
 from pipeline.data.dataset import Dataset
 from pipeline.data.shard_reader import iterate
 from pipeline.data.sources.interface import Listing, Source
 from pipeline.data.sources.registry import open_source
 
-FACES_SHEET = "faces.png"
-
 
 def build_all(options: BuildOptions) -> None:
-    """Build OUT, or with a validation share OUT/train and OUT/val, and print the result."""
-    signal.signal(signal.SIGTERM, _stop)
+    """Build OUT, or with a validation share OUT/train and OUT/val, and print the result.
+
+    Nothing is written before everything that can be refused was checked.
+    """
     part = parse_partition(options.part)
+    if options.part is not None and options.overwrite:
+        raise UsageError(
+            f"--part {part} with --overwrite: every part would remove the shards of the others; run "
+            f"`dcgan-data clear {options.out}` once, then the parts without --overwrite"
+        )
     state.refuse_overlap(options.src, options.out)
+    recipe = _recipe(options)
     given = {"labels": options.labels, "categories": options.categories or None, "split": options.source_split}
     given = {name: value for name, value in given.items() if value is not None}
     with Telemetry("build", run=options.out, part=str(part)) as telemetry:
         telemetry.start(options.metrics_port, options.metrics_address, options.push_gateway)
         source, description = open_source(options.kind, options.src, given)
-        state.make_local_folder(options.out)
+        require_writable(options.out)
         print(f"{options.src}: listing", file=sys.stderr)
         listing = source.listing()
         for folder in {os.path.dirname(file) or "." for file in listing.files}:
@@ -43,42 +47,43 @@ def build_all(options: BuildOptions) -> None:
         print(f"{options.src}: {len(listing.items):,} pictures", file=sys.stderr)
         for note in listing.notes:
             print(one_line(f"note: {note}"), file=sys.stderr)
-        splits = ("train", "val") if options.val_fraction else ("all",)
-        for split in splits:
+        planned: dict[str, PlannedBuild] = {}
+        for split in ("train", "val") if options.val_fraction else ("all",):
             out = options.out if split == "all" else f"{options.out.rstrip('/')}/{split}"
-            _build_one(options, source, listing, description, split, out, part, telemetry)
+            selection = Selection(
+                seed=options.seed,
+                where=options.where,
+                limit=options.limit,
+                val_fraction=options.val_fraction,
+                split=split,
+            )
+            planned[out] = plan_build(
+                source,
+                listing,
+                description,
+                selection,
+                recipe,
+                shard_bytes=options.shard_bytes,
+                shard_images=options.shard_images,
+            )
+        finished = {out: state.prepare(out, one.plan, overwrite=options.overwrite) for out, one in planned.items()}
+        for out, one in planned.items():
+            if (there := finished[out]) is not None:
+                print(f"{out}: already built with these options, nothing to do ({there.images:,} images)")
+            else:
+                _build_one(options, source, listing, one, recipe, out, part, telemetry)
 
 
 def _build_one(
     options: BuildOptions,
     source: Source,
     listing: Listing,
-    description: dict[str, Any],
-    split: str,
+    planned: PlannedBuild,
+    recipe: Recipe,
     out: str,
     part: Partition,
     telemetry: Telemetry,
 ) -> None:
-    selection = Selection(
-        seed=options.seed,
-        where=options.where,
-        limit=options.limit,
-        val_fraction=options.val_fraction,
-        split=split,
-    )
-    recipe = _recipe(options)
-    planned = plan_build(
-        source,
-        listing,
-        description,
-        selection,
-        recipe,
-        shard_bytes=options.shard_bytes,
-        shard_images=options.shard_images,
-    )
-    if finished := state.prepare(out, planned.plan, overwrite=options.overwrite):
-        print(f"{out}: already built with these options, nothing to do ({finished.images:,} images)")
-        return
     dataset = builder.run(
         source,
         listing,
@@ -142,10 +147,6 @@ def _write_sheet(dataset: Dataset) -> None:
     """Write a contact sheet of the faces beside the data set."""
     store = dataset.store
     images = next(iterate(dataset, batch=240))
-    store.write(FACES_SHEET, encode(grid(images, 20), "png"))
+    store.write(state.FACES_SHEET, encode(grid(images, 20), "png"))
     skipped = store.path(state.SKIPPED) if store.exists(state.SKIPPED) else None
-    print(f"faces: {store.path(FACES_SHEET)}" + (f"; pictures without faces: {skipped}" if skipped else ""))
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped("what is finished is kept; run the same command again to resume")
+    print(f"faces: {store.path(state.FACES_SHEET)}" + (f"; pictures without faces: {skipped}" if skipped else ""))

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -17,7 +17,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def run_tasks(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[R]:
+def run_tasks(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> Generator[R, None, None]:
     """Yield function(task) for every task, as they finish. The first error stops all workers at once.
 
     Raises what `function` raised, or TryAgainError when a worker was killed from outside.

@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -18,10 +19,16 @@ STATE_FILE = f"{STATE_FOLDER}/plan.json"
 CLEARING = f"{STATE_FOLDER}/clearing"
 """Marks that an old data set is being removed, so that a killed removal is completed. See `tidy` for its end."""
 REFUSED, SKIPPED = "refused.txt", "skipped.txt"
-REPORTS = "duplicates."
-"""Prefix of the files that `dedup` writes beside the data set."""
+FACES_SHEET = "faces.png"
+DUPLICATES_REPORT, DUPLICATES_SHEET, DUPLICATES_TABLE = "duplicates.json", "duplicates.png", "duplicates.tsv"
+REPORTS = (REFUSED, SKIPPED, FACES_SHEET, DUPLICATES_REPORT, DUPLICATES_SHEET, DUPLICATES_TABLE)
+"""What a build, or `dedup`, writes beside the shards for people to read."""
+CONTACT_SHEET = "sheet.png"
+"""What `show` writes there."""
+SHARD = re.compile(r"[0-9]{6}(-[0-9]+)?\.tar")
 _RECORD = re.compile(r"[0-9]{6,12}\.json")
 HINT = "--overwrite starts again from nothing"
+REPLACE = "--overwrite replaces it; with --part, `dcgan-data clear` removes it first"
 
 
 class BuildState(Record):
@@ -54,6 +61,11 @@ def group_name(group: int) -> str:
 def shard_name(group: int, number: int) -> str:
     """Return a shard's file name. A group overflows into further shards only when its images are unusually large."""
     return f"{group:06d}.tar" if number == 0 else f"{group:06d}-{number}.tar"
+
+
+def is_record(name: str) -> bool:
+    """Whether a build, and no other program, writes a file `name` into STATE_FOLDER."""
+    return name in ("plan.json", "clearing", "hash-of.txt") or _RECORD.fullmatch(name) is not None
 
 
 def find_finished(out: str, plan: Plan) -> Dataset | None:
@@ -90,8 +102,8 @@ def _resolved(location: str) -> str:
 
 def refuse_foreign(out: str) -> None:
     """Raise UsageError when `out` holds files but neither a data set nor a build."""
-    names = Store(out).names()
-    if not {DATASET_FILE, STATE_FOLDER} & set(names) and any(not name.startswith(REPORTS) for name in names):
+    names = set(Store(out).names())
+    if not {DATASET_FILE, STATE_FOLDER} & names and names - {*REPORTS, CONTACT_SHEET}:
         raise UsageError(f"{out}: not empty, and not a data set of dcgan-data; choose an empty or new folder")
 
 
@@ -123,11 +135,13 @@ def clear(out: str) -> None:
     if indexed and any(name.endswith(".tar") for name in names):
         raise UsageError(f"{out}: holds an index, and tars that are not its own; choose another OUT")
     if DATASET_FILE in names or STATE_FOLDER in names:
-        store.write(CLEARING, b"")
+        with suppress(FileNotFoundError):  # another process has just finished the same removal
+            store.write(CLEARING, b"")
         records = [f"{STATE_FOLDER}/{name}" for name in store.names(STATE_FOLDER)]
-        shards = [name for name in names if re.fullmatch(r"[0-9]{6}(-[0-9]+)?\.tar", name)]
+        shards = [name for name in names if SHARD.fullmatch(name)]
         # First the files that vouch for the others. The mark stays until the next build is finished: see `tidy`.
-        for name in [DATASET_FILE, STATE_FILE, *shards, REFUSED, SKIPPED, *records, *[SIDECAR_FILE] * indexed]:
+        reports = [name for name in REPORTS if name in names]
+        for name in [DATASET_FILE, STATE_FILE, *shards, *reports, *records, *[SIDECAR_FILE] * indexed]:
             if name != CLEARING:
                 store.delete(name)
 
@@ -156,7 +170,7 @@ def built_as(dataset: Dataset) -> dict[str, Any]:
     return {key: value for key, value in dataset.source.items() if key != "location"}
 
 
-def compare(wanted: dict[str, Any], found: dict[str, Any], where: str, advice: str = "--overwrite replaces it") -> None:
+def compare(wanted: dict[str, Any], found: dict[str, Any], where: str, advice: str = REPLACE) -> None:
     """Raise ConfigConflict, with the differences, unless the identities `wanted` and `found` are equal."""
     different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if not different:
@@ -194,9 +208,3 @@ def read_group(store: Store, group: int) -> Group:
         if shard.name != shard_name(group, number):
             raise DataError(f"{store.path(name)}: names {shard.name}, expected {shard_name(group, number)}; {HINT}")
     return record
-
-
-def make_local_folder(out: str) -> None:
-    """Create the folder OUT now, so that a wrong path fails before any work. Raises OSError."""
-    if not is_url(out):
-        os.makedirs(out, exist_ok=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import Pixels, decode, encode, labeled_sheet
 from pipeline.common.progress import Progress
-from pipeline.common.storage import Store, atomic_path, is_url
+from pipeline.common.storage import Store, atomic_path, is_url, require_writable
 from pipeline.data.build import builder, state
 from pipeline.data.build.options import BuildOptions
 from pipeline.data.build.plan import Selection, plan_build
@@ -30,7 +30,7 @@ TRAIN_BYTES = 256_000_000
 """Bytes of pixels that the hash learns from: those of the first images, which are in random order."""
 SHOWN_GROUPS = 60
 SHEET_COLUMNS = 5
-REPORT, SHEET, TABLE = "duplicates.json", "duplicates.png", "duplicates.tsv"
+REPORT, SHEET, TABLE = state.DUPLICATES_REPORT, state.DUPLICATES_SHEET, state.DUPLICATES_TABLE
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def dedup(dataset: Dataset, out: str, *, radius: int, seed: int, workers: int, o
     if not overwrite and (finished := _finished(Store(out), description)):
         print(f"{out}: already de-duplicated with these options, nothing to do", file=sys.stderr)
         return finished
-    state.make_local_folder(out)
+    require_writable(out)
     source = Tars(dataset.location)
     listing = list_dataset(dataset)
     times: dict[str, float] = {}
@@ -122,11 +122,16 @@ def dedup(dataset: Dataset, out: str, *, radius: int, seed: int, workers: int, o
 
 
 def _finished(store: Store, description: dict[str, object]) -> Dataset | None:
-    """Return the data set in `store` if it came from the same images and options."""
-    if not store.exists(DATASET_FILE):
+    """Return the data set in `store`, or None if there is none. Raises ConfigConflict for another, or its build."""
+    if store.exists(DATASET_FILE):
+        dataset = open_dataset(store)
+        there = state.built_as(dataset)
+    elif store.exists(state.STATE_FILE):
+        dataset, there = None, state.identity(state.read_state(store).plan)
+    else:
         return None
-    dataset = open_dataset(store)
-    return dataset if {key: dataset.source.get(key) for key in description} == description else None
+    state.compare(description, {key: there.get(key) for key in description}, store.location)
+    return dataset
 
 
 def _recorded(dataset: Dataset, name: str, default: int, end: int) -> int:

@@ -9,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 from pipeline.common.errors import UsageError
-from pipeline.common.storage import Store, atomic_path, remove_abandoned, sha256_bytes
+from pipeline.common.storage import Store, atomic_path, made_directory, remove_abandoned, sha256_bytes
 from pipeline.data.dataset import Dataset, Shard
 
 DEFAULT_LIMIT_GIB = 16.0
@@ -75,8 +75,7 @@ class ShardCache:
         return self.directory / f"{name}.tar"
 
     def _download(self, store: Store, name: str, path: Path) -> None:
-        # A lock by the hash's first byte: processes do not fetch a shard twice, and lock files stay few.
-        with self._locked(path.name[:2]):
+        with self._locked(path.stem):  # so that processes do not fetch a shard twice
             if path.exists():
                 return
             with atomic_path(path) as temporary:
@@ -102,10 +101,21 @@ class ShardCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / f"{name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        path = self.directory / f"{name}.lock"
+        while True:
+            with made_directory(self.directory):
+                try:
+                    file = path.open("w")
+                except FileNotFoundError:  # after a failed first download, its process has just removed the folder
+                    continue
+                with file:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    if os.fstat(file.fileno()).st_nlink:  # else its last holder has just removed it
+                        try:
+                            yield
+                        finally:
+                            path.unlink(missing_ok=True)
+                        return
 
 
 def open_cache(directory: Path | None) -> ShardCache:

@@ -37,12 +37,19 @@ class Svhn:
 
     def listing(self) -> Listing:
         """Unpack the images into a temporary file and return them: `label` is the digit (10 in the file means 0)."""
+        self._folder = tempfile.TemporaryDirectory(prefix="dcgan-svhn-")  # lives as long as this object
+        try:
+            return self._unpack(Path(self._folder.name))
+        except BaseException:
+            self._folder.cleanup()
+            raise
+
+    def _unpack(self, folder: Path) -> Listing:
         from scipy.io import loadmat
 
         listing = Listing({"label": "int"}, [])
-        self._folder = tempfile.TemporaryDirectory(prefix="dcgan-svhn-")
         for name, path in self._files().items():
-            unpacked = Path(self._folder.name) / f"{name}.raw"
+            unpacked = folder / f"{name}.raw"
             try:
                 with path.open("rb") as file, unpacked.open("wb") as target:
                     images = unpack_images(file, target)

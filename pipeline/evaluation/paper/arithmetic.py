@@ -46,7 +46,8 @@ def run_arithmetic(
     loaded, subject = inputs.generator(ckpt)
     by_index = all(concept.indices for concept in concepts)
     unneeded = by_index and classifier_file is None and data is None
-    classifier = None if unneeded else get_classifier(classifier_file, data, out)
+    named = [name for concept in concepts for name, _ in concept.wanted]
+    classifier = None if unneeded else get_classifier(classifier_file, data, out, attributes=named)
     if classifier is not None:
         check_known(concepts, classifier)
     settings = {"expression": expression, "trials": 1 if by_index else trials, "exemplars": EXEMPLARS, "seed": seed}

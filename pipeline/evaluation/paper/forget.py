@@ -88,20 +88,21 @@ def run_forget(
         "strength": strength,
         "seed": seed,
     }
-    detector = None if attribute is None else _detector(attribute, get_classifier(classifier_file, data, out))
     if region is not None and max(region) > size:
         raise UsageError(f"--region {','.join(map(str, region))}: not inside an image of {size}x{size} pixels")
-    result = Result("forget", out, subject, settings=settings)
-    if boxes is not None:
-        drawn = read_boxes(boxes, size)
-    elif detector is not None and region is not None:
-        images = images_with_progress(generator, draw(loaded.config, seed, 0, samples), "looking for the object")
-        drawn = [Box(int(index), *region) for index in np.flatnonzero(detector.probability(images) > CONFIDENT)]
-    else:
+    if boxes is None and (attribute is None or region is None):
         raise UsageError(
             "the place of the object is missing: give --boxes FILE, or --attribute NAME with "
             "--region LEFT,TOP,RIGHT,BOTTOM"
         )
+    drawn = [] if boxes is None else read_boxes(boxes, size)
+    detector = None
+    if attribute is not None:
+        detector = _detector(attribute, get_classifier(classifier_file, data, out, attributes=[attribute]))
+    result = Result("forget", out, subject, settings=settings)
+    if boxes is None and detector is not None and region is not None:
+        images = images_with_progress(generator, draw(loaded.config, seed, 0, samples), "looking for the object")
+        drawn = [Box(int(index), *region) for index in np.flatnonzero(detector.probability(images) > CONFIDENT)]
     with_boxes = len({box.index for box in drawn})
     if with_boxes < FEWEST:
         raise DataError(

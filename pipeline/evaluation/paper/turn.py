@@ -30,7 +30,9 @@ def run_turn(
 ) -> dict[str, float]:
     """Write turn.json, a picture like Figure 8 and a curve; return how monotonic the turn is."""
     loaded, subject = inputs.generator(ckpt)
-    classifier = get_classifier(classifier_file, data, out)
+    if 2 * extreme > POOL_SIZE:
+        raise UsageError(f"--extreme {extreme}: expected at most half of the {POOL_SIZE} samples")
+    classifier = get_classifier(classifier_file, data, out, attributes=[attribute])
     head = classifier.head(attribute)
     settings = {
         "attribute": attribute,
@@ -41,8 +43,6 @@ def run_turn(
         "seed": seed,
     }
     result = Result("turn", out, subject, settings=settings)
-    if 2 * extreme > POOL_SIZE:
-        raise UsageError(f"--extreme {extreme}: expected at most half of the {POOL_SIZE} samples")
     pool = make_sample_pool(loaded.generator, classifier, POOL_SIZE, seed)
     order = np.argsort(pool.predictions[attribute])
     vector = pool.z[order[-extreme:]].mean(0) - pool.z[order[:extreme]].mean(0)

@@ -256,15 +256,17 @@ def test_labels_take_the_narrowest_type_over_all_tars(tmp_path: Path) -> None:
         (tmp_path / f"{number}.tar").write_bytes(make_tar(members))
         tars.append(str(tmp_path / f"{number}.tar"))
     dataset = index(tars, tmp_path / "out")
-    assert dataset.labels == {"a": "float", "b": "int", "c": "str", "d": "str", "h": "int", "i": "str"}
+    assert dataset.labels == {"a": "float", "b": "int", "c": "str", "d": "str", "h": "int"}, (
+        "what no array holds is no label"
+    )
     nothing = dict.fromkeys(dataset.labels)
     assert list(labels(dataset).values()) == [
         nothing | {"a": 1.0, "b": 1, "c": "x", "d": "1"},
-        nothing | {"a": 2.0, "b": 0, "c": "\\ud800", "d": "2"},
+        nothing | {"a": 2.0, "b": 0, "d": "2"},
         nothing | {"a": 1.5, "d": "y", "h": 7},
         nothing,
         nothing,
-        nothing | {"b": 3, "i": "99999999999999999999"},
+        nothing | {"b": 3},
     ]
 
 

@@ -13,6 +13,7 @@ import webdataset
 from picture_files import make_picture, tree
 
 from pipeline.common.imaging import encode
+from pipeline.common.storage import public_name
 from pipeline.data.dataset import open_dataset
 from pipeline.data.shard_reader import iterate
 
@@ -171,7 +172,7 @@ def test_every_notation_builds_the_same_set(dcgan_data: Any, tmp_path: Path, lsu
         done = dcgan_data("build", "webdataset", spec, f"out{number}", "--size", 16, "--workers", 1)
         assert done.code == 0, (spec, done.err)
         made[spec] = tree(tmp_path / f"out{number}")
-        assert json.loads(made[spec].pop("dataset.json"))["source"]["location"] == spec
+        assert json.loads(made[spec].pop("dataset.json"))["source"]["location"] == public_name(spec)
     assert all(files == made["tars"] for files in made.values()), "the same names, bytes and labels"
     dataset = open_dataset("out0")
     assert (dataset.images, dataset.labels) == (8, {"label": "int"})

@@ -70,6 +70,10 @@ REFUSED: list[tuple[str, int]] = [
     ("data build svhn {texts} OUT", 2),
     ("data build imagenet {texts} OUT", 65),
     ("data build ffhq {texts} OUT", 65),
+    ("data index {nosuch} OUT", 65),
+    ("data index {texts} OUT", 65),
+    ("data index {shards} {texts}/notes.txt/x", 2),
+    ("data index pipe:ls OUT", 2),
     ("data merge OUT", 65),
     ("data merge OUT {pictures}", 65),
     ("data merge OUT {part0}", 65),
@@ -306,7 +310,7 @@ def test_a_failing_download_leaves_no_lock_and_no_folder(tmp_path: Path) -> None
     dataset = open_dataset(write_dataset(tmp_path / "shards", images=8))
     cache = ShardCache(tmp_path / "new" / "cache", 1 << 20)
     with pytest.raises(DataError, match="no such file"):
-        cache.open(Store("memory://nowhere"), dataset.shards[0])
+        cache.open(dataset.at(Store("memory://nowhere")), dataset.shards[0])
     assert not (tmp_path / "new").exists()
 
 

@@ -9,10 +9,9 @@ from types import FrameType
 
 from pipeline.common.errors import Stopped, UsageError
 from pipeline.common.partition import parse_partition
-from pipeline.common.storage import Store
+from pipeline.common.storage import Store, require_writable
 from pipeline.common.telemetry import Telemetry
 from pipeline.data.build.options import BuildOptions
-from pipeline.data.build.state import make_local_folder
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.index import indexer, state
 from pipeline.data.specification import expand, is_specification
@@ -45,7 +44,7 @@ def index(options: IndexOptions) -> None:
     tars = expand(options.spec)
     with Telemetry("build", run=options.out, part=str(part)) as telemetry:
         telemetry.start(options.metrics_port, options.metrics_address, options.push_gateway)
-        make_local_folder(options.out)
+        require_writable(options.out)
         dataset = indexer.make_index(
             tars,
             options.out,

@@ -1,13 +1,11 @@
 """`dcgan-data index`, and data sets that are named by their tars alone."""
 
-import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
-from pipeline.common.errors import Stopped, UsageError
+from pipeline.common.errors import UsageError
 from pipeline.common.partition import parse_partition
 from pipeline.common.storage import Store, require_writable
 from pipeline.common.telemetry import Telemetry
@@ -37,7 +35,6 @@ class IndexOptions:
 
 def index(options: IndexOptions) -> None:
     """Index the tars that SPEC names in OUT, and print the result."""
-    signal.signal(signal.SIGTERM, _stop)
     if options.channels == 2:
         raise UsageError("--channels 2: expected 1 (gray) or 3 (RGB)")
     part = parse_partition(options.part)
@@ -90,7 +87,3 @@ def data_set(location: str) -> Iterator[Dataset]:
         dataset = indexer.make_index(expand(location), folder, spec=location, size=BuildOptions.size)
         assert dataset is not None
         yield dataset
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped("what is finished is kept; run the same command again to resume")

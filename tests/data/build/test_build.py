@@ -365,6 +365,25 @@ def test_a_build_killed_at_20_random_moments_gives_the_same_bytes(tmp_path: Path
     assert tree(out) == tree(whole)
 
 
+def test_a_stop_amid_a_picture_is_no_fault_of_the_picture(
+    dcgan_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = make_folder(tmp_path / "src", 6)
+    build = ("build", "folder", src, tmp_path / "out", "--size", 16, "--workers", 1, "--max-bad", 1)
+    image_open = Image.open
+
+    def stop_and_open(*arguments: Any, **options: Any) -> Image.Image:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return image_open(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", stop_and_open)
+        stopped = dcgan_data(*build)
+    assert (stopped.code, stopped.err.splitlines()[-1][:8]) == (143, "stopped:"), stopped.err
+    assert dcgan_data(*build).code == 0
+    assert len(contents(tmp_path / "out")) == 6
+
+
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     src = make_folder(tmp_path / "src", 200, size=64)
     code = "import sys; from pipeline.data.cli import main; main()"

@@ -3,11 +3,14 @@
 import functools
 import hashlib
 import http.server
+import os
 import re
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -120,6 +123,19 @@ def test_only_headers_of_large_images_are_fetched(
 def test_a_tar_that_is_not_there_is_named(tmp_path: Path, server: Server) -> None:
     with pytest.raises(DataError, match=rf"{server.url}/no\.tar: the store has no such file"):
         index([f"{server.url}/no.tar"], tmp_path / "out")
+
+
+def test_a_stop_amid_a_request_is_no_fault_of_the_store(
+    dcgan_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tar,) = write_tars(tmp_path / "tars", 1, 4)
+
+    def stop(store: Store, name: str, *_: object) -> None:
+        store._retry(name, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(Store, "write", stop)
+    done = dcgan_data("index", tar, tmp_path / "out", "--size", 16, "--workers", 1)
+    assert (done.code, "stopped: " in done.err, "retrying" in done.err) == (143, True, False), done.err
 
 
 def test_an_index_in_a_store_is_made_in_parts_and_merged(tmp_path: Path) -> None:

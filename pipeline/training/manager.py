@@ -98,6 +98,8 @@ class CheckpointManager:
         if run is not None:
             self.store.discard_after(images_seen)
             run.restore_metrics(metrics)
+            if self._mirror is not None and checkpoint is not None:  # the process before may not have copied it
+                self._mirror.push()
         return images_seen
 
     def save(

@@ -102,13 +102,15 @@ def test_a_stop_between_two_log_boundaries_makes_no_difference(
     assert (out / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
 
 
-def test_a_finished_run_says_so_at_once(whole_run: Path, faces32: Path, trainer: Trainer, tmp_path: Path) -> None:
-    out = tmp_path / "copy"
+def test_a_finished_run_says_so_at_once_and_copies_what_its_mirror_lacks(
+    whole_run: Path, faces32: Path, trainer: Trainer, tmp_path: Path
+) -> None:
+    out, mirror = tmp_path / "copy", tmp_path / "mirror"
     shutil.copytree(whole_run, out)
-    done = trainer(faces32, out, *SCHEDULE)
+    done = trainer(faces32, out, *SCHEDULE, options=["--mirror", str(mirror)])
     assert done.returncode == 0
     assert "done: 256 images" in done.stderr
-    assert hashes(out, 256) == hashes(whole_run, 256)
+    assert hashes(out, 256) == hashes(mirror, 256) == hashes(whole_run, 256)
 
 
 WORKER = """

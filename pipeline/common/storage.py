@@ -490,14 +490,18 @@ class Store:
 
     def _retry(self, name: str, action: Callable[[], T]) -> T:
         """Run `action`, again after passing faults with growing pauses; turn what remains into a UserError."""
+        expired = 0
         for pause in (*PAUSES_SECONDS, None):
             try:
                 return action()
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in _LOCAL_FAULTS and error.filename:
                     raise describe_os_error(error) from None
-                # At the last attempt expired credentials are a refusal like any other.
-                renewed = pause is not None and credentials_expired(error) and renew_credentials(self._fs)
+                renewed = False
+                if credentials_expired(error):
+                    expired += 1
+                    # Those that nobody has renewed by the last attempt are a refusal like any other.
+                    renewed = (pause is not None or expired == 1) and renew_credentials(self._fs)
                 if not renewed and (words := refusal(error)) is not None:
                     raise DataError(f"{self.path(name)}: {words}") from None
                 fault = f"{type(error).__name__}: {error}".rstrip(": ")

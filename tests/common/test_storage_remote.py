@@ -293,6 +293,9 @@ def test_expired_credentials_are_read_anew_where_they_can_be(
     s3.faults = ["400 ExpiredToken"]
     assert store.read("a") == b"x"
     assert sync(store._fs.loop, store._fs.session.get_credentials).access_key == "new"
+    s3.faults = [503, 503, 503, 503, "400 ExpiredToken"]
+    with pytest.raises(TryAgainError, match="ExpiredToken it is"):  # they have just expired: the next start has others
+        store.read("a")
     s3.always = "400 ExpiredToken"
     with pytest.raises(DataError, match="ExpiredToken it is"):  # nobody renews them
         store.read("a")

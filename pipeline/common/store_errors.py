@@ -12,7 +12,10 @@ _PASSING_STATUS = (408, 409, 425, 429)
 _DAMAGED_UPLOADS = ("IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")
 """S3 got fewer bytes than were sent, or others. Of these answers botocore repeats BadDigest alone."""
 
-_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
+_UNNAMED = "400"
+"""Code of what is wrong with a HEAD: its answer has no body that could say it, and so it may be any fault."""
+
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", _UNNAMED)
 
 
 def refusal(error: Exception) -> str | None:
@@ -41,7 +44,7 @@ def refusal(error: Exception) -> str | None:
 
 
 def credentials_expired(error: Exception) -> bool:
-    """Whether S3 refuses credentials that were good until now."""
+    """Whether S3 refuses credentials that were good until now, or may do so."""
     response = _s3_answer(error)
     return response is not None and response.get("Error", {}).get("Code") in _EXPIRED
 
@@ -83,7 +86,7 @@ def _botocore_repeats(response: dict[str, Any]) -> bool:
 
     # S3 puts the name of a service behind it before that one's code.
     code = str(response.get("Error", {}).get("Code", "")).removeprefix("KMS.")
-    if code in _DAMAGED_UPLOADS:
+    if code in (*_DAMAGED_UPLOADS, _UNNAMED):
         return True
     answer = {**response, "Error": {**response.get("Error", {}), "Code": code}}
     context = RetryContext(attempt_number=1, parsed_response=answer)

@@ -62,6 +62,12 @@ def test_final_answers_of_s3_do_not(code: str, status: int, words: str) -> None:
     assert credentials_expired(error) is (code == "ExpiredToken")
 
 
+def test_the_answer_to_a_head_says_nothing_and_so_may_pass() -> None:
+    error = answer("400", 400)  # as botocore reads an answer without a body
+    assert refusal(error) is None
+    assert credentials_expired(error)
+
+
 def test_what_gcsfs_repeats_passes() -> None:
     for status in errs:
         assert refusal(HttpError({"code": status, "message": "m"})) is None

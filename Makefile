@@ -9,7 +9,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 
 .DELETE_ON_ERROR:
 .PHONY: help install system system-slow system-check demo clean-demo test lint types unit coverage test-slow test-faults \
-	test-multinode test-metrics test-k8s test-containers test-interop test-long metrics-demo gpu-check
+	test-chaos test-multinode test-metrics test-k8s test-containers test-interop test-long metrics-demo gpu-check
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -87,13 +87,16 @@ unit: .venv/.installed ## pytest, without the slow tests
 coverage: .venv/.installed ## the same with a table of the lines that no test reached
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --cov=pipeline --cov=export --cov=deploy --cov-report=term-missing
 
-test-slow: test-faults test-multinode test-metrics test-k8s test-containers test-interop test-long ## every test that `make test` omits
+test-slow: test-faults test-chaos test-multinode test-metrics test-k8s test-containers test-interop test-long ## every test that `make test` omits
 
 test-long: .venv/.installed ## the slow tests of data, export, deploy, training and hostile files: 2,000 damaged tars, every network exported, generation killed again and again
 	$(BIN)/pytest -m slow tests/data tests/export tests/deploy tests/training tests/test_hostile_files.py
 
 test-faults: .venv/.installed ## a power cut at every write, kills at random moments, a full disk, damaged checkpoints, ranks that fail or hang
 	$(BIN)/pytest tests/faults
+
+test-chaos: .venv/.installed ## pictures to samples over an S3 that fails in every way that passes, by programs that are killed
+	$(BIN)/pytest -s tests/chaos
 
 test-multinode: .venv/.installed ## two nodes as network namespaces: cut cable, lost node, gang restart (root)
 	$(BIN)/pytest -m slow tests/multinode

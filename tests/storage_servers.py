@@ -158,6 +158,21 @@ NGINX = bool(_nginx_binary())
 
 
 @contextmanager
+def s3_server(log: Path) -> Iterator[int]:
+    """Run an S3 server without buckets; yield its port."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        wait_for_port(port, 60)
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+
+
+@contextmanager
 def gcs_server(bucket: str) -> Iterator[int]:
     """Run a server that is compatible with Google Cloud Storage and has one empty bucket; yield its port."""
     from gcp_storage_emulator.server import create_server

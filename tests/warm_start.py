@@ -28,6 +28,7 @@ PRELOADED = (
     "accelerate",
     "pipeline.training.loop",
     "prometheus_client",
+    "s3fs",
     "scipy.special",
     "torch._dynamo",
     "torch.utils.tensorboard",
@@ -101,16 +102,18 @@ def run(
     return done
 
 
-def start_ranks(args: Sequence[object], count: int, *, env: dict[str, str]) -> list[Popen]:
-    """Start `count` processes of one world, as a launcher would."""
+def start_ranks(
+    args: Sequence[object], count: int, *, env: dict[str, str], output: Any = subprocess.PIPE
+) -> list[Popen]:
+    """Start `count` processes of one world, as a launcher would. What they say goes to `output`."""
     if count == 1:
-        return [Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)]
+        return [Popen(args, env=env, stdout=output, stderr=output)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     place = [{**env, **world, "MASTER_PORT": str(port), "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)]
-    return [Popen(args, env=one, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for one in place]
+    return [Popen(args, env=one, stdout=output, stderr=output) for one in place]
 
 
 def run_ranks(

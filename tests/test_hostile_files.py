@@ -750,6 +750,7 @@ def test_a_run_knows_its_data_here_and_is_told_elsewhere(tmp_path: Path) -> None
     with RunDirectory(tmp_path / "run", os.path.relpath(tmp_path / "data")) as run:
         assert run.write_config(description) == 1
         assert run.write_config(description) == 2
+        run.record(32, {})
     assert resolve(tmp_path / "run", None, None, None, [])[1] == str(tmp_path / "data")
     (tmp_path / "run" / ".data").unlink()  # as in a copy of what is published
     assert resolve(tmp_path / "run", None, None, None, [])[1] is None

@@ -192,6 +192,7 @@ def outside(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(inputs.with_name("torch")))  # torch's own, kept from run to run
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     signals = {number: signal.getsignal(number) for number in numbers}
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     logger = logging.getLogger("pipeline")
     handlers, level = list(logger.handlers), logger.level
     yield
@@ -199,6 +200,7 @@ def outside(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logger.setLevel(level)
     for number, handler in signals.items():
         signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def run(line: str) -> int:

@@ -59,8 +59,11 @@ class Parity(Record):
     """What ran the file, for example onnxruntime/CPUExecutionProvider."""
     batches: list[int]
     images: int
-    max_float_error: float | None
-    """Largest difference of a value in [-1, 1], before conversion to uint8; null if the file does not output it."""
+    max_float_error: float | None = Field(allow_inf_nan=True)
+    """Largest difference of a value in [-1, 1], before conversion to uint8; null if the file does not output it.
+
+    Infinite of a file that no card will describe.
+    """
     max_uint8_error: int
     """Largest difference of a uint8 value."""
     share_of_pixels_off: float

@@ -176,6 +176,6 @@ def test_wrong_options_are_refused(cli: Cli, exported: Export, tmp_path: Path) -
     assert_refused(cli(*export, tmp_path, "--max-batch", 1), 2, "--max-batch 1", "2 to 4096")
     assert_refused(cli(*export, tmp_path, "--name", "model"), 2, "--name model", ".onnx")
     (tmp_path / "file").write_text("")
-    assert_refused(cli(*export, tmp_path / "file"), 2, "file", "exists")
+    assert_refused(cli(*export, tmp_path / "file"), 2, "file", "Not a directory")
     assert_refused(cli("bench", "--out", tmp_path), 2, "give --ckpt, --model, or both")
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]

@@ -57,7 +57,8 @@ def test_a_run_indexes_the_tars_that_it_is_given(tars: Path, tmp_path: Path, tra
     assert (dataset.encoding, dataset.images, dataset.image_size) == ("tar", 200, 32)
     stored = json.loads((out / "config.json").read_text())["dataset"]
     assert stored["fingerprint"] == dataset.fingerprint()
-    assert stored["location"] == str((out / "index").resolve())
+    assert stored["location"] == "index"
+    assert (out / ".data").read_text().strip() == str((out / "index").resolve())
     assert f"indexing 4 tars into {out}/index, about 0 s" in done.stderr
 
 

@@ -98,10 +98,12 @@ def begin(store: Store, plan: Plan) -> bool:
     Removes files that killed writers left half-written. Raises ConfigConflict when the folder holds another
     generation, with the difference, or another data set.
     """
+    # Looked for first, as a generation's is written last: another writer may finish it while we look.
+    holds_dataset = store.exists(DATASET_FILE)
     manifest = read_manifest(store)
     found = manifest.plan if manifest else read_plan(store)
     if found is None:
-        if store.exists(DATASET_FILE):
+        if holds_dataset:
             raise ConfigConflict(f"{store.path(DATASET_FILE)}: --out already holds a data set; choose an empty folder")
         store.write(PLAN, _json(plan, 1))
     elif found != plan:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,12 @@ import pytest
 import webdataset as wds
 
 from deploy.generate import main
-from deploy.generation.manifest import RECORDS, merge
+from deploy.generation.manifest import RECORDS, begin, merge, read_manifest
 from pipeline.common.errors import DataError, TryAgainError
 from pipeline.common.imaging import decode, encode
 from pipeline.common.randomness import Purpose
 from pipeline.common.storage import Store
-from pipeline.data.dataset import Encoding, open_dataset
+from pipeline.data.dataset import DATASET_FILE, Encoding, open_dataset
 from pipeline.data.shard_reader import iterate
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -283,6 +284,22 @@ def test_two_writers_of_the_same_part_do_no_harm(
         assert twin.returncode == 0, error
     run("merge", tmp_path)
     assert files(tmp_path) == files(whole)
+
+
+def test_a_generation_that_others_finish_while_one_begins_is_no_strange_data_set(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exists, out = Store.exists, tmp_path / "out"
+    manifest = read_manifest(Store(whole))
+    assert manifest is not None
+
+    def finish_then_look(store: Store, name: str) -> bool:
+        if name == DATASET_FILE and not out.exists():
+            shutil.copytree(whole, out)
+        return exists(store, name)
+
+    monkeypatch.setattr(Store, "exists", finish_then_look)
+    assert begin(Store(out), manifest.plan)
 
 
 def test_the_manifest_says_where_images_came_from(whole: Path, model: str) -> None:

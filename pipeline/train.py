@@ -200,6 +200,10 @@ def run() -> None:
             if not said_by_all or os.environ.get("LOCAL_RANK", "0") == "0":
                 raise
             exit_with(error.exit_code)
+        finally:
+            # All is saved and the exit code is decided: a signal that comes twice must not change it.
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
 
     run_command(command)
 

@@ -13,7 +13,7 @@ LONGEST = ("tests/test_readme.py", "tests/training/", "tests/export/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, or one of two workers would be left with it at the end."""
+    """Begin with what takes longest, or one worker would be left with it at the end."""
     items.sort(key=lambda item: next((n for n, at in enumerate(LONGEST) if item.nodeid.startswith(at)), len(LONGEST)))
 
 

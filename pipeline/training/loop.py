@@ -59,7 +59,7 @@ def train(
         # Armed first: a rank that hangs while it starts is as bad as one that hangs in a step.
         watchdog = resources.enter_context(Watchdog(config.runtime.step_timeout_seconds, peers_of(accelerator)))
         data = resources.enter_context(indexed(data, out, network, accelerator))
-        requests = StopRequests()  # not earlier: while ranks wait for each other there is nothing to save
+        requests = resources.enter_context(StopRequests())  # not earlier: until here there is nothing to save
 
         # The data; the run directory, in which only the main process writes; the networks, and where the run stands.
         def open_run() -> tuple[Dataset, RunDirectory | None, CheckpointManager]:

@@ -3,21 +3,32 @@
 import os
 import signal
 from types import FrameType
+from typing import Any, Self
 
 
 class StopRequests:
-    """Only notes what was asked for; the loop acts on it where all ranks agree. A second SIGINT interrupts."""
+    """Only notes what was asked for; the loop acts on it where all ranks agree. A second SIGINT interrupts.
+
+    A context manager: who called training has its own signal handlers back afterwards.
+    """
 
     def __init__(self) -> None:
         self.stop = 0
         """Number of the signal that asks to stop, or 0."""
         self.save = False
         self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
-        signal.signal(signal.SIGTERM, self._stop)
-        signal.signal(signal.SIGINT, self._stop)
-        signal.signal(signal.SIGUSR1, self._save)
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGUSR1: self._save}
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup asks for
-            signal.signal(signal.SIGHUP, self._hang_up)
+            handlers[signal.SIGHUP] = self._hang_up
+        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop == number == signal.SIGINT:

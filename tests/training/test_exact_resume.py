@@ -72,14 +72,10 @@ def test_a_stop_signal_saves_and_the_run_goes_on(
 def one_thread() -> Iterator[None]:
     """Compute as the other trainers do, in this process, and give back what a trainer takes."""
     threads, hook = torch.get_num_threads(), threading.excepthook
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    handlers = {number: signal.getsignal(number) for number in numbers}
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     threading.excepthook = hook
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def test_a_stop_between_two_log_boundaries_makes_no_difference(
@@ -87,6 +83,8 @@ def test_a_stop_between_two_log_boundaries_makes_no_difference(
 ) -> None:
     monkeypatch.setattr(schedule, "AGREEMENT_SECONDS", 0.0)  # at every step
     config, out = load_config(overrides=[*TINY, *SCHEDULE]), tmp_path / "run"
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
     for position, saved in {0: 16, 128: 144, 208: 224}.items():
 
         def stop(at: int, *_: object, position: int = position) -> None:
@@ -98,6 +96,7 @@ def test_a_stop_between_two_log_boundaries_makes_no_difference(
         state = json.loads((out / "checkpoints" / f"{saved:012d}" / "state.json").read_text())
         assert ("window" in state) is (saved % 32 == 16)
     train(config, data=str(faces32), out=out)
+    assert [signal.getsignal(number) for number in numbers] == handlers
     assert hashes(out, 256) == hashes(whole_run, 256)
     assert (out / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
 

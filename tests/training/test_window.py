@@ -22,10 +22,8 @@ STEPS = SCALER_PATIENCE_STEPS
 
 def new_window(images_seen: int = 0, saved: Any = None) -> Window:
     """Return a window that begins at a position, or goes on with what a checkpoint there has saved."""
-    requests = StopRequests.__new__(StopRequests)  # without its signal handlers
-    requests.stop, requests.save = 0, False
     checkpoint = None if saved is None else Checkpoint("RUN/checkpoints/1", json.loads(json.dumps(saved)), {})
-    return Window(Accelerator(cpu=True), requests, images_seen, checkpoint)
+    return Window(Accelerator(cpu=True), StopRequests(), images_seen, checkpoint)
 
 
 def report(*, finite: bool = True, end: bool = True, **shares: float) -> Report:

@@ -189,6 +189,11 @@ def index(
     push_gateway: PushGateway = BuildOptions.push_gateway,
 ) -> None:
     """Make a data set of WebDataset tars where they lie: no pixel is copied. Run it again to resume."""
+    from pipeline.data.build.process_pool import start_server
+
+    if workers != 1:
+        start_server("pipeline.data.index.indexer")
+
     from pipeline.data.index.command import IndexOptions
     from pipeline.data.index.command import index as index_tars
 

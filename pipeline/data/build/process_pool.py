@@ -1,6 +1,7 @@
 """A pool of processes that stop when their parent ends, even when it is killed."""
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import TypeVar
 
 from pipeline.common.errors import TryAgainError
@@ -26,8 +28,7 @@ def run_tasks(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> G
     if workers <= 1:
         yield from map(function, tasks)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])  # imported once, not by every worker
+    context = start_server(function.__module__)
     lifeline, our_end = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, _stay_alive_while, (lifeline,))
     try:
@@ -41,6 +42,17 @@ def run_tasks(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> G
     finally:
         our_end.close()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def start_server(module: str) -> ForkServerContext:
+    """Start the process that workers are forked from, unless it runs; it imports `module` once for all of them.
+
+    Whoever is still to import much for itself does it earlier than `run_tasks`: both then import at the same time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def _stay_alive_while(lifeline: Connection) -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,8 @@ from pipeline.data.specification import short_names
 
 REMOTE_TARS = 8
 """Tars that a process reads at the same time when they come from stores."""
+RECORDS = 8
+"""Records of finished groups that are read at the same time."""
 NAMED = 5
 """Damaged tars, and samples that cannot be used, that an error names."""
 CUT = "damaged: only what precedes the damage is used"
@@ -228,7 +231,8 @@ def finish(store: Store, *, max_bad: float | None) -> Dataset:
             f"{store.location}: {len(missing)} of {plan.groups} groups of tars are missing (the first is "
             f"{missing[0]}); index the missing parts, then merge again"
         )
-    groups = [state.read_group(store, index) for index in range(plan.groups)]
+    with ThreadPoolExecutor(RECORDS) as readers:
+        groups = list(readers.map(partial(state.read_group, store), range(plan.groups)))
     metas = [group.meta for group in groups]
     refused = _check(plan, metas, max_bad, store)
     shards = [_shard(plan, entry) for meta in metas for entry in meta.shards if entry.images]

@@ -301,10 +301,11 @@ class Store:
         """Return the content of `name`."""
         _refuse_path(name, self.location)
         if not self.remote:
-            try:
-                return (Path(self.location) / name).read_bytes()
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                raise DataError(f"{self.path(name)}: no such file") from None
+            path = Path(self.location) / name
+            with suppress(FileNotFoundError):  # another process has just removed it
+                if path.is_file():  # no named pipe: it would never end
+                    return path.read_bytes()
+            raise DataError(f"{self.path(name)}: no such file")
         data: bytes = self._retry(name, lambda: self._fs.cat_file(f"{self._root}/{name}"))
         return data
 

@@ -10,7 +10,7 @@ import typer
 from pipeline.common.command_line import command_group, run_command
 from pipeline.common.errors import UsageError
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
-from pipeline.data.build.options import DEFAULT_MARGIN, DEFAULT_MAX_BAD, DEFAULT_QUALITY, BuildOptions
+from pipeline.data.build.options import DEFAULT_MARGIN, DEFAULT_MAX_BAD, DEFAULT_QUALITY, LARGEST_SEED, BuildOptions
 from pipeline.data.sources.registry import SOURCES
 
 app = command_group(help="Build data sets of images, check them and show them.")
@@ -109,7 +109,10 @@ def build(
         float, typer.Option(min=0, max=0.9, help="Build OUT/train and OUT/val, with this share in OUT/val.")
     ] = BuildOptions.val_fraction,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the order, and so of what --limit and --val-fraction take.")
+        int,
+        typer.Option(
+            min=0, max=LARGEST_SEED, help="Seed of the order, and so of what --limit and --val-fraction take."
+        ),
     ] = BuildOptions.seed,
     shard_bytes: Annotated[int, typer.Option(min=65536, help="Largest size of a shard in bytes.")] = (
         BuildOptions.shard_bytes
@@ -263,7 +266,7 @@ def dedup(
     radius: Annotated[
         int, typer.Option(min=0, max=32, help="Drop images whose 128-bit hashes differ in at most this many bits.")
     ] = 8,  # of the bundled faces, which are distinct, it drops one of 5,000; docs/data.md has the measurement
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the hash's training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the hash's training.")] = 0,
     workers: Workers = None,
     overwrite: Overwrite = False,
 ) -> None:

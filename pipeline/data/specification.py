@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from string import ascii_letters
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.common.errors import DataError, UsageError, first_line
@@ -104,39 +104,6 @@ def short_names(tars: Sequence[str]) -> list[str]:
     if len(set(names)) < len(names):  # URLs that differ in their queries only
         names = [f"{number:06d}/{name}" for number, name in enumerate(names)]
     return names
-
-
-class IndexedMember(NamedTuple):
-    """One file in a tar, as an .idx states it."""
-
-    suffix: str
-    """What follows the first dot of its name."""
-    offset: int
-    """Where its data begins in the tar, in bytes."""
-    size: int
-    """Bytes of data."""
-    name: str | None
-    """Its path in the tar; only since v1.2."""
-
-
-def read_idx(content: bytes, where: str) -> list[list[IndexedMember]]:
-    """Return the samples in an .idx that DALI's `wds2idx` wrote beside a tar (v1.1, v1.2): the members of each.
-
-    Raises DataError when it is damaged, or holds names with blanks, which the format cannot express.
-    """
-    header, *lines = content.decode("utf-8", "replace").splitlines() or [""]
-    version, _, count = header.partition(" ")
-    width = {"v1.1": 3, "v1.2": 4}.get(version)
-    if width is None or not count.isdecimal() or int(count) != len(lines):
-        raise DataError(f"{where}: no index of wds2idx v1.1 or v1.2; make it again, or remove it")
-    samples = []
-    for number, line in enumerate(lines, 2):
-        words = line.split(" ")
-        rows = [words[start : start + width] for start in range(0, len(words), width)]
-        if any(len(row) < width or not (row[1] + row[2]).isdecimal() or int(row[1]) % 512 for row in rows):
-            raise DataError(f"{where}: line {number} is damaged, or a name in it has blanks; make the index again")
-        samples.append([IndexedMember(row[0], int(row[1]), int(row[2]), (*row, None)[3]) for row in rows])
-    return samples
 
 
 def _expand(part: str, spec: str) -> list[str]:

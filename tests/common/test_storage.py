@@ -125,6 +125,13 @@ def test_tidying_neither_follows_links_nor_waits_for_pipes(tmp_path: Path) -> No
     assert (tmp_path / "kept").read_text() == "mine"
 
 
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "nothing", "pipe/below"):
+        with pytest.raises(DataError, match=f"{name}: no such file"):
+            Store(tmp_path).read(name)
+
+
 def test_a_message_is_one_printable_line() -> None:
     forged = str(DataError("a.tar\x1b[2J: no such file\nerror: \u202eall is well\udcff"))
     assert forged == r"a.tar\x1b[2J: no such file error: \u202eall is well\udcff"

@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.common.errors import DataError, UsageError, UserError
 from pipeline.data import specification
-from pipeline.data.specification import IndexedMember, expand, is_dataset, is_specification, read_idx, short_names
+from pipeline.data.specification import expand, is_dataset, is_specification, short_names
 
 ZERO, ONE, OTHER, ODD = TARS = ["a/lsun-000000.tar", "a/lsun-000001.tar", "b/x.tar", "odd[1].tar"]
 HUB = "hf://datasets/someone/faces"
@@ -220,23 +220,3 @@ def test_images_are_named_by_the_file_of_their_tar_and_by_its_path_where_two_sha
     assert short_names(["s3://b/x/a/0.tar", "s3://b/x/c/0.tar", "s3://b/x/1.tar"]) == ["a/0.tar", "c/0.tar", "1.tar"]
     assert len(set(short_names(["https://host/get.tar?id=1", "https://host/get.tar?id=2"]))) == 2
     assert short_names(["one.tar"]) == ["one.tar"]
-
-
-def test_an_idx_of_wds2idx_is_read() -> None:
-    sample = [IndexedMember("jpg", 512, 9, "a/0.jpg"), IndexedMember("cls", 1536, 1, "a/0.cls")]
-    with_names = b"v1.2 2\njpg 512 9 a/0.jpg cls 1536 1 a/0.cls\ntar.gz 3072 4 1.tar.gz\n"
-    assert read_idx(with_names, "0.idx") == [sample, [IndexedMember("tar.gz", 3072, 4, "1.tar.gz")]]
-    without = [member._replace(name=None) for member in sample]
-    assert read_idx(b"v1.1 1\njpg 512 9 cls 1536 1\n", "0.idx") == [without]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(b"", b"\xff\xfe", b"v1.0 1\njpg 512 9\n", b"v1.2 2\njpg 512 9 0.jpg\n", b"v1.2 x\n"),
-        *(b"v1.2 1\njpg 513 9 0.jpg\n", b"v1.2 1\njpg 512 -9 0.jpg\n", b"v1.2 1\njpg 512 9 a b.jpg\n", b"v1.2 1\n\n"),
-    ],
-)
-def test_a_damaged_idx_is_refused(content: bytes) -> None:
-    with pytest.raises(DataError, match=r"^0\.idx: .*make (it|the index) again"):
-        read_idx(content, "0.idx")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.data.dataset import Encoding
 
+LARGEST_SEED = 2**64 - 1
 DEFAULT_QUALITY = {"packed": 100, "png": 100, "jpg": 95, "webp": 92}
 """`--quality` by encoding; packed and png are lossless."""
 DEFAULT_MARGIN = 0.25

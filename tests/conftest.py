@@ -9,7 +9,7 @@ import pytest
 import warm_start
 from support import Trainer, train_command, write_dataset
 
-LONGEST = ("tests/test_readme.py", "tests/training/", "tests/export/")
+LONGEST = ("tests/docs/test_readme.py", "tests/training/", "tests/export/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -116,7 +116,7 @@ class ScheduleConfig(Section):
     evaluate_samples: int = Field(2_048, ge=64)
     """Images generated for an evaluation, compared with as many real ones."""
     extractor: str = ""
-    """Also measure FID and KID with this extractor: a path, or a URL with its SHA-256, as for `dcgan-eval fid`."""
+    """Also measure FID and KID with an extractor: inception, a path, or a URL with its SHA-256 (`dcgan-eval fid`)."""
     extractor_sha256: str = ""
     """SHA-256 of the extractor's file."""
     best_metric: Literal["swd", "fid", "kid_x1000"] = "swd"

@@ -70,7 +70,11 @@ def _feature_metric(metric: Metric) -> Callable[..., None]:
         count: Count = 10_000,
         seed: Seed = 0,
         extractor: Annotated[
-            str, typer.Option(help="fallback, or path or URL of a .pt (TorchScript), .onnx or classifier.safetensors.")
+            str,
+            typer.Option(
+                help="inception (that of published numbers; 96 MB, fetched once), fallback, or path or URL of a .pt "
+                "(TorchScript), .onnx or classifier.safetensors."
+            ),
         ] = "fallback",
         extractor_sha256: Annotated[
             str | None, typer.Option(help="SHA-256 of the extractor; required for a URL.")
@@ -98,6 +102,6 @@ for _metric, _help in {
     Metric.fid: "Fréchet distance between features of samples and real images (Heusel et al. 2017).",
     Metric.kid: "Kernel distance (MMD) between features of samples and real images (Binkowski et al. 2018).",
     Metric.inception_score: "Inception score: how clear and how many the classes are (Salimans et al. 2016).",
-    Metric.precision_recall: "Samples in the manifold of the data, and the reverse (Kynkäänniemi et al. 2019).",
+    Metric.precision_recall: "Precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).",
 }.items():
     commands.command(_metric.value, help=_help)(_feature_metric(_metric))

@@ -40,6 +40,7 @@ class _Stored(BaseModel):
     command: str
     results: dict[str, Any]
     settings: dict[str, Any] = {}
+    protocol: dict[str, Any] = {}
     summary: str = ""
     note: str = ""
     table: list[list[Any]] = []
@@ -57,6 +58,8 @@ class Result:
     """The model or the samples that were measured."""
     data: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """How it was measured, as far as that decides what it may be compared with."""
     began: float = field(default_factory=time.monotonic)
     pictures: list[dict[str, str]] = field(default_factory=list)
     _files: dict[str, bytes] = field(default_factory=dict)
@@ -96,6 +99,7 @@ class Result:
             "subject": self.subject,
             "data": self.data,
             "settings": self.settings,
+            "protocol": self.protocol,
             "summary": summary,
             "results": results,
             "table": table or [],

@@ -1,7 +1,8 @@
 """Feature extractors for Fréchet distance and the like: TorchScript, ONNX, our attribute classifier, or a fallback.
 
 No package holds the weights behind published numbers, and a cluster may have no internet access. So an extractor is a
-file, named by path or URL and pinned by its SHA-256. Every result names the extractor that it was made with.
+file: one of metrics/protocols.py, by its name, or any, by path or URL, pinned by its SHA-256. Every result names the
+extractor that it was made with.
 """
 
 import io
@@ -20,12 +21,11 @@ from pipeline.common.onnx_graph import refuse_external_data
 from pipeline.common.storage import is_url, locate, sha256_bytes
 from pipeline.evaluation.classifier import parse_classifier
 from pipeline.evaluation.device import device
+from pipeline.evaluation.metrics.protocols import NETWORKS, fetch_network
 
 FALLBACK = "fallback"
 FALLBACK_NAME = "dcgan-fallback-v1 (untrained convolutions; never compare with published numbers)"
 FALLBACK_SEED = 20151119
-INCEPTION = "inception-2015-12-05"
-"""The TorchScript Inception of the StyleGAN line: uint8 in, resizes itself, features or class probabilities out."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,6 @@ class Extractor(ABC):
 
     name: str
     sha256: str
-    comparable: bool = False
-    """Whether its numbers may be compared with published ones."""
 
     @abstractmethod
     def extract(self, images: Pixels) -> Extraction:
@@ -52,12 +50,15 @@ class Extractor(ABC):
 
 
 def load_extractor(reference: str, sha256: str | None = None, *, resize: int | None = None) -> Extractor:
-    """Return the extractor that `--extractor` names: `fallback`, or the path or URL of a .pt, .onnx or .safetensors.
+    """Return the extractor that `--extractor` names: `fallback`, `inception`, or a .pt, .onnx or .safetensors.
 
     A URL needs its SHA-256. Raises UsageError, and DataError when the file has another SHA-256 or cannot be loaded.
     """
     if reference == FALLBACK:
         return FallbackExtractor(resize)
+    if reference in NETWORKS:
+        data = fetch_network(reference)
+        return TorchScriptExtractor(data, reference, NETWORKS[reference].sha256, resize)
     if is_url(reference) and sha256 is None:
         raise UsageError(f"--extractor {reference}: a URL needs --extractor-sha256, which pins the file")
     store, name = locate(reference)
@@ -74,7 +75,8 @@ def load_extractor(reference: str, sha256: str | None = None, *, resize: int | N
     if name.endswith((".pt", ".pth", ".jit")):
         return TorchScriptExtractor(data, name, found, resize)
     raise UsageError(
-        f"--extractor {reference}: expected {FALLBACK}, or a .pt (TorchScript), .onnx or .safetensors file"
+        f"--extractor {reference}: expected {FALLBACK}, {', '.join(NETWORKS)}, or a .pt (TorchScript), .onnx or "
+        ".safetensors file"
     )
 
 
@@ -125,7 +127,6 @@ class TorchScriptExtractor(Extractor):
         arguments = {argument.name for argument in self.network.forward.schema.arguments}
         self._inception = "return_features" in arguments
         self._no_bias = {"no_output_bias": True} if "no_output_bias" in arguments else {}
-        self.comparable = self._inception and name.startswith(INCEPTION)
 
     @torch.no_grad()
     def extract(self, images: Pixels) -> Extraction:

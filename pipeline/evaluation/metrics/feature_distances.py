@@ -1,9 +1,10 @@
 """Fréchet and kernel distance, Inception score, precision and recall, of features that are already extracted.
 
-torchmetrics computes the kernel distance and the Inception score; the Fréchet distance is computed here in float64.
+torchmetrics computes the kernel distance; the others are computed here, in float64 where digits would be lost.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,12 @@ from pipeline.common.errors import UsageError
 
 NEIGHBORS = 3
 """A point is inside a manifold when it is within the distance of some point of it to that point's third neighbor."""
+DENSITY_NEIGHBORS = 5
+"""The same for density and coverage; the number that their authors recommend."""
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1_000
 IS_SPLITS = 10
+IS_SMALLEST_SPLIT = 10
+"""Images of a split; the score of a single image is 1, whatever it shows."""
 ROWS = 128
 """Features whose distances to all others are held at once."""
 
@@ -34,6 +39,9 @@ class Moments:
         """Return the moments of features (N, F)."""
         rows = features.astype(np.float64)
         return cls(rows.sum(0), rows.T @ rows, len(rows))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.total + other.total, self.outer + other.outer, self.count + other.count)
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -88,37 +96,83 @@ def kernel_distance(a: NDArray[np.float32], b: NDArray[np.float32], seed: int) -
     return float(mean), float(deviation)
 
 
-def inception_score(probabilities: NDArray[np.float32], seed: int) -> tuple[float, float]:
-    """Return mean and deviation over splits of exp(E KL(p(y|x) | p(y))) (Salimans et al. 2016)."""
-    from torchmetrics.image.inception import InceptionScore
+def extrapolated_distance(reals: Moments, samples: Sequence[Moments]) -> float:
+    """Return the Fréchet distance that infinitely many samples would have, from those of growing numbers of them.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchmetrics warns that it keeps features in memory
-        metric = InceptionScore(_Identity(probabilities.shape[1]), splits=IS_SPLITS)
-    metric.update(torch.from_numpy(np.log(np.maximum(probabilities, 1e-30))))  # torchmetrics applies a softmax
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        mean, deviation = metric.compute()
-    return float(mean), float(deviation)
-
-
-def precision_recall(reals: NDArray[np.float32], fakes: NDArray[np.float32]) -> tuple[float, float]:
-    """Return the share of samples inside the manifold of the data, and of data inside that of the samples.
-
-    Features (N, F). After Kynkäänniemi et al. 2019.
+    The bias falls with 1/N, so it is the intercept of a line through the distances over 1/N (Chong and Forsyth 2020,
+    "Effectively Unbiased FID and Inception Score"). `samples` are moments of nested sets, at least two.
     """
+    inverse = [1 / moments.count for moments in samples]
+    _, intercept = np.polyfit(inverse, [frechet_distance(reals, moments) for moments in samples], 1)
+    return float(intercept)
+
+
+def inception_score(probabilities: NDArray[np.float32], splits: int = IS_SPLITS) -> tuple[float, float]:
+    """Return mean and population deviation over splits of exp(E KL(p(y|x) | p(y))) (Salimans et al. 2016).
+
+    `probabilities` (N, classes). The splits are consecutive, hold all images, and differ by one at most.
+    Raises UsageError for fewer than IS_SMALLEST_SPLIT images a split.
+    """
+    if len(probabilities) < splits * IS_SMALLEST_SPLIT:
+        raise UsageError(
+            f"an Inception score of {len(probabilities)} images says nothing: expected at least "
+            f"{splits * IS_SMALLEST_SPLIT} ({splits} splits); 50,000 are customary (--count)"
+        )
+    scores = []
+    for part in np.array_split(probabilities.astype(np.float64), splits):
+        known = np.maximum(part, np.finfo(np.float64).tiny)  # 0 log 0 = 0
+        marginal = np.maximum(part.mean(0), np.finfo(np.float64).tiny)
+        scores.append(np.exp((part * (np.log(known) - np.log(marginal))).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How the features of samples and of real images overlap."""
+
+    precision: float
+    """Share of the samples inside the manifold of the real images (Kynkäänniemi et al. 2019)."""
+    recall: float
+    """Share of the real images inside the manifold of the samples."""
+    density: float
+    """Mean number of real images' spheres that hold a sample, over the number of neighbors (Naeem et al. 2020)."""
+    coverage: float
+    """Share of the real images whose sphere holds a sample."""
+
+
+def overlap(reals: NDArray[np.float32], fakes: NDArray[np.float32]) -> Overlap:
+    """Return precision, recall, density and coverage of features (N, F). Raises UsageError for too few of them."""
     for name, features in (("real images", reals), ("samples", fakes)):
-        if len(features) <= NEIGHBORS:
-            raise UsageError(f"precision and recall of {len(features)} {name}: expected more than {NEIGHBORS}")
-    return _covered(fakes, reals), _covered(reals, fakes)
+        if len(features) <= DENSITY_NEIGHBORS:
+            raise UsageError(f"precision and recall of {len(features)} {name}: expected more than {DENSITY_NEIGHBORS}")
+    # Distances do not change, and float32 keeps its digits for what differs.
+    center = reals.mean(0, dtype=np.float64)
+    a, b = (torch.from_numpy((rows - center).astype(np.float32)) for rows in (reals, fakes))
+    radii_a, radii_b = _radii(a), _radii(b)
+    inside = [_inside(part, a, radii_a[NEIGHBORS]) for part in _pieces(b)]
+    held = [_inside(part, b, radii_b[NEIGHBORS]) for part in _pieces(a)]
+    spheres = [_inside(part, a, radii_a[DENSITY_NEIGHBORS]) for part in _pieces(b)]
+    return Overlap(
+        precision=_share([part.any(1) for part in inside]),
+        recall=_share([part.any(1) for part in held]),
+        density=sum(float(part.sum(dtype=torch.float64)) for part in spheres) / (DENSITY_NEIGHBORS * len(b)),
+        coverage=float(torch.stack([part.any(0) for part in spheres]).any(0).double().mean()),
+    )
 
 
-def _covered(points: NDArray[np.float32], manifold: NDArray[np.float32]) -> float:
-    """Return the share of `points` within the radius of some point of `manifold`: its third neighbor's distance."""
-    a, b = (torch.from_numpy(x) for x in (points, manifold))
-    radii = torch.cat([torch.cdist(part, b).kthvalue(NEIGHBORS + 1).values for part in _pieces(b)])
-    inside = [(torch.cdist(part, b) <= radii).any(1) for part in _pieces(a)]
-    return float(torch.cat(inside).float().mean())
+def _radii(rows: Tensor) -> dict[int, Tensor]:
+    """Return the distances of every row to its nearest neighbors, by which neighbor."""
+    nearest = [torch.cdist(part, rows).topk(DENSITY_NEIGHBORS + 1, largest=False).values for part in _pieces(rows)]
+    return {k: torch.cat(nearest)[:, k] for k in (NEIGHBORS, DENSITY_NEIGHBORS)}  # the nearest is the row itself
+
+
+def _inside(points: Tensor, centers: Tensor, radii: Tensor) -> Tensor:
+    """Return whether each of the points is in each of the spheres, (points, centers)."""
+    return torch.cdist(points, centers) <= radii
+
+
+def _share(parts: list[Tensor]) -> float:
+    return float(torch.cat(parts).double().mean())
 
 
 def _pieces(rows: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ rank waits while another works.
 
 import io
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,30 @@ from pipeline.evaluation.metrics.feature_distances import Moments
 
 def extract_moments(images: Images, extractor: Extractor, ranks: Ranks, what: str) -> Moments:
     """Return the moments of a set's features, the same on every rank. Shows the progress under the name `what`."""
-    total: NDArray[np.float64] | None = None
-    outer: NDArray[np.float64] | None = None
-    for _, extracted in _blocks(images, extractor, ranks, what):
-        block = Moments.of(extracted.features)
-        total = block.total if total is None else total + block.total
-        outer = block.outer if outer is None else outer + block.outer
-    width = int(ranks.sum(np.array([0.0 if total is None else len(total)]))[0]) // _working(images, ranks)
-    if total is None or outer is None:  # fewer blocks than ranks
-        total, outer = np.zeros(width), np.zeros((width, width))
-    return Moments(ranks.sum(total), ranks.sum(outer), images.count)
+    (moments,) = extract_nested_moments(images, extractor, ranks, what, 1)
+    return moments
+
+
+def extract_nested_moments(images: Images, extractor: Extractor, ranks: Ranks, what: str, sets: int) -> list[Moments]:
+    """Return the moments of the first images, of twice as many, and so on: up to `sets` sets, the last has them all.
+
+    The sets end with blocks. They are the same on every rank.
+    """
+    blocks = num_blocks(images.count)
+    ends = sorted({-(-blocks * (index + 1) // sets) for index in range(sets)})
+    totals: dict[int, Moments] = {}
+    for number, extracted in _blocks(images, extractor, ranks, what):
+        block, place = Moments.of(extracted.features), bisect_right(ends, number)
+        totals[place] = totals[place] + block if place in totals else block
+    width = next((len(moments.total) for moments in totals.values()), 0)  # 0: fewer blocks than ranks
+    width = int(ranks.sum(np.array([float(width)]))[0]) // _working(images, ranks)
+    found: list[Moments] = []
+    for place, end in enumerate(ends):
+        mine = totals.get(place, Moments(np.zeros(width), np.zeros((width, width)), 0))
+        count = min(end * BLOCK, images.count)
+        new = Moments(ranks.sum(mine.total), ranks.sum(mine.outer), count - (found[-1].count if found else 0))
+        found.append(found[-1] + new if found else new)
+    return found
 
 
 def extract_features(images: Images, extractor: Extractor, ranks: Ranks, what: str | None) -> Extraction:

@@ -1,9 +1,9 @@
 """`dcgan-eval fid`, `kid`, `is` and `precision-recall`: extract features, compare them, write the result."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,29 @@ from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.images import Images, ShardImages
 from pipeline.evaluation.metrics.extractors import Extraction, Extractor, load_extractor
 from pipeline.evaluation.metrics.feature_distances import (
+    DENSITY_NEIGHBORS,
+    IS_SPLITS,
+    KID_SUBSET_SIZE,
+    KID_SUBSETS,
+    NEIGHBORS,
     Moments,
+    extrapolated_distance,
     frechet_distance,
     inception_score,
     kernel_distance,
-    precision_recall,
+    overlap,
 )
-from pipeline.evaluation.metrics.feature_extraction import cached, extract_features, extract_moments
+from pipeline.evaluation.metrics.feature_extraction import (
+    cached,
+    extract_features,
+    extract_moments,
+    extract_nested_moments,
+)
+from pipeline.evaluation.metrics.protocols import published, why_not_comparable
 from pipeline.evaluation.results import Result
 
-NOT_COMPARABLE = (
-    "The extractor is not the one of published numbers. Compare these numbers only with others of the same extractor, "
-    "data set, resize and number of images, never with published ones. Those need the Inception network "
-    "`inception-2015-12-05.pt`."
-)
-COMPARABLE = "Compare only with the same data set, crop, resize and number of images; 50,000 samples are customary."
+NESTED_SETS = 5
+"""Numbers of samples whose Fréchet distances show how it depends on their number."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +86,8 @@ class Measurement:
         """Whether this rank writes the result."""
         return self.ranks.main
 
-    def moments(self) -> tuple[Moments, Moments]:
-        """Return the moments of the real images (from the cache if they are there) and of the samples."""
+    def moments(self) -> tuple[Moments, list[Moments]]:
+        """Return the moments of the real images (from the cache if they are there) and of growing sets of samples."""
 
         def make() -> dict[str, NDArray[Any]]:
             made = extract_moments(self._reals(), self.extractor, self.ranks, "features of real images")
@@ -87,7 +95,8 @@ class Measurement:
 
         kept = cached(self._cache(), self._key("moments"), make)
         reals = Moments(kept["total"], kept["outer"], self._reals().count)
-        return reals, extract_moments(self.fakes, self.extractor, self.ranks, "features of samples")
+        what = "features of samples"
+        return reals, extract_nested_moments(self.fakes, self.extractor, self.ranks, what, NESTED_SETS)
 
     def features(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the features of the real images (from the cache if they are there) and of the samples."""
@@ -110,15 +119,48 @@ class Measurement:
         assert found is not None
         return found
 
-    def write(self, numbers: dict[str, float], summary: str) -> dict[str, float]:
-        """Write the JSON and a sheet of samples and real images, on the main rank."""
+    def write(
+        self,
+        numbers: dict[str, float],
+        summary: str,
+        *,
+        remarks: str = "",
+        table: Sequence[list[Any]] = (),
+        **details: int,
+    ) -> dict[str, float]:
+        """Write the JSON and a sheet of samples and real images, on the main rank.
+
+        `details` are numbers that the metric's protocol states, such as its splits.
+        """
         if self.main:
             rows = [("samples", _some(self.fakes))]
             if self.reals is not None:
                 rows.append(("real images", _some(self.reals)))
             self.result.picture(charts.sheet(rows, 12), "Samples and, below, real images")
-            note = COMPARABLE if self.extractor.comparable else NOT_COMPARABLE
-            self.result.write(dict(numbers), summary=summary, note=note)
+            obstacle = why_not_comparable(self.extractor.sha256, self.request.resize, self.fakes.count)
+            network = published(self.extractor.sha256)
+            self.result.protocol = {
+                "extractor": self.extractor.name,
+                "extractor_sha256": self.extractor.sha256,
+                "resize": None
+                if self.request.resize is None
+                else f"{self.request.resize} pixels, bilinear, antialiased, rounded to uint8",
+                "images": self.fakes.count,
+                "images_real": None if self.reals is None else self.reals.count,
+                **details,
+                "published": None if network is None else network.protocol,
+                "comparable": not obstacle,
+                "why_not": obstacle or None,
+            }
+            note = (
+                f"Not comparable with published numbers: {obstacle}. Compare only with the same extractor, data set, "
+                "resize and number of images."
+                if obstacle
+                else "Compare only with the same data set, crop and number of real images."
+            )
+            self.result.write(
+                dict(numbers), summary=summary, note=" ".join(filter(None, [remarks, note])), table=list(table)
+            )
         return numbers
 
     def _extract(self, images: Images, what: str) -> Extraction:
@@ -165,20 +207,45 @@ def measure(name: str, request: Request, ranks: Ranks = ALONE) -> dict[str, floa
     measurement = Measurement(name, request, ranks)
     extractor = measurement.extractor.name
     if name == "fid":
-        value = frechet_distance(*measurement.moments())
-        return measurement.write({"fid": value}, f"Fréchet distance {value:.3f} by {extractor}.")
+        return _fid(measurement)
     if name == "kid":
-        mean, deviation = kernel_distance(*measurement.features(), request.seed)
+        reals, fakes = measurement.features()
+        mean, deviation = kernel_distance(reals, fakes, request.seed)
         summary = f"Kernel distance × 1000: {mean * 1e3:.3f} ± {deviation * 1e3:.3f} by {extractor}."
-        return measurement.write({"kid_x1000": mean * 1e3, "deviation_x1000": deviation * 1e3}, summary)
+        numbers = {"kid_x1000": mean * 1e3, "deviation_x1000": deviation * 1e3}
+        size = min(KID_SUBSET_SIZE, len(reals), len(fakes))
+        return measurement.write(numbers, summary, subsets=KID_SUBSETS, subset_images=size)
     if name == "is":
-        mean, deviation = inception_score(measurement.probabilities(), request.seed)
-        return measurement.write(
-            {"is": mean, "deviation": deviation}, f"Inception score {mean:.3f} ± {deviation:.3f} by {extractor}."
+        mean, deviation = inception_score(measurement.probabilities())
+        summary = f"Inception score {mean:.3f} ± {deviation:.3f} by {extractor}."
+        return measurement.write({"is": mean, "deviation": deviation}, summary, splits=IS_SPLITS)
+    found = overlap(*measurement.features())
+    summary = (
+        f"{found.precision:.1%} of the samples lie among real images, {found.recall:.1%} of the real images among "
+        f"samples; density {found.density:.3f}, coverage {found.coverage:.1%}. Features by {extractor}."
+    )
+    return measurement.write(asdict(found), summary, neighbors=NEIGHBORS, density_neighbors=DENSITY_NEIGHBORS)
+
+
+def _fid(measurement: Measurement) -> dict[str, float]:
+    """Write the Fréchet distance, and how it depends on the number of samples."""
+    reals, samples = measurement.moments()
+    value = frechet_distance(reals, samples[-1])
+    numbers, remarks = {"fid": value}, ""
+    table: list[list[Any]] = []
+    summary = f"Fréchet distance {value:.3f} of {samples[-1].count:,} samples"
+    features = len(reals.total)
+    if min(moments.count for moments in samples) > features and len(samples) > 1:
+        numbers["fid_infinity"] = extrapolated_distance(reals, samples)
+        summary += f", {numbers['fid_infinity']:.3f} extrapolated to infinitely many"
+        distances = [(moments.count, frechet_distance(reals, moments)) for moments in samples]
+        table = [["samples", "Fréchet distance"], *([count, round(distance, 3)] for count, distance in distances)]
+    elif min(samples[-1].count, reals.count) <= features:
+        remarks = (
+            f"Warning: {min(samples[-1].count, reals.count):,} images cannot fill the covariance of {features:,} "
+            "features: the distance is far too large, and says more of their number than of their quality."
         )
-    precision, recall = precision_recall(*measurement.features())
-    summary = f"{precision:.1%} of the samples lie among real images, {recall:.1%} of the real images among samples."
-    return measurement.write({"precision": precision, "recall": recall}, f"{summary} Features by {extractor}.")
+    return measurement.write(numbers, f"{summary}, by {measurement.extractor.name}.", remarks=remarks, table=table)
 
 
 def _some(images: Images, number: int = 24) -> NDArray[np.uint8]:

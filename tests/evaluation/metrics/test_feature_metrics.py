@@ -3,14 +3,18 @@
 import hashlib
 import json
 import os
+import shutil
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import onnx
 import pytest
 import scipy.linalg
 import scipy.ndimage
+import scipy.stats
 import torch
 import warm_start
 from numpy.typing import NDArray
@@ -18,19 +22,21 @@ from planted import planted
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from pipeline.common.errors import DataError, UsageError
+from pipeline.common.errors import DataError, UnavailableError, UsageError
 from pipeline.common.ranks import ALONE
 from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics.extractors import FALLBACK, FallbackExtractor, load_extractor
 from pipeline.evaluation.metrics.feature_distances import (
     Moments,
+    extrapolated_distance,
     frechet_distance,
     inception_score,
     kernel_distance,
-    precision_recall,
+    overlap,
 )
 from pipeline.evaluation.metrics.feature_extraction import extract_moments
 from pipeline.evaluation.metrics.feature_metrics import Request, measure
+from pipeline.evaluation.metrics.protocols import NETWORKS, why_not_comparable
 
 Rows = NDArray[np.float32]
 
@@ -86,19 +92,69 @@ def test_the_kernel_distance_agrees_with_the_formula(features: tuple[Rows, Rows]
 
 def test_the_inception_score_is_one_for_doubt_and_the_number_of_classes_for_certainty() -> None:
     doubt = np.full((200, 4), 0.25, np.float32)
-    assert inception_score(doubt, 0)[0] == pytest.approx(1, abs=1e-4)
+    assert inception_score(doubt) == pytest.approx((1, 0), abs=1e-6)
     certain = np.eye(4, dtype=np.float32)[np.arange(400) % 4]
-    assert inception_score(certain, 0)[0] == pytest.approx(4, rel=0.05)
+    assert inception_score(certain) == pytest.approx((4, 0), abs=1e-6)
+
+
+def test_the_inception_score_is_the_formula_over_all_images() -> None:
+    rows = np.random.default_rng(0).dirichlet(np.full(5, 0.3), 207)
+    scores, start = [], 0
+    for split in range(10):
+        part = rows[start : start + (21 if split < 7 else 20)].astype(np.float32).astype(np.float64)
+        start += len(part)
+        scores.append(np.exp(np.mean([scipy.stats.entropy(row, part.mean(0)) for row in part])))
+    assert start == 207
+    mean = sum(scores) / 10
+    deviation = (sum((score - mean) ** 2 for score in scores) / 10) ** 0.5
+    assert inception_score(rows.astype(np.float32)) == pytest.approx((mean, deviation), rel=1e-6)
+    with pytest.raises(UsageError, match="of 99 images says nothing: expected at least 100"):
+        inception_score(rows[:99].astype(np.float32))
 
 
 def test_precision_and_recall_tell_fidelity_from_coverage() -> None:
     draw = np.random.default_rng(0)
     wide = draw.normal(size=(400, 4)).astype(np.float32)
     narrow = (0.2 * draw.normal(size=(400, 4))).astype(np.float32)
-    precision, recall = precision_recall(wide, narrow)
-    assert precision > 0.95
-    assert recall < 0.5
-    assert precision_recall(wide, wide + 100) == (0, 0)
+    found = overlap(wide, narrow)
+    assert found.precision > 0.95
+    assert found.recall < 0.5
+    assert found.density > 1
+    assert found.coverage < 0.7
+    apart = overlap(wide, wide + 100)
+    assert (apart.precision, apart.recall, apart.density, apart.coverage) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_the_overlap_is_the_formula_even_for_features_far_from_zero(offset: float) -> None:
+    draw = np.random.default_rng(1)
+    reals = (draw.normal(size=(150, 6)) + offset).astype(np.float32)
+    fakes = (0.7 * draw.normal(size=(170, 6)) + 0.4 + offset).astype(np.float32)
+
+    def distances(a: Rows, b: Rows) -> Rows:
+        return np.asarray(np.linalg.norm(a[:, None].astype(np.float64) - b[None].astype(np.float64), axis=2))
+
+    def radii(rows: Rows, k: int) -> Rows:
+        return np.asarray(np.sort(distances(rows, rows), 1)[:, k])
+
+    between = distances(fakes, reals)
+    expected = {
+        "precision": (between <= radii(reals, 3)).any(1).mean(),
+        "recall": (distances(reals, fakes) <= radii(fakes, 3)).any(1).mean(),
+        "density": (between <= radii(reals, 5)).sum() / (5 * len(fakes)),
+        "coverage": (between <= radii(reals, 5)).any(0).mean(),
+    }
+    assert asdict(overlap(reals, fakes)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_distance_of_infinitely_many_samples_is_that_of_the_distributions() -> None:
+    draw = np.random.default_rng(2)
+    reals = Moments.of(draw.normal(size=(100_000, 16)).astype(np.float32))
+    samples = draw.normal(size=(4_000, 16)).astype(np.float32)
+    nested = [Moments.of(samples[: 800 * number]) for number in range(1, 6)]
+    biased = frechet_distance(reals, nested[-1])
+    assert biased > 0.015
+    assert abs(extrapolated_distance(reals, nested)) < biased / 3
 
 
 def test_distances_order_a_split_a_blur_noise_and_another_set() -> None:
@@ -141,7 +197,6 @@ def test_a_torchscript_inception_is_called_as_it_expects(tmp_path: Path) -> None
     np.testing.assert_allclose(extracted.features, (means @ module.weight).detach(), rtol=1e-4)
     assert extracted.probabilities is not None
     np.testing.assert_allclose(extracted.probabilities.sum(1), 1, rtol=1e-5)
-    assert extractor.comparable
     assert extractor.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     gray = load_extractor(str(path), resize=8).extract(images[..., :1])
     assert gray.features.shape == (4, 5)
@@ -162,7 +217,6 @@ def test_an_onnx_extractor_gives_features_and_classes(tmp_path: Path) -> None:
     extracted = load_extractor(str(path)).extract(images)
     np.testing.assert_allclose(extracted.features, images.astype(np.float32).mean((1, 2)), rtol=1e-4)
     assert extracted.probabilities is not None
-    assert not load_extractor(str(path)).comparable
 
 
 def test_extractors_are_what_they_are_said_to_be(tmp_path: Path) -> None:
@@ -178,9 +232,38 @@ def test_extractors_are_what_they_are_said_to_be(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="ONNX Runtime cannot load it"):
         load_extractor(str(tmp_path / "x.onnx"))
     (tmp_path / "x.bin").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"expected fallback, or a \.pt"):
+    with pytest.raises(UsageError, match=r"expected fallback, inception, or a \.pt"):
         load_extractor(str(tmp_path / "x.bin"))
     assert "never compare" in load_extractor(FALLBACK).name
+
+
+def test_a_published_network_is_known_by_its_content_alone() -> None:
+    (network,) = NETWORKS.values()
+    assert why_not_comparable(network.sha256, None, 50_000) == ""
+    assert "not the network of published numbers" in why_not_comparable("0" * 64, None, 50_000)
+    assert "resized to 75 pixels" in why_not_comparable(network.sha256, 75, 50_000)
+    assert "10,000 samples, where published numbers have 50,000" in why_not_comparable(network.sha256, None, 10_000)
+
+
+def test_a_network_by_name_is_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.jit.script(InceptionLike()).save(tmp_path / "module.pt")  # type: ignore[no-untyped-call]
+    content = (tmp_path / "module.pt").read_bytes()
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/networks/module.pt", content)
+    (known,) = NETWORKS.values()
+    there = replace(known, url="memory://networks/module.pt", sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(NETWORKS, "inception", there)
+    monkeypatch.setenv("DCGAN_CACHE", str(tmp_path / "cache"))
+    assert load_extractor("inception").sha256 == there.sha256
+    memory.pipe_file("/networks/module.pt", b"another")
+    assert load_extractor("inception").sha256 == there.sha256  # from the cache
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(UnavailableError, match=rf"another file came back.*--extractor-sha256 {there.sha256}"):
+        load_extractor("inception")
+    memory.rm("/networks/module.pt")
+    with pytest.raises(UnavailableError, match="no such file"):
+        load_extractor("inception")
+    assert not (tmp_path / "cache").exists()
 
 
 def request(out: Path, run: Path, data: Path | None, **changes: object) -> Request:
@@ -213,7 +296,9 @@ def test_every_metric_writes_what_it_measured_and_with_what(
         assert written["results"] == numbers
         assert written["settings"]["images"] == 300
         assert len(written["settings"]["extractor_sha256"]) == 64
-        assert "never with published ones" in written["note"]
+        assert "Not comparable with published numbers" in written["note"]
+        protocol = written["protocol"]
+        assert (protocol["images"], protocol["comparable"], protocol["published"]) == (300, False, None)
     with pytest.raises(UsageError, match="has no classes"):
         measure("is", request(tmp_path, run, labeled))
     with pytest.raises(UsageError, match="--data is missing"):

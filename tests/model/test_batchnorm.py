@@ -10,7 +10,7 @@ def test_the_statistics_are_the_averages_of_the_batches() -> None:
     network = nn.Sequential(nn.BatchNorm2d(3, momentum=0.1)).train()
     network(torch.full((4, 3, 2, 2), 100.0))  # what training left is forgotten
     batches = [torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    assert measure_statistics(network, iter(batches)) is network
+    assert measure_statistics(network.eval(), iter(batches)) is network
     norm = network[0]
     torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0))
     torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0))

@@ -63,5 +63,14 @@ def test_initial_weights_follow_the_paper_and_the_seed() -> None:
     weight = state["layers.0.weight"]
     assert abs(weight.mean()) < 1e-3
     assert weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert state["layers.1.weight"].mean().item() == pytest.approx(1, abs=0.01)
-    assert not state["layers.1.bias"].any()
+    scales = torch.cat([state[f"layers.{layer}.weight"] for layer in (1, 4, 7, 10)])
+    assert scales.mean().item() == pytest.approx(1, abs=0.01)
+    assert scales.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_initial_shifts_are_zero_whatever_was_there() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ConvTranspose2d(2, 1, 3))
+    for parameter in network.parameters():
+        nn.init.ones_(parameter)
+    initialize(network, 0, lane=0)
+    assert not any(value.any() for name, value in network.state_dict().items() if name.endswith("bias"))

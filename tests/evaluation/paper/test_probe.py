@@ -10,6 +10,7 @@ from sklearn.svm import LinearSVC
 from torch import nn
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.config import load_config
 from pipeline.data.dataset import open_dataset
 from pipeline.data.labeled import load_labeled
 from pipeline.evaluation.confidence import interval_of_mean, wilson
@@ -21,6 +22,7 @@ from pipeline.evaluation.paper.discriminator_features import (
 )
 from pipeline.evaluation.paper.linear_svm import balanced_draw, choose_c, fit
 from pipeline.evaluation.paper.probe import Protocol, probe, run_probe
+from pipeline.model.networks import build_discriminator
 
 
 @pytest.mark.parametrize(("rows", "columns", "classes"), [(60, 300, 2), (60, 300, 3), (200, 20, 4)])
@@ -47,6 +49,11 @@ def test_features_are_every_activation_pooled_to_four_by_four() -> None:
     assert finest.shape[1:] == (8, 16, 16)
     np.testing.assert_allclose(rows[:, :16], finest[:, 0].unfold(1, 4, 4).unfold(2, 4, 4).amax((3, 4)).flatten(1))
     np.testing.assert_allclose(rows[:, -16:], coarsest[:, -1].flatten(1))
+
+
+def test_the_preset_for_table_1_has_the_papers_number_of_features() -> None:
+    config = load_config("imagenet32").network
+    assert 16 * sum(build_discriminator(config).activation_widths) == 28_672
 
 
 def test_batchnorm_is_estimated_anew_and_frozen() -> None:

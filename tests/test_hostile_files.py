@@ -46,6 +46,7 @@ from pipeline.common.imaging import BadImage, decode, encode
 from pipeline.common.onnx_graph import refuse_external_data
 from pipeline.common.storage import Store, sha256_bytes
 from pipeline.config import NetworkConfig, RunConfig, load_config
+from pipeline.data import dataset as dataset_module
 from pipeline.data.build import builder, state
 from pipeline.data.build.plan import Plan as BuildPlan
 from pipeline.data.build.state import BuildState, Group
@@ -159,6 +160,14 @@ def make_dataset(folder: Path, encoding: Encoding) -> None:
         shards=[shard],
     )
     store.write(DATASET_FILE, dump_dataset(dataset))
+
+
+def make_table(folder: Path) -> None:
+    """Write a data set as if it had many shards, which then lie in a file beside dataset.json."""
+    make_dataset(folder, "packed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset_module, "LISTED_MEMBERS", 0)
+        dataset_module.write_dataset(open_dataset(folder))
 
 
 def read_dataset(folder: Path) -> None:
@@ -416,6 +425,7 @@ def read_kept(folder: Path) -> None:
 
 READERS = {
     "packed": Reader(lambda folder: make_dataset(folder, "packed"), read_dataset, 20),
+    "table": Reader(make_table, read_dataset),
     "jpg": Reader(lambda folder: make_dataset(folder, "jpg"), read_dataset),
     "loader": Reader(lambda folder: make_dataset(folder, "packed"), read_loader),
     "part": Reader(make_part, read_part),

@@ -21,7 +21,8 @@ from pipeline.common.errors import ConfigConflict, DataError, TryAgainError
 from pipeline.common.records import LARGEST, PlainName, Record, read_record
 from pipeline.common.storage import Store, sha256_bytes
 from pipeline.data.commit import require_recorded
-from pipeline.data.dataset import DATASET_FILE, Dataset, Shard, open_dataset
+from pipeline.data.dataset import DATASET_FILE, Dataset, Shard, open_dataset, write_dataset
+from pipeline.data.shard_table import TABLE_FILE
 from pipeline.data.shard_writer import ShardWriter
 
 MANIFEST = "manifest.json"
@@ -199,7 +200,7 @@ def merge(store: Store, *, verify: bool = False, tidy: bool = False) -> Manifest
         advice=AGAIN,
     )
     store.write(MANIFEST, _json(manifest, 1))
-    store.write(DATASET_FILE, _json(dataset))
+    write_dataset(dataset)
     if tidy:
         _tidy(store, manifest)
     return manifest
@@ -290,6 +291,7 @@ def _reopen(manifest: Manifest, dataset: Dataset, lost: set[str]) -> None:
         else:
             store.delete(name)
     store.delete(DATASET_FILE)
+    store.delete(TABLE_FILE)
     store.delete(MANIFEST)
 
 

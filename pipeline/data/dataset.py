@@ -1,19 +1,31 @@
 """The data set: what its dataset.json says, checked, and the store of its shards (docs/architecture.md, contract 2)."""
 
 import json
-import operator
 import os
-from itertools import accumulate
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, PrivateAttr, field_serializer
 
 from pipeline.common.errors import DataError
-from pipeline.common.records import LARGEST, PlainName, Record, read_record
+from pipeline.common.records import Record, read_record
 from pipeline.common.storage import Store, is_url, locate, sha256_bytes
-from pipeline.data.index.sidecar import MemberColumns, Sidecar, read_sidecar
+from pipeline.data.index.sidecar import MemberColumns, Sidecar, read_sidecar, write_arrays
+from pipeline.data.shard_table import ADVICE, TABLE_FILE, Shard, ShardTable, Terse, read_table
+
+__all__ = [
+    "DATASET_FILE",
+    "Dataset",
+    "Encoding",
+    "LabelType",
+    "Refusals",
+    "Shard",
+    "dump_dataset",
+    "open_dataset",
+    "write_dataset",
+]
 
 DATASET_FILE = "dataset.json"
 VERSION = 1
@@ -21,40 +33,10 @@ VERSION = 1
 Encoding = Literal["packed", "jpg", "webp", "png"]
 """How a build stores images."""
 LabelType = Literal["bool", "int", "float", "str"]
+LISTED_MEMBERS = 100_000
+"""Shards and members that dataset.json lists itself, in some 2 MB; more are in a file of columns beside it."""
 LARGEST_IMAGE = 4096
 """Height and width in pixels of the largest images that a data set holds."""
-
-Place = Annotated[int, Field(ge=0, le=LARGEST)]
-
-
-class _Terse(Record):
-    """A record whose fields that may be None are written only when they are set."""
-
-    @model_serializer(mode="wrap")
-    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if value is not None}
-
-
-class Shard(_Terse):
-    """One tar: an ordinary WebDataset shard whose members can also be reached by their offsets."""
-
-    name: PlainName = Field(pattern=r"\.tar$")
-    """File name beside dataset.json, or of the tar at `location`."""
-    images: int = Field(ge=1, le=LARGEST)
-    """Images in it."""
-    bytes: int = Field(ge=1, le=LARGEST)
-    """Size of the file."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """SHA-256 of the file. Of an indexed tar: of all that is not a file's content, and of the tar's size."""
-    offsets: list[Place]
-    """Where each image's data begins in the file: the encoded bytes, or a packed block's first pixel."""
-    sizes: list[Place]
-    """Bytes of data at each offset. A packed block holds sizes[i] / (image_size^2 * channels) images."""
-    location: str | None = None
-    """Of an indexed tar: its path or URL; a path that is not absolute is relative to dataset.json."""
-    etag: str | None = None
-    """Of an indexed tar in a store that has them: the ETag when it was indexed."""
 
 
 class Refusals(Record):
@@ -68,7 +50,7 @@ class Refusals(Record):
     """The first of them, as `key: reason`."""
 
 
-class Dataset(_Terse):
+class Dataset(Terse):
     """The content of dataset.json, and the store that holds it and its shards.
 
     The store is no part of the JSON: data sets with equal dataset.json are equal, wherever they are.
@@ -93,20 +75,37 @@ class Dataset(_Terse):
     """Images over all shards."""
     bytes: int = Field(ge=1)
     """Bytes over all shards."""
-    shards: list[Shard]
+    shards: ShardTable
+    """The shards; dataset.json lists none when they are in `table`."""
     refused: Refusals = Refusals()
     index: Sidecar | None = None
     """Of an indexed data set: the file that lists its members."""
+    table: Sidecar | None = None
+    """Of a large data set: the file that lists its shards."""
 
     _store: Store | None = PrivateAttr(None)
     _columns: MemberColumns | None = PrivateAttr(None)
-    _starts: list[int] = PrivateAttr(default_factory=list)
+    _places: dict[str, Store] = PrivateAttr(default_factory=dict)
+    """Where indexed tars lie; each is opened once."""
+    _starts: NDArray[np.int64] | None = PrivateAttr(None)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Dataset) and self.__dict__ == other.__dict__
 
     def __hash__(self) -> int:
         return hash(self.fingerprint())
+
+    @field_serializer("shards")
+    def _list_shards(self, shards: ShardTable) -> list[dict[str, Any]]:
+        return [] if self.table is not None else [shard.model_dump() for shard in shards]
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> "Dataset":
+        """Return a copy with some fields changed. Other `shards`, in any collection, are not those of `table`."""
+        if update is not None and "shards" in update:
+            update = {"table": None, **update, "shards": ShardTable.of(update["shards"])}
+        copied = super().model_copy(update=update, deep=deep)
+        copied._starts = None
+        return copied
 
     def at(self, store: Store) -> "Dataset":
         """Return this data set with its shards in `store`."""
@@ -138,26 +137,31 @@ class Dataset(_Terse):
     @property
     def shard_starts(self) -> list[int]:
         """Index of each shard's first image in the data set's own order, and at the end the total."""
-        return list(accumulate((shard.images for shard in self.shards), initial=0))
+        starts: list[int] = self.shards.starts.tolist()
+        return starts
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that two data sets share exactly when their shards are the same bytes in the same order.
 
         Of an indexed data set, the list of its members and the options that decide its pixels count as well.
         """
-        hashes = [shard.sha256 for shard in self.shards]
+        digest = self.shards.joined_hashes()
         if self.index is not None:
-            hashes += [self.index.sha256, f"{self.image_size}x{self.channels}"]
-        return sha256_bytes("\n".join(hashes).encode())
+            digest.update(f"\n{self.index.sha256}\n{self.image_size}x{self.channels}".encode())
+        return digest.hexdigest()
 
     def place(self, shard: Shard) -> tuple[Store, str]:
         """Return the store and the name in it of a shard's tar. Raises UsageError for a URL that is not allowed."""
         if shard.location is None:
             return self.store, shard.name
-        if is_url(shard.location) or os.path.isabs(shard.location):
-            return locate(shard.location)
-        scheme, separator, path = self.store.path(shard.location).rpartition("://")
-        return locate(scheme + separator + os.path.normpath(path))
+        location = shard.location
+        if not (is_url(location) or os.path.isabs(location)):
+            scheme, separator, path = self.store.path(location).rpartition("://")
+            location = scheme + separator + os.path.normpath(path)
+        folder = location.rpartition("/")[0]
+        if folder not in self._places:
+            self._places[folder] = locate(location)[0]
+        return self._places[folder], location.rpartition("/")[2]
 
     def members(self, shard_index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return where the images of a shard begin in its tar and their bytes, both int64, in order.
@@ -165,16 +169,16 @@ class Dataset(_Terse):
         Of a packed shard these are blocks of images. Raises DataError when the sidecar is missing or damaged.
         """
         if self.index is None:
-            shard = self.shards[shard_index]
-            return np.asarray(shard.offsets, np.int64), np.asarray(shard.sizes, np.int64)
+            members = self.shards.members(shard_index)
+            return self.shards.offset[members].astype(np.int64), self.shards.size[members].astype(np.int64)
         rows = self.rows(shard_index)
         return self.columns.offset[rows], self.columns.size[rows]
 
     def rows(self, shard_index: int) -> slice:
         """Return the indices of a shard's images in the data set's own order."""
-        if len(self._starts) != len(self.shards) + 1:
-            self._starts = self.shard_starts
-        return slice(self._starts[shard_index], self._starts[shard_index + 1])
+        if self._starts is None:
+            self._starts = self.shards.starts
+        return slice(int(self._starts[shard_index]), int(self._starts[shard_index + 1]))
 
     @property
     def columns(self) -> MemberColumns:
@@ -182,7 +186,7 @@ class Dataset(_Terse):
         assert self.index is not None
         if self._columns is None:
             columns = read_sidecar(self.store, self.index, self.images, len(self.labels))
-            ends = np.repeat([shard.bytes for shard in self.shards], [shard.images for shard in self.shards])
+            ends = np.repeat(self.shards.bytes.astype(np.int64), self.shards.images)
             if ((columns.offset < 0) | (columns.size < 0) | (columns.size > ends - columns.offset)).any():
                 where = self.store.path(self.index.name)
                 raise DataError(f"{where}: places images outside their tars; index the tars again")
@@ -210,7 +214,26 @@ def open_dataset(location: str | os.PathLike[str] | Store) -> Dataset:
             f"{where}: {str(error).rpartition(': ')[2]}: a data set is a folder that `dcgan-data build` finished"
         ) from None
     dataset = read_record(Dataset, content, where, version=VERSION).at(store)
+    if dataset.table is not None:
+        if len(dataset.shards):
+            raise DataError(f"{where}: lists shards, and names a file that does; {ADVICE}")
+        dataset = dataset.model_copy(update={"shards": read_table(store, dataset.table), "table": dataset.table})
     _check_counts(dataset, where)
+    return dataset
+
+
+def write_dataset(dataset: Dataset) -> Dataset:
+    """Commit a data set in its store: write dataset.json, after the file of its shards if there are many.
+
+    Returns what `open_dataset` would. The same shards make the same files, always.
+    """
+    shards, store, table = dataset.shards, dataset.store, None
+    if len(shards) + len(shards.size) > LISTED_MEMBERS and dataset.index is None:
+        content = write_arrays(shards.arrays())
+        store.write(TABLE_FILE, content)
+        table = Sidecar(name=TABLE_FILE, bytes=len(content), sha256=sha256_bytes(content))
+    dataset = dataset.model_copy(update={"table": table})
+    store.write(DATASET_FILE, dump_dataset(dataset))
     return dataset
 
 
@@ -225,34 +248,31 @@ def dump_dataset(dataset: Dataset) -> bytes:
 
 def _check_counts(dataset: Dataset, where: str) -> None:
     """Raise DataError when the numbers in dataset.json contradict each other."""
+    shards = dataset.shards
     for name in ("images", "bytes"):
-        total, stated = sum(getattr(shard, name) for shard in dataset.shards), getattr(dataset, name)
+        total, stated = sum(getattr(shards, name).tolist()), getattr(dataset, name)
         if total != stated:
             raise DataError(f"{where}: states {stated} {name}, but its shards hold {total}; build the data set again")
     if (dataset.encoding == "tar") != (dataset.index is not None):
         raise DataError(f"{where}: an index needs encoding 'tar' and a sidecar, and has one of them; index again")
-    for shard in dataset.shards:
-        if dataset.index is not None:
-            members = len(shard.sizes) or shard.images  # the sidecar lists them, and is checked when it is read
-        elif dataset.encoding == "packed":
-            members = sum(size // dataset.image_bytes for size in shard.sizes)
-        else:
-            members = len(shard.sizes)
-        if members != shard.images or len(shard.offsets) != len(shard.sizes):
-            raise DataError(
-                f"{where}: states {shard.images} images in {shard.name}, but lists {members}; build the data set again"
-            )
-        if dataset.encoding == "packed" and any(size % dataset.image_bytes for size in shard.sizes):
-            raise DataError(f"{where}: lists a part of an image in {shard.name}; build the data set again")
-        check_places(shard, where)
+    check_members(dataset, where)
 
 
-def check_places(shard: Shard, where: str) -> None:
-    """Raise DataError unless the members lie in the file one after another."""
-    ends = list(map(operator.add, shard.offsets, shard.sizes))
-    inside = all(map(operator.le, ends, [*shard.offsets[1:], shard.bytes]))
-    if not inside or min(shard.offsets[:1] + shard.sizes, default=0) < 0:
+def check_members(dataset: Dataset, where: str) -> None:
+    """Raise DataError unless every shard lists its images, one after another within its file."""
+    each = dataset.image_bytes if dataset.encoding == "packed" else None
+    row = dataset.shards.first_unsound(each, listed=dataset.index is None)  # an index is checked when it is read
+    if row is None:
+        return
+    shard = dataset.shards[row]
+    held = len(shard.sizes) if each is None else sum(size // each for size in shard.sizes)
+    if held != shard.images:
         raise DataError(
-            f"{where}: lists members of {shard.name} that overlap or lie outside its {shard.bytes} bytes; "
-            "build the data set again"
+            f"{where}: states {shard.images} images in {shard.name}, but lists {held}; build the data set again"
         )
+    if each is not None and any(size % each for size in shard.sizes):
+        raise DataError(f"{where}: lists a part of an image in {shard.name}; build the data set again")
+    raise DataError(
+        f"{where}: lists members of {shard.name} that overlap or lie outside its {shard.bytes} bytes; "
+        "build the data set again"
+    )

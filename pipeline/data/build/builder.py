@@ -44,7 +44,7 @@ from pipeline.data.build.state import (
 )
 from pipeline.data.build.transform import Recipe, Skipped
 from pipeline.data.commit import require_recorded
-from pipeline.data.dataset import DATASET_FILE, Dataset, LabelType, Shard, dump_dataset, open_dataset
+from pipeline.data.dataset import DATASET_FILE, Dataset, LabelType, Shard, open_dataset, write_dataset
 from pipeline.data.shard_reader import read_shard
 from pipeline.data.shard_writer import ShardWriter, write_shard
 from pipeline.data.sources.interface import Item, Listing, RefusalLog, Source, printable, read_picture
@@ -286,7 +286,7 @@ def _finish(store: Store, state: BuildState, groups: dict[int, Group], max_bad: 
         if entries:
             lines = (f"{escaped(key)}\t{escaped(reason)}\n" for key, reason in entries)
             store.write(name, "".join(lines).encode())
-    store.write(DATASET_FILE, dump_dataset(dataset))
+    dataset = write_dataset(dataset)
     tidy(store)
     return dataset
 

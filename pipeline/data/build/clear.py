@@ -48,7 +48,7 @@ def _is_build(store: Store) -> bool:
         return True
     if DATASET_FILE not in store.names():
         return False
-    if all(state.SHARD.fullmatch(shard.name) for shard in open_dataset(store).shards):
+    if all(map(state.SHARD.fullmatch, open_dataset(store).shards.names())):
         return True
     raise UsageError(
         f"{store.path(DATASET_FILE)}: not of dcgan-data build (samples, or made by hand): remove the folder yourself"

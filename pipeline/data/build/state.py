@@ -13,6 +13,7 @@ from pipeline.common.storage import Store, is_url
 from pipeline.data.build.plan import Plan
 from pipeline.data.dataset import DATASET_FILE, Dataset, Shard, open_dataset
 from pipeline.data.index.sidecar import SIDECAR_FILE
+from pipeline.data.shard_table import TABLE_FILE
 
 STATE_FOLDER = ".build"
 STATE_FILE = f"{STATE_FOLDER}/plan.json"
@@ -141,7 +142,15 @@ def clear(out: str) -> None:
         shards = [name for name in names if SHARD.fullmatch(name)]
         # First the files that vouch for the others. The mark stays until the next build is finished: see `tidy`.
         reports = [name for name in REPORTS if name in names]
-        for name in [DATASET_FILE, STATE_FILE, *shards, *reports, *records, *[SIDECAR_FILE] * indexed]:
+        for name in [
+            DATASET_FILE,
+            STATE_FILE,
+            *shards,
+            *reports,
+            *records,
+            *[SIDECAR_FILE] * indexed,
+            *[TABLE_FILE] * (TABLE_FILE in names),
+        ]:
             if name != CLEARING:
                 store.delete(name)
 

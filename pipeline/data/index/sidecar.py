@@ -5,7 +5,11 @@ The archive holds `offset`, `size`, `width`, `height` and `key`, and of label nu
 """
 
 import io
+import math
+import mmap
+import struct
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +22,9 @@ from pipeline.common.records import LARGEST, PlainName, Record
 from pipeline.common.storage import Store, sha256_bytes
 
 SIDECAR_FILE = "index.npz"
+ADVICE = "index the tars again"
+LOCAL_HEADER = 30
+"""Bytes of a zip member's own header, before its name; the last four are the lengths of two texts that follow."""
 _TEXT, _ENDS = "#text", "#ends"
 
 Arrays = dict[str, NDArray[Any]]
@@ -157,13 +164,10 @@ class MemberColumns:
 def read_sidecar(store: Store, sidecar: Sidecar, images: int, labels: int) -> MemberColumns:
     """Return the columns of a data set of `images` images, checked against dataset.json. Raises DataError."""
     where = store.path(sidecar.name)
-    data = store.read(store.inside(sidecar.name))
-    if len(data) != sidecar.bytes or sha256_bytes(data) != sidecar.sha256:
-        raise DataError(f"{where}: is not the file that dataset.json states (size or SHA-256); index the tars again")
     try:
-        columns = MemberColumns.unpack(read_arrays(data, where), labels)
+        columns = MemberColumns.unpack(open_arrays(store, sidecar, ADVICE), labels)
     except KeyError as error:
-        raise DataError(f"{where}: lacks the column {error}; index the tars again") from None
+        raise DataError(f"{where}: lacks the column {error}; {ADVICE}") from None
     texts = {"key": columns.key}
     numbers: Arrays = {"offset": columns.offset, "size": columns.size, "width": columns.width, "height": columns.height}
     for number, label in enumerate(columns.labels):
@@ -176,6 +180,63 @@ def read_sidecar(store: Store, sidecar: Sidecar, images: int, labels: int) -> Me
     if bad:
         raise DataError(f"{where}: is damaged: {bad[0]!r}; index the tars again")
     return columns
+
+
+def open_arrays(store: Store, sidecar: Sidecar, advice: str) -> Arrays:
+    """Return the arrays of a sidecar, checked against its size and SHA-256. Those of a file on a disk are mapped.
+
+    Raises DataError, which ends with `advice`.
+    """
+    where = store.path(sidecar.name)
+    content = _content(store, store.inside(sidecar.name))
+    if len(content) != sidecar.bytes or sha256_bytes(memoryview(content)) != sidecar.sha256:
+        raise DataError(f"{where}: is not the file that dataset.json states (size or SHA-256); {advice}")
+    try:
+        return _views(content)
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        OverflowError,
+        NotImplementedError,
+        struct.error,
+        zipfile.BadZipFile,
+    ) as error:
+        raise DataError(f"{where}: damaged ({type(error).__name__}); {advice}") from None
+
+
+def _content(store: Store, name: str) -> bytes | mmap.mmap:
+    """Return a file of a store; one on a disk is mapped."""
+    with suppress(OSError, ValueError):  # not there, no file, empty: `read` says what it is
+        if not store.remote:
+            with open(store.path(name), "rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return store.read(name)
+
+
+def _views(content: bytes | mmap.mmap) -> Arrays:
+    """Return the arrays of an uncompressed archive as views of it: without a copy, and without checking its CRCs."""
+    view, arrays = memoryview(content), Arrays()
+    file: Any = io.BytesIO(content) if isinstance(content, bytes) else content  # a mapped file is read as any other
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            lengths = struct.unpack_from("<HH", view, member.header_offset + LOCAL_HEADER - 4)
+            start = member.header_offset + LOCAL_HEADER + sum(lengths)
+            if member.compress_type != zipfile.ZIP_STORED or start + member.file_size > len(view):
+                raise ValueError(member.filename)
+            arrays[member.filename.removesuffix(".npy")] = _array(view[start : start + member.file_size])
+    return arrays
+
+
+def _array(content: memoryview) -> NDArray[Any]:
+    """Return the array in a .npy file. Raises ValueError for one of objects, and for one of another size."""
+    header = io.BytesIO(content[: 1 << 14])
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = read[np.lib.format.read_magic(header)](header)
+    if fortran or dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content) - header.tell():
+        raise ValueError("another size, or objects")
+    values = np.frombuffer(content[header.tell() :], dtype) if math.prod(shape) else np.empty(0, dtype)
+    return values.reshape(shape)
 
 
 def write_arrays(arrays: Arrays) -> bytes:

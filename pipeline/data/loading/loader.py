@@ -83,7 +83,7 @@ class Loader:
         """Images handed out so far over all ranks."""
         self.wait_seconds = 0.0
         """Total time that callers of `next_batch` have waited for data."""
-        self._shuffle = Shuffle([shard.images for shard in dataset.shards], seed=seed, streams=streams, mix=mix)
+        self._shuffle = Shuffle(dataset.shards.images, seed=seed, streams=streams, mix=mix)
         self._shape = (self.dataset.image_size, self.dataset.image_size, self.dataset.channels)
         self._pinned = torch.cuda.is_available()
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, UnavailableError
 from pipeline.common.imaging import BadImage, decode
-from pipeline.data.dataset import Dataset, Shard, check_places
+from pipeline.data.dataset import Dataset, Shard, check_members
 from pipeline.data.loading.shard_cache import open_cache
 from pipeline.data.loading.slots import Images, SlotBuffer
 
@@ -30,18 +30,16 @@ class ShardBuffer(SlotBuffer):
     """
 
     def __init__(self, dataset: Dataset, *, slots: int, decode: bool, cache_dir: Path | None) -> None:
-        for shard in dataset.shards:
-            check_places(shard, dataset.location)
+        check_members(dataset, dataset.location)
         super().__init__(len(dataset.shards), slots)
         self.dataset = dataset
         self.rows_kept = decode or dataset.encoding == "packed"
         self._cache = open_cache(cache_dir) if dataset.store.remote else None
         self._shape = (dataset.image_size, dataset.image_size, dataset.channels)
         self._decode = (_jpeg_decoder if dataset.encoding == "jpg" else _picture_decoder)(self._shape)
-        self._first_member = np.cumsum([0, *(len(shard.offsets) for shard in dataset.shards)])
-        self._offsets = np.concatenate([np.asarray(shard.offsets, np.int64) for shard in dataset.shards])
-        self._sizes = np.concatenate([np.asarray(shard.sizes, np.int64) for shard in dataset.shards])
-        units = [shard.images if self.rows_kept else shard.bytes for shard in dataset.shards]
+        self._first_member = dataset.shards.member_starts
+        self._offsets, self._sizes = dataset.shards.offset, dataset.shards.size
+        units = (dataset.shards.images if self.rows_kept else dataset.shards.bytes).tolist()
         # If everything fits, each shard has a slot of its size. Otherwise all slots are as large as the largest shard.
         widths = units if self.holds_all else [max(units)] * self.slots
         self._bases = np.cumsum([0, *widths])

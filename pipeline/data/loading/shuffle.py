@@ -10,7 +10,7 @@ fewer), and a permutation of the images inside each block. So a stream draws fro
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,9 @@ class Shuffle:
     `mix` is the number of shards whose images are shuffled together.
     """
 
-    def __init__(self, shard_images: Sequence[int], *, seed: int, streams: int, mix: int = 1) -> None:
+    def __init__(
+        self, shard_images: Sequence[int] | NDArray[np.integer[Any]], *, seed: int, streams: int, mix: int = 1
+    ) -> None:
         self.sizes = np.asarray(shard_images, np.int64)
         self.shard_starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self.seed = seed
@@ -118,7 +120,7 @@ class Shuffle:
 def image_ids(dataset: Dataset, seed: int, streams: int, start: int, count: int, *, mix: int = 1) -> Indices:
     """Return the data-set indices of images `start` to `start + count` of a run, int64: contract 3 as a function."""
     check_division(streams, streams, 1, dataset.images)
-    shuffle = Shuffle([shard.images for shard in dataset.shards], seed=seed, streams=streams, mix=mix)
+    shuffle = Shuffle(dataset.shards.images, seed=seed, streams=streams, mix=mix)
     return shuffle.ids(np.arange(start, start + count, dtype=np.int64))
 
 

@@ -78,7 +78,7 @@ class Tars:
         One that cannot be decoded is replaced by the next of its tar that can: a rule that depends on the data alone,
         so that every rank and every restart sees the same. Raises DataError when none of REPLACEMENTS can.
         """
-        dataset, count = self.dataset, self.dataset.shards[shard].images
+        dataset, count = self.dataset, self._first[shard + 1] - self._first[shard]
         for step in range(min(count, 1 + REPLACEMENTS)):
             member = self._first[shard] + (row + step) % count
             size = int(self._sizes[member])

@@ -29,6 +29,11 @@ def indexed(tmp_path: Path) -> Dataset:
     return dataset
 
 
+def test_the_place_of_tars_is_opened_once(indexed: Dataset) -> None:
+    stores = [indexed.place(shard)[0] for shard in indexed.shards]
+    assert stores[0] is stores[1] is stores[2]
+
+
 def test_the_json_and_the_fingerprint_of_other_sets_know_nothing_of_indexes(tmp_path: Path) -> None:
     dataset = open_dataset(write_dataset(tmp_path, images=8, shard=5))
     content = json.loads(dump_dataset(dataset))

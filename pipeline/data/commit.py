@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from pipeline.common.errors import DataError
 from pipeline.common.storage import Store
-from pipeline.data.dataset import Shard
+from pipeline.data.shard_table import Shard, ShardTable
 
 
 def require_recorded(
@@ -24,19 +24,19 @@ def require_recorded(
     `spare` says by name which tars may be there besides. `forget` gets the names of the shards that are missing or of
     another size, before the error, so that the next run makes them again; `advice` says which run that is.
     """
-    shards, sizes = list(shards), store.sizes()
+    table, sizes = ShardTable.of(shards), store.sizes()
+    recorded = dict(zip(table.names(), table.bytes.tolist(), strict=True))
     lost: dict[str, str] = {}
-    for shard in shards:
-        if shard.name not in sizes:
-            lost[shard.name] = "missing, though its record says that it was written"
-        elif (size := sizes[shard.name]) not in (None, shard.bytes):
-            lost[shard.name] = f"{size} bytes, though its record says {shard.bytes}"
+    for name, stated in recorded.items():
+        if name not in sizes:
+            lost[name] = "missing, though its record says that it was written"
+        elif (size := sizes[name]) not in (None, stated):
+            lost[name] = f"{size} bytes, though its record says {stated}"
     if lost:
         forget(set(lost))
         name, what = next(iter(lost.items()))
         raise DataError(f"{store.path(name)}: {what}{_others(lost)}; {advice}")
-    known = {shard.name for shard in shards}
-    tars = [name for name in sorted(sizes) if name.endswith(".tar") and name not in known]
+    tars = [name for name in sorted(sizes) if name.endswith(".tar") and name not in recorded]
     if foreign := [name for name in tars if not spare(name)]:
         raise DataError(
             f"{store.path(foreign[0])}: no record names this shard{_others(foreign)}, so it is not of this data set, "

@@ -3,8 +3,10 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from pipeline.common.imaging import BadImage, decode, load_square
 from pipeline.common.machine import available_cores
 from pipeline.common.progress import Progress
 from pipeline.common.records import parse_json
-from pipeline.common.storage import sha256_bytes
+from pipeline.common.storage import Store, sha256_bytes
 from pipeline.data.build.process_pool import run_tasks
 from pipeline.data.dataset import DATASET_FILE, Dataset, Shard
 from pipeline.data.index.scan import verify_headers
@@ -25,6 +27,8 @@ from pipeline.data.shard_writer import checksum
 
 SHOWN = 50
 """Damages that are printed; the error counts all of them."""
+TASK_SHARDS = 8
+"""Shards that a process receives at once; those of a store it reads at the same time, and holds in memory."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,17 @@ class Checker:
 
     dataset: Dataset
 
-    def check(self, shard: Shard) -> tuple[int, list[Damage]]:
-        """Return the shard's images and what is wrong with it."""
-        return shard.images, list(check_shard(self.dataset, shard))
+    def check(self, shards: list[Shard]) -> tuple[int, list[Damage]]:
+        """Return the images of some shards and what is wrong with these. All are read at the same time from a store."""
+        store = self.dataset.store
+        with ThreadPoolExecutor(len(shards) if store.remote else 1) as readers:
+            contents = readers.map(_read, repeat(store), shards) if store.remote else map(_read, repeat(store), shards)
+            found = [
+                damage
+                for shard, content in zip(shards, contents, strict=True)
+                for damage in _check_content(self.dataset, shard, content)
+            ]
+        return sum(shard.images for shard in shards), found
 
 
 @dataclass(frozen=True)
@@ -79,15 +91,19 @@ def verify(dataset: Dataset) -> None:
     if dataset.index is not None:
         _report(dataset, _check_tars(dataset))
         return
-    present = set(dataset.store.names())
-    damages = [Damage(s.name, "missing") for s in dataset.shards if s.name not in present]
-    stray = sorted(n for n in present if n.endswith(".tar") and n not in {s.name for s in dataset.shards})
-    for name in stray:
+    present, names = set(dataset.store.names()), dataset.shards.names()
+    damages = [Damage(name, "missing") for name in names if name not in present]
+    for name in sorted(name for name in present.difference(names) if name.endswith(".tar")):
         print(one_line(f"note: {dataset.store.path(name)} is not part of the data set"))
-    there = [shard for shard in dataset.shards if shard.name in present]
+    there = np.flatnonzero([name in present for name in names])
+    cores = available_cores()
+    each = TASK_SHARDS if dataset.store.remote else min(TASK_SHARDS, 1 + len(there) // (4 * cores))
+    tasks = (
+        [dataset.shards[row] for row in there[start : start + each].tolist()] for start in range(0, len(there), each)
+    )
     checker = Checker(dataset.model_copy(update={"shards": []}))
-    with Progress("verifying", sum(shard.images for shard in there)) as progress:
-        for images, found in run_tasks(checker.check, there, available_cores()):
+    with Progress("verifying", sum(dataset.shards.images[there].tolist())) as progress:
+        for images, found in run_tasks(checker.check, tasks, cores):
             progress.advance(images)
             damages += found
     _report(dataset, damages)
@@ -97,15 +113,18 @@ def _check_tars(dataset: Dataset) -> list[Damage]:
     """Return what is wrong with the tars of an indexed data set."""
     damages: list[Damage] = []
     checker = TarChecker(dataset.model_copy(update={"shards": []}))
-    tars = []
-    for number, shard in enumerate(dataset.shards):
-        rows = dataset.rows(number)
-        tars.append(IndexedShard(shard, *dataset.members(number), dataset.columns.key.slice(rows.start, rows.stop)))
+    tars = (_indexed(dataset, number) for number in range(len(dataset.shards)))
     with Progress("verifying", dataset.images) as progress:
         for images, found in run_tasks(checker.check, tars, available_cores()):
             progress.advance(images)
             damages += found
     return damages
+
+
+def _indexed(dataset: Dataset, number: int) -> IndexedShard:
+    rows = dataset.rows(number)
+    keys = dataset.columns.key.slice(rows.start, rows.stop)
+    return IndexedShard(dataset.shards[number], *dataset.members(number), keys)
 
 
 def _report(dataset: Dataset, damages: list[Damage]) -> None:
@@ -154,10 +173,21 @@ def _check_members(dataset: Dataset, indexed: IndexedShard, file: FileIO, where:
 
 def check_shard(dataset: Dataset, shard: Shard) -> Iterator[Damage]:
     """Yield everything that is wrong with one shard."""
+    yield from _check_content(dataset, shard, _read(dataset.store, shard))
+
+
+def _read(store: Store, shard: Shard) -> bytes | DataError:
+    """Return a shard's file, or why there is none."""
     try:
-        data = dataset.store.read(dataset.store.inside(shard.name))
+        return store.read(store.inside(shard.name))
     except DataError as error:
-        yield Damage(shard.name, str(error))
+        return error
+
+
+def _check_content(dataset: Dataset, shard: Shard, data: bytes | DataError) -> Iterator[Damage]:
+    """Yield everything that is wrong with a shard's file."""
+    if isinstance(data, DataError):
+        yield Damage(shard.name, str(data))
         return
     if len(data) != shard.bytes:
         yield Damage(shard.name, f"{len(data):,} bytes, but {DATASET_FILE} states {shard.bytes:,}")

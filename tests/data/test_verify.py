@@ -1,6 +1,7 @@
 """Every planted damage is found, with its shard, key and offset; stock webdataset reads what we write."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,15 @@ import numpy as np
 import pytest
 import webdataset
 from picture_files import make_folder, make_picture
+from support import write_dataset
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import decode, encode
+from pipeline.common.storage import Store
+from pipeline.data import verify as verify_module
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.shard_reader import iterate
+from pipeline.data.shard_table import ShardTable
 
 ENCODINGS = ["packed", "png", "webp", "jpg"]
 
@@ -158,6 +163,47 @@ def test_anyones_tars_build(dcgan_data: Any, tmp_path: Path) -> None:
     broken = dcgan_data("build", "webdataset", tmp_path / "src", tmp_path / "other", "--size", 24)
     assert broken.code == 65
     assert "1.tar: damaged tar" in broken.err
+
+
+def test_shards_of_a_store_are_read_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read waits for all others: one after another, they would wait for ever."""
+    folder = write_dataset(tmp_path, images=verify_module.TASK_SHARDS, shard=1)
+    for path in folder.iterdir():
+        Store("memory://verified").write(path.name, path.read_bytes())
+    dataset = open_dataset("memory://verified")
+    everyone, read = threading.Barrier(verify_module.TASK_SHARDS, timeout=2), Store.read
+
+    def together(store: Store, name: str) -> bytes:
+        everyone.wait()
+        return read(store, name)
+
+    monkeypatch.setattr(Store, "read", together)
+    monkeypatch.setattr(verify_module, "available_cores", lambda: 1)  # in this process
+    verify_module.verify(dataset)
+
+
+def test_every_shard_is_looked_up_once_whatever_lies_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = open_dataset(write_dataset(tmp_path, images=30, shard=1))
+    for number in range(50):
+        (tmp_path / f"stray-{number:02d}.tar").touch()
+    (tmp_path / dataset.shards[4].name).unlink()
+    made: list[object] = []
+    get = ShardTable.__getitem__
+
+    def counted(table: ShardTable, index: Any) -> Any:
+        made.append(index)
+        return get(table, index)
+
+    monkeypatch.setattr(ShardTable, "__getitem__", counted)
+    monkeypatch.setattr(verify_module, "available_cores", lambda: 1)
+    with pytest.raises(DataError, match="1 damages in 1 of 30 shards"):
+        verify_module.verify(dataset)
+    assert len(made) == 29
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 51
+    assert printed[-1] == "shard-000004.tar: missing"
 
 
 def test_pipes_and_unknown_urls_are_refused(dcgan_data: Any, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ and then the records are removed. Without dataset.json there is no data set.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from pipeline.common.records import first_problem
 from pipeline.common.storage import Store, is_url, public_name
 from pipeline.common.telemetry import Telemetry
 from pipeline.data.build.clear import clear
-from pipeline.data.build.options import DEFAULT_MAX_BAD
 from pipeline.data.build.plan import PlannedBuild
 from pipeline.data.build.process_pool import run_tasks
+from pipeline.data.build.records import READ_AHEAD, Records, accepted_share, check_records, check_shards, read_records
 from pipeline.data.build.state import (
     HINT,
     REFUSED,
@@ -34,16 +34,16 @@ from pipeline.data.build.state import (
     built_as,
     compare,
     finish_clearing,
+    finished_groups,
     group_name,
     identity,
-    read_groups,
+    read_group,
     read_state,
     refuse_foreign,
     shard_name,
     tidy,
 )
 from pipeline.data.build.transform import Recipe, Skipped
-from pipeline.data.commit import require_recorded
 from pipeline.data.dataset import DATASET_FILE, Dataset, LabelType, Shard, open_dataset, write_dataset
 from pipeline.data.shard_reader import read_shard
 from pipeline.data.shard_writer import ShardWriter, write_shard
@@ -51,6 +51,8 @@ from pipeline.data.sources.interface import Item, Listing, RefusalLog, Source, p
 
 REMOTE_READERS = 8
 """Pictures fetched at the same time by each process, when they come from a URL."""
+COPIERS = 8
+"""Groups that a merge copies at the same time from or to a store; each is held in memory."""
 
 
 @dataclass(frozen=True)
@@ -170,14 +172,15 @@ def run(
         finally:  # workers are stopped in the middle of a file
             for folder in ("", STATE_FOLDER):
                 store.remove_abandoned(folder)
-        state, groups = read_state(store), read_groups(store, mine)
+        state = read_state(store)
+        found = read_records({index: store for index in finished_groups(store) if index in mine})
         if part.count > 1:
-            _check_groups(state, groups, mine, max_bad, out)
-            _check_shards(store, groups, alone=False)  # the other parts may be at work in the same folder
+            check_records(state, found, mine, max_bad, out)
+            check_shards(store, found, alone=False)  # the other parts may be at work in the same folder
             return None
-        if not any(group.shards for group in groups.values()):
+        if not len(found.shards):
             clear(out, out)  # nothing is worth keeping, and what follows refuses
-        return _finish(store, state, groups, max_bad)
+        return _finish(store, state, found, max_bad)
 
 
 def _build_groups(
@@ -191,9 +194,10 @@ def _build_groups(
 ) -> None:
     """Build those of the groups `mine` that have no record yet, or fewer when too many pictures are unusable."""
     present = set(Store(builder.out).names(STATE_FOLDER))
-    tasks = [Task(index, build.group(index)) for index in mine if f"{index:06d}.json" not in present]
+    left = [index for index in mine if f"{index:06d}.json" not in present]
     total = sum(len(build.group(index)) for index in mine)
-    done = total - sum(len(task.items) for task in tasks)
+    done = total - sum(len(build.group(index)) for index in left)
+    tasks = (Task(index, build.group(index)) for index in left)
     metrics.set("dcgan_build_info", 1, source=build.plan.source["kind"], encoding=builder.recipe.encoding)
     metrics.add("dcgan_build_target_images", total)
     metrics.add("dcgan_build_skipped_images_total", done)
@@ -210,7 +214,7 @@ def _build_groups(
             metrics.add("dcgan_build_written_bytes_total", built.bytes)
             metrics.set("dcgan_build_last_shard_timestamp_seconds", time.time())
             bad += built.refused
-            if bad > _share(max_bad) * (build.plan.pictures + listing.refused.count):
+            if bad > accepted_share(max_bad) * (build.plan.pictures + listing.refused.count):
                 return  # the checks of the caller raise
 
 
@@ -242,29 +246,39 @@ def merge(out: str, parts: Sequence[str], *, max_bad: float | None = None) -> Da
     if state is None:
         raise DataError(f"{out}: holds no part of a build; name the folders of the parts: merge OUT PART0 PART1 …")
     everything = range(state.plan.groups)
-    groups, origins = read_groups(target, everything), dict[int, Store]()
-    for store in stores:
-        new = {index: group for index, group in read_groups(store, everything).items() if index not in groups}
-        groups |= new
-        origins |= dict.fromkeys(new, store)
-    groups = dict(sorted(groups.items()))
-    _check_groups(state, groups, everything, max_bad, out)
+    origins = {index: place for place in reversed([target, *stores]) for index in finished_groups(place)}
+    origins = {index: place for index, place in origins.items() if index in everything}
+    found = read_records(origins)
+    check_records(state, found, everything, max_bad, out)
     if not target.exists(STATE_FILE):
         target.write(STATE_FILE, state.model_dump_json().encode())
-    for index, store in origins.items():
-        for shard in groups[index].shards:
-            target.write(shard.name, read_shard(store, shard))
-        target.write(group_name(index), groups[index].model_dump_json().encode())
-    return _finish(target, state, groups, max_bad)
+    _copy_groups(target, {index: place for index, place in sorted(origins.items()) if place is not target})
+    return _finish(target, state, found, max_bad)
 
 
-def _finish(store: Store, state: BuildState, groups: dict[int, Group], max_bad: float | None) -> Dataset:
+def _copy_groups(target: Store, origins: dict[int, Store]) -> None:
+    """Copy finished groups into `target`, each with its record last."""
+
+    def copy(index: int) -> None:
+        group = read_group(origins[index], index)
+        for shard in group.shards:
+            target.write(shard.name, read_shard(origins[index], shard))
+        target.write(group_name(index), group.model_dump_json().encode())
+
+    remote = target.remote or any(place.remote for place in origins.values())
+    with ThreadPoolExecutor(COPIERS if remote else 1) as pool, Progress("copying", len(origins), "groups") as progress:
+        groups = list(origins)
+        for start in range(0, len(groups), READ_AHEAD):
+            for _ in pool.map(copy, groups[start : start + READ_AHEAD]):
+                progress.advance(1)
+
+
+def _finish(store: Store, state: BuildState, found: Records, max_bad: float | None) -> Dataset:
     """Write dataset.json from the records of all groups; remove the records. Raises DataError when some are missing."""
     plan = state.plan
-    refused = _check_groups(state, groups, range(plan.groups), max_bad, store.location)
-    shards = [shard for group in groups.values() for shard in group.shards]
-    skipped = sorted(entry for group in groups.values() for entry in group.skipped)
-    if not shards:
+    refused = check_records(state, found, range(plan.groups), max_bad, store.location)
+    skipped = sorted(found.skipped)
+    if not len(found.shards):
         examples = "; ".join(f"{key}: {reason}" for key, reason in (refused.entries + skipped)[:3])
         raise DataError(f"{state.location}: none of {plan.pictures:,} pictures gives an image ({examples})")
     try:
@@ -274,14 +288,14 @@ def _finish(store: Store, state: BuildState, groups: dict[int, Group], max_bad: 
             encoding=plan.source.get("encoding"),
             labels=plan.labels,
             source={"location": public_name(state.location), **identity(plan)},
-            images=sum(shard.images for shard in shards),
-            bytes=sum(shard.bytes for shard in shards),
-            shards=shards,
+            images=sum(found.shards.images.tolist()),
+            bytes=sum(found.shards.bytes.tolist()),
+            shards=found.shards,
             refused=refused.summary(),
         ).at(store)
     except ValidationError as error:
         raise DataError(f"{store.path(STATE_FILE)}: its plan is damaged: {first_problem(error)}; {HINT}") from None
-    _check_shards(store, groups, alone=True)
+    check_shards(store, found, alone=True)
     for name, entries in ((REFUSED, sorted(refused.entries)), (SKIPPED, skipped)):
         if entries:
             lines = (f"{escaped(key)}\t{escaped(reason)}\n" for key, reason in entries)
@@ -289,68 +303,3 @@ def _finish(store: Store, state: BuildState, groups: dict[int, Group], max_bad: 
     dataset = write_dataset(dataset)
     tidy(store)
     return dataset
-
-
-def _check_groups(
-    state: BuildState, groups: dict[int, Group], wanted: range, max_bad: float | None, out: str
-) -> RefusalLog:
-    """Return all refusals. Raises DataError when they are too many, or when a wanted group has no record."""
-    refused = _refusals(state, groups.values())
-    _check_refusals(refused, state, max_bad)
-    if missing := len(wanted) - len(groups):  # of a damaged plan there may be too many to list
-        first = next(index for index in wanted if index not in groups)
-        raise DataError(
-            f"{out}: {missing} of {len(wanted)} groups are missing (the first is {first}); "
-            "build the missing parts, then merge again"
-        )
-    return refused
-
-
-def _check_shards(store: Store, groups: dict[int, Group], *, alone: bool) -> None:
-    """Raise DataError unless the shards of `groups`, and where they are `alone` no others, are in `store`.
-
-    The next build makes those that are not there again.
-    """
-
-    def forget(lost: set[str]) -> None:
-        for index, group in groups.items():
-            if lost & {shard.name for shard in group.shards}:
-                store.delete(group_name(index))
-
-    require_recorded(
-        store,
-        (shard for group in groups.values() for shard in group.shards),
-        forget=forget,
-        spare=lambda name: not alone,
-        advice="build again with the same options (and --part): what is missing is made again, the rest is kept",
-    )
-
-
-def _share(max_bad: float | None) -> float:
-    return DEFAULT_MAX_BAD if max_bad is None else max_bad
-
-
-def _refusals(state: BuildState, groups: Iterable[Group]) -> RefusalLog:
-    """Return all refusals of the listing and of the given groups."""
-    log = RefusalLog(list(state.refused))
-    log.unnamed.update(state.lost)
-    for group in groups:
-        log.entries += group.refused
-    return log
-
-
-def _check_refusals(refused: RefusalLog, state: BuildState, max_bad: float | None) -> None:
-    """Raise DataError when too many pictures cannot be used."""
-    pictures = state.plan.pictures + len(state.refused) + sum(state.lost.values())
-    share = refused.count / pictures
-    names = "; ".join(f"{key}: {reason}" for key, reason in refused.entries[:3])
-    lost = "; ".join(f"{number:,} {reason}" for reason, number in refused.unnamed.items())
-    what = "; ".join(filter(None, (names, lost)))
-    advice = "repair the source, or accept them with --max-bad"
-    if state.damaged and max_bad is None:
-        raise DataError(f"{state.location}: {what}. {advice} {share + 0.0005:.3f} (what could be read is kept)")
-    if share > _share(max_bad):
-        raise DataError(
-            f"{state.location}: {refused.count:,} of {pictures:,} pictures cannot be used, more than "
-            f"{_share(max_bad):.1%} ({what}); {advice}"
-        )

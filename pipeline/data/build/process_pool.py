@@ -5,35 +5,47 @@ import multiprocessing.forkserver
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from itertools import chain, islice
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import TypeVar
 
 from pipeline.common.errors import TryAgainError
 
+WAITING_TASKS = 2
+"""Tasks for each worker that wait until it is free."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def run_tasks(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> Generator[R, None, None]:
+def run_tasks(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[R, None, None]:
     """Yield function(task) for every task, as they finish. The first error stops all workers at once.
+
+    Tasks are taken when workers are free, with WAITING_TASKS ahead: there may be more than memory holds.
 
     Raises what `function` raised, or TryAgainError when a worker was killed from outside.
     """
-    workers = min(workers, len(tasks))
-    if workers <= 1:
+    tasks = iter(tasks)
+    first = list(islice(tasks, workers))
+    tasks = chain(first, tasks)
+    if len(first) <= 1:
         yield from map(function, tasks)
         return
     context = start_server(function.__module__)
     lifeline, our_end = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, _stay_alive_while, (lifeline,))
+    pool = ProcessPoolExecutor(len(first), context, _stay_alive_while, (lifeline,))
     try:
-        for future in as_completed([pool.submit(function, task) for task in tasks]):
-            yield future.result()
+        waiting = {pool.submit(function, task) for task in islice(tasks, len(first) * (1 + WAITING_TASKS))}
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            waiting |= {pool.submit(function, task) for task in islice(tasks, len(done))}
+            for future in done:
+                yield future.result()
     except BrokenProcessPool:
         raise TryAgainError(
             "a worker process was killed, most likely because memory ran out. "

@@ -194,11 +194,6 @@ def compare(wanted: dict[str, Any], found: dict[str, Any], where: str, advice: s
     raise ConfigConflict(f"{where}: holds a data set built with other options: {what}; {advice}")
 
 
-def read_groups(store: Store, wanted: range) -> dict[int, Group]:
-    """Return the records of those of the wanted groups that are finished, in their order."""
-    return {index: read_group(store, index) for index in finished_groups(store) if index in wanted}
-
-
 def finished_groups(store: Store) -> list[int]:
     """Return the groups that have a record in `store`, in order."""
     return sorted(int(name[:-5]) for name in store.names(STATE_FOLDER) if _RECORD.fullmatch(name))

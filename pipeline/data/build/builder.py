@@ -195,8 +195,8 @@ def _build_groups(
     """Build those of the groups `mine` that have no record yet, or fewer when too many pictures are unusable."""
     present = set(Store(builder.out).names(STATE_FOLDER))
     left = [index for index in mine if f"{index:06d}.json" not in present]
-    total = sum(len(build.group(index)) for index in mine)
-    done = total - sum(len(build.group(index)) for index in left)
+    total = sum(len(build.span(index)) for index in mine)
+    done = total - sum(len(build.span(index)) for index in left)
     tasks = (Task(index, build.group(index)) for index in left)
     metrics.set("dcgan_build_info", 1, source=build.plan.source["kind"], encoding=builder.recipe.encoding)
     metrics.add("dcgan_build_target_images", total)

@@ -17,7 +17,7 @@ from pipeline.data.build.plan import PlannedBuild, Selection, plan_build
 from pipeline.data.build.transform import Recipe
 from pipeline.data.dataset import Dataset
 from pipeline.data.shard_reader import iterate
-from pipeline.data.sources.interface import Listing, Source
+from pipeline.data.sources.interface import Items, Listing, Source
 from pipeline.data.sources.registry import open_source
 
 
@@ -66,6 +66,7 @@ def build_all(options: BuildOptions) -> None:
                 shard_bytes=options.shard_bytes,
                 shard_images=options.shard_images,
             )
+        listing.items = Items()  # the plans hold the pictures, in their order
         finished = {out: state.prepare(out, one.plan, overwrite=options.overwrite) for out, one in planned.items()}
         for out, one in planned.items():
             if (there := finished[out]) is not None:

@@ -23,7 +23,7 @@ from pipeline.data.dedup.hamming import close_pairs
 from pipeline.data.dedup.hash_recall import RADII, measure
 from pipeline.data.dedup.semantic_hash import BITS, Codes, SemanticHash
 from pipeline.data.shard_reader import iterate
-from pipeline.data.sources.interface import Item, Listing
+from pipeline.data.sources.interface import Item, Items, Listing
 from pipeline.data.sources.tars import Tars, list_dataset
 
 TRAIN_BYTES = 256_000_000
@@ -87,6 +87,7 @@ def dedup(dataset: Dataset, out: str, *, radius: int, seed: int, workers: int, o
     require_writable(out)
     source = Tars(dataset.location)
     listing = list_dataset(dataset)
+    items = list(listing.items)
     times: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         kept_in = Path(temporary) if is_url(out) else Path(out) / Store(out).inside(state.STATE_FOLDER)
@@ -94,22 +95,22 @@ def dedup(dataset: Dataset, out: str, *, radius: int, seed: int, workers: int, o
     began = time.monotonic()
     found = keep_first(codes, radius)
     times["neighbors"] = time.monotonic() - began
-    kept = [item for item, keep in zip(listing.items, found.keep, strict=True) if keep]
+    kept = [item for item, keep in zip(items, found.keep, strict=True) if keep]
     recipe = _recipe(dataset)
     planned = plan_build(
         source,
-        Listing(listing.labels, kept),
+        Listing(listing.labels, Items(kept)),
         description,
         Selection(seed=_recorded(dataset, "seed", 0, 1 << 64)),
         recipe,
-        shard_bytes=max(BuildOptions.shard_bytes, *(shard.bytes for shard in dataset.shards)),
+        shard_bytes=max(BuildOptions.shard_bytes, int(dataset.shards.bytes.max())),
         shard_images=None,
     )
     state.prepare(out, planned.plan, overwrite=overwrite)
-    _write_report(Store(out), source, listing.items, found, semantic_hash, radius, times)
+    _write_report(Store(out), source, items, found, semantic_hash, radius, times)
     result = builder.run(
         source,
-        Listing({}, []),
+        Listing({}),
         planned,
         recipe,
         location=dataset.location,

@@ -37,9 +37,9 @@ class CelebA:
         if IMAGES in store.names(prefix):  # Kaggle's archive holds the folder twice
             prefix = f"{prefix}/{IMAGES}"
         folder = f"{self.location}/{prefix}"
-        listing = Listing({name.lower(): "bool" for name in names}, [])
+        listing = Listing({name.lower(): "bool" for name in names})
         without = 0
-        for item in Folder(folder, "none").listing().items:
+        for item in sorted(Folder(folder, "none").listing().items, key=lambda item: item.key):
             if chosen is not None and PurePosixPath(item.key).stem not in chosen:
                 continue
             values = attributes.get(PurePosixPath(item.key).stem)

@@ -51,7 +51,7 @@ class Cifar10:
             raise UsageError(f"--split {split}: CIFAR-10 has train, test, all")
         names = load_batch(self.location, "batches.meta")
         classes = [str(name) for name in names.get("label_names", [])]
-        listing = Listing({"label": "int", "class": "str"}, [])
+        listing = Listing({"label": "int", "class": "str"})
         for file in [*TRAIN, "test_batch"] if split == "all" else FILES[split]:
             labels = load_batch(self.location, file).get("labels")
             images = _images(self.location, file)

@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.data.sources.folder import Folder
-from pipeline.data.sources.interface import Item, Listing
+from pipeline.data.sources.interface import Item, Items, Listing
 
 TRAIN_IMAGES = 60_000
 
@@ -24,9 +24,9 @@ class Ffhq:
         listing = Folder(self.location, "none").listing()
         unnumbered = [item.key for item in listing.items if not PurePosixPath(item.key).stem.isdecimal()]
         if unnumbered:
-            raise DataError(f"{self.location}: {unnumbered[0]}: FFHQ's files are named by number, such as 01000.png")
+            raise DataError(f"{self.location}: {min(unnumbered)}: FFHQ's files are named by number, such as 01000.png")
         if self.split is not None:
-            listing.items = [item for item in listing.items if _is_train(item) is (self.split == "train")]
+            listing.items = Items(item for item in listing.items if _is_train(item) is (self.split == "train"))
         if not listing.items:
             raise DataError(f"{self.location}: has no picture of the split {self.split}")
         return listing

@@ -2,7 +2,8 @@
 
 import os
 import stat
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,10 +12,12 @@ from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import BadImage
 from pipeline.common.storage import Store, is_url
 from pipeline.data.dataset import LabelType
-from pipeline.data.sources.interface import Item, Listing
+from pipeline.data.sources.interface import Item, Items, Listing
 from pipeline.data.sources.label_table import read_table
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff"}
+OTHERS, LOOPS = "files that are not images", "links that lead back to a folder above them"
+"""What is skipped in a folder."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +28,28 @@ class Folder:
     labels: str = "folders"
 
     def listing(self) -> Listing:
-        """Return the pictures in the order of their paths. Raises UserError for a missing or empty folder."""
-        files, notes = _find(self.location)
-        if not files:
-            raise DataError(f"{self.location}: no images here; expected files such as .jpg, .png or .webp")
+        """Return the pictures in any order. Raises UserError for a missing or empty folder."""
+        skipped = Counter[str]()
+        files = _find(self.location, skipped)
         if self.labels not in ("folders", "none"):
-            return self._with_table(files, notes)
-        classes = [path.partition("/")[0] if "/" in path else None for path, _ in files]
-        if self.labels == "none" or not any(classes):
-            return Listing({}, [Item(path, (), where) for path, where in files], notes=notes)
-        items = [Item(path, (name,), where) for (path, where), name in zip(files, classes, strict=True)]
-        return Listing({"class": "str"}, items, notes=notes)
+            listing = self._with_table(files)
+        elif self.labels == "none":
+            listing = Listing({}, Items(Item(path, (), where) for path, where in files))
+        else:
+            listing = Listing({"class": "str"}, Items(Item(path, (_class(path),), where) for path, where in files))
+            if not any(item.labels[0] for item in listing.items):
+                listing = Listing({}, Items(Item(item.key, (), item.where) for item in listing.items))
+        if not listing.items:
+            raise DataError(f"{self.location}: no images here; expected files such as .jpg, .png or .webp")
+        listing.notes[:0] = [f"{skipped[what]:,} {what} were skipped" for what in (OTHERS, LOOPS) if skipped[what]]
+        return listing
 
-    def _with_table(self, files: "list[File]", notes: list[str]) -> Listing:
+    def _with_table(self, found: "Iterator[File]") -> Listing:
+        if not (files := sorted(found, key=lambda file: file[0])):  # refusals are named in this order
+            return Listing({})
         table = read_table(self.labels)
         types: dict[str, LabelType] = dict(table.types)
-        listing = Listing(types, [], notes=notes)
+        listing = Listing(types)
         for path, where in files:
             labels: tuple[Any, ...] | None = table.find(path)
             if labels is None:
@@ -52,7 +61,7 @@ class Folder:
                 f"--labels {self.labels}: none of its {len(table):,} rows names an image in {self.location}"
             )
         if unused := len(table) - len(listing.items):
-            notes.append(f"{unused:,} rows of {self.labels} name no image here")
+            listing.notes.append(f"{unused:,} rows of {self.labels} name no image here")
         return listing
 
     def read(self, item: Item) -> bytes:
@@ -79,30 +88,30 @@ def read_file(location: str, path: str) -> bytes:
         raise BadImage("a link to nothing, or removed meanwhile") from None
 
 
-def _find(location: str) -> tuple[list[File], list[str]]:
-    """Return the pictures below `location`, sorted, and notes about files that were skipped."""
-    found: Sequence[File]
+def _class(path: str) -> str | None:
+    return path.partition("/")[0] if "/" in path else None
+
+
+def _find(location: str, skipped: Counter[str]) -> Iterator[File]:
+    """Yield the pictures below `location`, in any order, and count in `skipped` what else is there."""
+    found: Iterable[File]
     if is_url(location):
         store = Store(location)
         listed = ((store.shown(path), path, size) for path, size in store.find())
-        found = [(shown, size if shown == path else path) for shown, path, size in listed]
+        found = ((shown, size if shown == path else path) for shown, path, size in listed)
+    elif not Path(location).is_dir():
+        raise UsageError(f"{location}: no such folder; SRC is the folder that holds the images")
     else:
-        if not Path(location).is_dir():
-            raise UsageError(f"{location}: no such folder; SRC is the folder that holds the images")
-        found, loops = _walk(Path(location))
-    files = [(path, where) for path, where in found if PurePosixPath(path).suffix.lower() in SUFFIXES]
-    notes = []
-    if others := len(found) - len(files):
-        notes.append(f"{others:,} files that are not images were skipped")
-    if not is_url(location) and loops:
-        notes.append(f"{loops:,} links that lead back to a folder above them were skipped")
-    return sorted(files, key=lambda file: file[0]), notes
+        found = _walk(Path(location), skipped)
+    for path, where in found:
+        if PurePosixPath(path).suffix.lower() in SUFFIXES:
+            yield path, where
+        else:
+            skipped[OTHERS] += 1
 
 
-def _walk(root: Path) -> tuple[list[tuple[str, int]], int]:
-    """Return (path below root, bytes) of all files that are not hidden, through links, and the number of loops."""
-    files: list[tuple[str, int]] = []
-    loops = 0
+def _walk(root: Path, skipped: Counter[str]) -> Iterator[tuple[str, int]]:
+    """Yield (path below root, bytes) of all files that are not hidden, through links; count the links in a circle."""
     top = root.stat()
     # Each entry: the folder, its path below the root, and the folders above it, by which loops are known.
     pending = [(str(root), "", frozenset([(top.st_dev, top.st_ino)]))]
@@ -115,14 +124,13 @@ def _walk(root: Path) -> tuple[list[tuple[str, int]], int]:
                 try:
                     status = entry.stat()
                 except OSError:  # a link to nothing: reported with its name when it is read
-                    files.append((prefix + entry.name, 0))
+                    yield prefix + entry.name, 0
                     continue
                 if stat.S_ISREG(status.st_mode):
-                    files.append((prefix + entry.name, status.st_size))
+                    yield prefix + entry.name, status.st_size
                 elif stat.S_ISDIR(status.st_mode):
                     identity = (status.st_dev, status.st_ino)
                     if identity in above:
-                        loops += 1
+                        skipped[LOOPS] += 1
                     else:
                         pending.append((entry.path, f"{prefix}{entry.name}/", above | {identity}))
-    return files, loops

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.storage import Store, is_url, locate
 from pipeline.data.sources.folder import SUFFIXES, Folder
-from pipeline.data.sources.interface import Item, Listing
+from pipeline.data.sources.interface import Item, Items, Listing
 from pipeline.data.sources.tars import open_members, tar_members
 from pipeline.data.specification import short_names
 
@@ -25,9 +25,9 @@ class ImageNet:
         listing = self._from_tars(tars) if tars else self._from_folders()
         classes = {name: number for number, name in enumerate(sorted({item.labels[0] for item in listing.items}))}
         listing.labels = {"class": "str", "label": "int"}
-        listing.items = [
+        listing.items = Items(
             Item(item.key, (item.labels[0], classes[item.labels[0]]), item.where) for item in listing.items
-        ]
+        )
         return listing
 
     def read(self, item: Item) -> bytes:
@@ -53,11 +53,11 @@ class ImageNet:
             raise DataError(f"{self.location}: expected a folder or a tar for each class, such as n01440764")
         flat = [item.key for item in listing.items if item.labels[0] is None]
         if flat:
-            raise DataError(f"{self.location}: {flat[0]} lies in no class folder")
+            raise DataError(f"{self.location}: {min(flat)} lies in no class folder")
         return listing
 
     def _from_tars(self, tars: list[str]) -> Listing:
-        listing = Listing({}, [])
+        listing = Listing({})
         for tar, shown in zip(tars, short_names(tars), strict=True):
             for member, offset, size, file in tar_members(tar, listing):
                 if member.endswith(".tar"):

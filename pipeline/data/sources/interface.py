@@ -1,5 +1,6 @@
 """The interface of a source: a listing of its pictures with labels, and access to each picture."""
 
+import pickle
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from pipeline.common.errors import TryAgainError, describe_os_error
 from pipeline.common.imaging import BadImage, Pixels
 from pipeline.data.dataset import LabelType, Refusals
+from pipeline.data.spool import Spool
 
 KEY = "key"
 """The column of the images' names in every shard. No label can have this name."""
@@ -24,6 +26,16 @@ class Item(NamedTuple):
     """Values in the order of `Listing.labels`; None where there is none."""
     where: Any
     """How the source finds the picture. Small and picklable, because it is sent to the process that reads it."""
+
+
+class Items(Spool[Item]):
+    """Pictures, however many. They are stored as plain tuples, which take half the time."""
+
+    def _pack(self, values: list[Item]) -> bytes:
+        return pickle.dumps(list(map(tuple, values)), pickle.HIGHEST_PROTOCOL)
+
+    def _unpack(self, data: bytes) -> list[Item]:
+        return list(map(Item._make, pickle.loads(data)))
 
 
 @dataclass
@@ -60,7 +72,7 @@ class Listing:
 
     labels: dict[str, LabelType]
     """Name and type of every label."""
-    items: list[Item]
+    items: Items = field(default_factory=Items)
     refused: RefusalLog = field(default_factory=RefusalLog)
     """Pictures that the listing already knows to be unusable."""
     notes: list[str] = field(default_factory=list)
@@ -101,7 +113,12 @@ def printable(key: str) -> str:
 
 def infer_type(values: Iterable[Any]) -> LabelType:
     """Return the narrowest type that holds all values; None fits every type."""
-    kinds = {type(value) for value in values if value is not None}
+    return narrowest({type(value) for value in values})
+
+
+def narrowest(kinds: set[type]) -> LabelType:
+    """Return the narrowest type of label that holds values of all `kinds`."""
+    kinds = kinds - {type(None)}
     if not kinds <= {bool, int, float}:
         return "str"
     return "float" if float in kinds else "int" if int in kinds else "bool" if kinds else "str"

@@ -29,13 +29,13 @@ class Lsun:
 
         From a database that breaks part-way, what can still be read is listed, and the listing is marked as damaged.
         """
-        listing = Listing({"class": "str"}, [])
+        listing = Listing({"class": "str"})
         for path in self._databases():
             category = _split_name(path)[0]
             keys, stated = _keys(path)
             if not stated:
                 listing.notes.append(f"{path.name} is empty")
-            listing.items += [Item(f"{path.name}/{key}", (category,), None) for key in keys]
+            listing.items.extend(Item(f"{path.name}/{key}", (category,), None) for key in keys)
             if lost := stated - len(keys):
                 listing.refused.unnamed[f"lost in the damaged database {path.name}"] = lost
                 listing.damaged = True

@@ -47,7 +47,7 @@ class Svhn:
     def _unpack(self, folder: Path) -> Listing:
         from scipy.io import loadmat
 
-        listing = Listing({"label": "int"}, [])
+        listing = Listing({"label": "int"})
         for name, path in self._files().items():
             unpacked = folder / f"{name}.raw"
             try:
@@ -61,7 +61,7 @@ class Svhn:
             if len(digits) != images:
                 raise DataError(f"{path}: {images} images but {len(digits)} labels")
             self._unpacked[name] = str(unpacked)
-            listing.items += [Item(f"{name}/{i:06d}", (int(d),), (name, i)) for i, d in enumerate(digits)]
+            listing.items.extend(Item(f"{name}/{i:06d}", (int(d),), (name, i)) for i, d in enumerate(digits))
         return listing
 
     def read(self, item: Item) -> Pixels:

@@ -8,6 +8,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import numpy as np
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels
-from pipeline.common.storage import locate
+from pipeline.common.storage import Store, locate
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.shard_reader import read_shard, shard_columns
 from pipeline.data.shard_writer import RECORD
-from pipeline.data.sources.interface import KEY, Item, Listing, as_type, infer_type
+from pipeline.data.sources.interface import KEY, Item, Listing, as_type, narrowest
 from pipeline.data.specification import expand, is_dataset, short_names
+from pipeline.data.spool import Spool
 
 IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "gif", "tif", "tiff"}
 LABEL_BYTES = 64 << 20
@@ -48,34 +50,45 @@ class Tars:
             tars = [store.path(name) for store, name in map(dataset.place, dataset.shards)]
         else:
             tars = expand(self.location)
-        listing = Listing({}, [], files=tars)
-        samples: list[tuple[str, dict[str, Any], Any]] = []
+        listing = Listing({}, files=tars)
+        samples: Spool[tuple[str, dict[str, Any], Any]] = Spool()
+        kinds: dict[str, set[type]] = {}
         for tar, shown in zip(tars, short_names(tars), strict=True):
-            samples += _samples(tar, shown, listing)
-        columns = sorted({label for _, labels, _ in samples for label in labels})
+            for sample in _samples(tar, shown, listing):
+                samples.append(sample)
+                for name, value in sample[1].items():
+                    kinds.setdefault(name, set()).add(type(value))
+        columns = sorted(kinds)
         if KEY in columns:  # img2dataset writes it into every .json
             columns.remove(KEY)
             listing.notes.append(f"the label {KEY!r} was skipped: `key` is the image's own name")
-        listing.labels = {name: infer_type(labels.get(name) for _, labels, _ in samples) for name in columns}
-        listing.items = [
+        listing.labels = {name: narrowest(kinds[name]) for name in columns}
+        listing.items.extend(
             Item(key, tuple(as_type(labels.get(name), kind) for name, kind in listing.labels.items()), where)
             for key, labels, where in samples
-        ]
+        )
         if not listing.items:
             raise DataError(f"{self.location}: its tars hold no images (.jpg, .png, .webp … or uint8 blocks .npy)")
         return listing
 
+    @cached_property
+    def _stores(self) -> dict[str, Store]:
+        """Where the tars lie; each is opened once, not once an image."""
+        return {}
+
     def read(self, item: Item) -> bytes | Pixels:
         """Return the image's bytes, or its pixels when it lies in a block."""
         tar, offset, size, shape = item.where
-        store, name = locate(tar)
-        data = store.read_range(name, offset, size)
+        folder = tar.rpartition("/")[0]
+        if folder not in self._stores:
+            self._stores[folder] = locate(tar)[0]
+        data = self._stores[folder].read_range(tar.rpartition("/")[2], offset, size)
         return data if shape is None else np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def list_dataset(dataset: Dataset) -> Listing:
     """Return the images of one of our own data sets, checked, by the names that they had in its source."""
-    listing = Listing(dict(dataset.labels), [])
+    listing = Listing(dict(dataset.labels))
     side, channels = dataset.image_size, dataset.channels
     for index, shard in enumerate(dataset.shards):
         columns = shard_columns(dataset, shard, read_shard(dataset.store, shard))

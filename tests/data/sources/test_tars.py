@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import webdataset
 from picture_files import make_picture, tree
 
 from pipeline.common.imaging import encode
-from pipeline.common.storage import public_name
+from pipeline.common.storage import Store, locate, public_name
 from pipeline.data.dataset import open_dataset
 from pipeline.data.shard_reader import iterate
+from pipeline.data.sources import tars as tars_module
+from pipeline.data.sources.tars import Tars
 
 WNID = "n01440764"
 
@@ -243,3 +246,21 @@ def test_a_tar_that_lies_about_sizes_is_refused_and_never_loops(dcgan_data: Any,
         done = dcgan_data("build", "webdataset", tmp_path / "src", tmp_path / "out", "--size", 16, "--workers", 1)
         assert done.code == 65
         assert said in done.err.replace(f"{WNID}_001", "0")
+
+
+def test_a_store_is_opened_once_for_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, pictures(4))
+    source = Tars(str(tmp_path))
+    listing = source.listing()
+    opened: list[str] = []
+
+    def counted(tar: str) -> tuple[Store, str]:
+        opened.append(tar)
+        return locate(tar)
+
+    monkeypatch.setattr(tars_module, "locate", counted)
+    first = [source.read(item) for item in listing.items]
+    assert len(first) == 8
+    assert len(opened) == 1
+    assert [pickle.loads(pickle.dumps(source)).read(item) for item in listing.items] == first

@@ -51,7 +51,7 @@ class Lsun:
         path = next(path for path in self._databases() if path.name == name)
         try:
             with _open(str(path)).begin(buffers=False) as transaction:
-                value: bytes | None = transaction.get(key.encode("ascii", "surrogateescape"))
+                value: bytes | None = transaction.get(key.encode("utf-8", "surrogateescape"))
         except lmdb.Error as error:
             raise BadImage(f"damaged database ({type(error).__name__})") from None
         if value is None:
@@ -115,7 +115,7 @@ def _keys(path: Path) -> tuple[list[str], int]:
         before = len(keys)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as reader:
             assert reader.stdout is not None
-            keys += (line[:-1].decode("ascii", "surrogateescape") for line in reader.stdout if line.endswith(b"\n"))
+            keys += (line[:-1].decode("utf-8", "surrogateescape") for line in reader.stdout if line.endswith(b"\n"))
         if reader.returncode == 0:
             break
         # Step over the broken page, twice as far each time, until there are keys again.

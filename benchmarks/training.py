@@ -24,9 +24,8 @@ from accelerate import Accelerator
 from hardware import describe  # benchmarks/hardware.py
 from torch import nn
 
-from pipeline.common.randomness import Purpose
 from pipeline.config import RunConfig, load_config
-from pipeline.model.latents import latents
+from pipeline.model.latents import latent_batches
 from pipeline.model.losses.non_saturating import discriminator_loss, generator_loss
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.step import AdversarialStep
@@ -77,15 +76,8 @@ def ours(config: RunConfig, accelerator: Accelerator) -> Update:
     step = AdversarialStep(config, accelerator)
     network, count = config.network, config.recipe.batch
     reals = np.random.default_rng(0).integers(0, 256, (count, network.image_size, network.image_size, 3), np.uint8)
-    position = 0
-
-    def update() -> None:
-        nonlocal position
-        z = latents(0, Purpose.BENCHMARK, position, count, network.latent_dim)
-        position += count
-        step(reals, z, position)
-
-    return update
+    latents = latent_batches(config, start=0)
+    return lambda: step.update(reals, next(latents))
 
 
 def bare(config: RunConfig) -> Update:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from pipeline.model import networks
+from pipeline.model.batchnorm import BatchNorm2d
 
 if TYPE_CHECKING:
     from pipeline.config import NetworkConfig
@@ -33,11 +34,11 @@ class Generator(networks.Generator):
         widths = stage_widths(config.image_size, config.width)
         layers: list[nn.Module] = [
             nn.ConvTranspose2d(config.latent_dim, widths[0], 4, bias=False),  # (N, widths[0], 4, 4)
-            nn.BatchNorm2d(widths[0]),
+            BatchNorm2d(widths[0]),
             nn.ReLU(inplace=True),
         ]
         for inputs, outputs in zip(widths, widths[1:], strict=False):
-            layers += [*self._upsample(inputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+            layers += [*self._upsample(inputs, outputs), BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         layers += [*self._upsample(widths[-1], config.channels), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
 
@@ -74,7 +75,7 @@ class Discriminator(networks.Discriminator):
 
         layers: list[nn.Module] = [halve(config.channels, widths[0]), nn.LeakyReLU(0.2, inplace=True)]
         for inputs, outputs in zip(widths, widths[1:], strict=False):
-            layers += [halve(inputs, outputs), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2, inplace=True)]
+            layers += [halve(inputs, outputs), BatchNorm2d(outputs), nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers)  # (N, widths[-1], 4, 4)
         self.head = make_head(config.head, widths[-1])
 

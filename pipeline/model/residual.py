@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.common.errors import ConfigConflict
 from pipeline.model import networks
+from pipeline.model.batchnorm import BatchNorm2d
 from pipeline.model.dcgan import make_head, stage_widths
 
 if TYPE_CHECKING:
@@ -22,11 +23,11 @@ class UpBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.main = nn.Sequential(
-            nn.BatchNorm2d(inputs),
+            BatchNorm2d(inputs),
             nn.ReLU(inplace=True),
             nn.Upsample(scale_factor=2),
             nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
+            BatchNorm2d(outputs),
             nn.ReLU(inplace=True),
             nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
         )
@@ -45,10 +46,10 @@ class DownBlock(nn.Module):
         super().__init__()
         self.main = nn.Sequential(
             nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
+            BatchNorm2d(outputs),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
+            BatchNorm2d(outputs),
             nn.AvgPool2d(2),
         )
         self.skip = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(inputs, outputs, 1, bias=False))
@@ -68,7 +69,7 @@ class Generator(networks.Generator):
         widths = stage_widths(config.image_size, config.width)
         self.project = nn.ConvTranspose2d(config.latent_dim, widths[0], 4, bias=False)  # (N, widths[0], 4, 4)
         self.blocks = nn.Sequential(*map(UpBlock, widths, [*widths[1:], widths[-1]]))  # (N, width, size, size)
-        self.normalize = nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True))
+        self.normalize = nn.Sequential(BatchNorm2d(widths[-1]), nn.ReLU(inplace=True))
         self.to_image = nn.Sequential(nn.Conv2d(widths[-1], config.channels, 3, padding=1, bias=False), nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:

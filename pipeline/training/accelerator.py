@@ -7,9 +7,11 @@ from concurrent.futures import wait
 from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.common.errors import ConfigConflict, TryAgainError, UnavailableError, UserError, describe_os_error
 from pipeline.data.loading.thread_pool import ThreadPool
@@ -19,6 +21,9 @@ T = TypeVar("T")
 
 POLL_SECONDS = 5.0
 """How often ranks meet that wait for a long piece of work of the main process."""
+
+BUCKET_MB = 4
+"""Gradients that DDP sends at once. With its own 25, most of these networks' would wait for the last layer's."""
 
 HARMLESS = ("", "no", "false", "0")
 REFUSED_SETTINGS = {
@@ -40,12 +45,8 @@ def make_accelerator() -> Accelerator:
     training does not follow, and when two processes would share a GPU over NCCL, which refuses that only later.
     """
     check_environment(os.environ)
-    # Buffers are not broadcast: D runs twice before one backward. They are averaged before saving instead.
-    # torch 2.13 renames the option to one that torch 2.11 and accelerate 1.15 do not know.
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     try:
-        accelerator = Accelerator(kwargs_handlers=handlers)
+        accelerator = Accelerator()
     except ValueError as error:
         raise UnavailableError(f"--mixed_precision: {error}; use bf16, or no") from None
     if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
@@ -57,6 +58,39 @@ def make_accelerator() -> Accelerator:
                 f"{processes} processes on a machine with {gpus} GPUs: each needs one of its own; start {gpus}"
             )
     return accelerator
+
+
+def set_kernels(accelerator: Accelerator, *, tf32: bool) -> None:
+    """Let cuDNN time its algorithms and take the fastest, and choose the precision of float32 on CUDA.
+
+    Batches never change their size, so each choice is made once. It may differ from one start of a run to the next,
+    and bits with it: equal bytes are promised on the CPU alone.
+    """
+    if accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def reduce_gradients(network: nn.Module, accelerator: Accelerator, *, compress: bool) -> nn.Module:
+    """Return `network` such that its gradients become the means over all ranks, while the backward pass goes on.
+
+    `compress` sends them as bfloat16.
+    """
+    if accelerator.num_processes == 1:
+        return network
+    # Buffers are not broadcast: D runs twice before one backward. They are averaged before saving instead.
+    # torch 2.13 renames the option to one that torch 2.11 does not know.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    wrapped = DistributedDataParallel(
+        network,
+        device_ids=[accelerator.device] if accelerator.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=BUCKET_MB,
+    )
+    if compress:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
 
 
 def check_environment(environment: Mapping[str, str]) -> None:

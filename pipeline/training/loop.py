@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import Interrupted, Stopped
-from pipeline.common.randomness import Purpose
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.loading.loader import Loader, run_loader
-from pipeline.model.latents import latents
+from pipeline.model.latents import latent_batches
 from pipeline.training.accelerator import make_accelerator, peers_of, together, wait_for_all
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.identity import describe_run
@@ -93,8 +92,9 @@ def train(
             log.info("%d images; at most %.0f MB of them in memory", dataset.images, loader.resident_bytes / 1e6)
 
         # Train.
-        window = Window(accelerator, requests, seen, checkpoint)
+        window = Window(accelerator, requests, step.statistics, seen, checkpoint)
         schedule, stop = Schedule(config.schedule, window.begin, recipe.batch), 0
+        latents = latent_batches(config, start=seen, rank=rank, world_size=world_size)
         resources.callback(lambda: manager.close(hurry=bool(stop)))
         resources.callback(watchdog.close)  # before the mirror is waited for
         if checkpoint is None:
@@ -105,20 +105,19 @@ def train(
             start = time.perf_counter()
             with watchdog.waiting_for_data(data):
                 reals = loader.next_batch()
-            drawn = (recipe.seed, Purpose.TRAIN, seen, recipe.batch, network.latent_dim, network.latent_distribution)
-            z = latents(*drawn, rows=slice(rank, None, world_size))
+            z = next(latents)
             if on_batch is not None:
                 on_batch(seen, reals, z)
             seen += recipe.batch
-            statistics = step(reals, z, seen)
-            window.add(statistics, recipe.batch, seconds := time.perf_counter() - start)
+            step.update(reals, z)
+            window.add(recipe.batch, seconds := time.perf_counter() - start)
             run_log.step(seconds)
             watchdog.beat()
             if not schedule.at_agreement(seen):
                 continue
             # The only sync, where all ranks agree on what to do next; at a log boundary also on what was seen.
-            finite, end = step.weights_finite(), schedule.at_boundary(seen)
-            report = window.reduce(loader.wait_seconds, schedule.checkpoint_overdue, finite, end=end)
+            end = schedule.at_boundary(seen)
+            report = window.reduce(loader.wait_seconds, schedule.checkpoint_overdue, step.examine(images=end), end=end)
             run_log.window(report, seen, mirror_failures=manager.mirror_failures)
             report.require_finite(manager.last_path)
             stop = report.stop

@@ -162,8 +162,8 @@ def checkpoint_files(step: AdversarialStep, images_seen: int, metrics: bytes) ->
     config = step.ema.generator.config
     files = {FILE_OF_KIND[kind]: serialize(net, config, kind, images_seen) for kind, net in networks.items()}
     states: dict[str, Any] = {
-        "generator": step.optimizer_g.optimizer.state_dict(),
-        "discriminator": step.optimizer_d.optimizer.state_dict(),
+        "generator": step.optimizer_g.state_dict(),
+        "discriminator": step.optimizer_d.state_dict(),
     }
     if step.accelerator.scaler is not None:
         states["scaler"] = step.accelerator.scaler.state_dict()
@@ -189,12 +189,13 @@ def restore(step: AdversarialStep, checkpoint: Checkpoint) -> None:
     where = f"{checkpoint.path}/{OPTIMIZERS}"
     try:
         states = torch.load(io.BytesIO(checkpoint.file(OPTIMIZERS)), map_location="cpu", weights_only=True)
-        step.optimizer_g.optimizer.load_state_dict(_fit(states["generator"], step.optimizer_g.optimizer))
-        step.optimizer_d.optimizer.load_state_dict(_fit(states["discriminator"], step.optimizer_d.optimizer))
+        step.optimizer_g.load_state_dict(_fit(states["generator"], step.optimizer_g))
+        step.optimizer_d.load_state_dict(_fit(states["discriminator"], step.optimizer_d))
         if step.accelerator.scaler is not None and "scaler" in states:
             step.accelerator.scaler.load_state_dict(states["scaler"])
     except Exception as error:
         raise DataError(f"{where}: cannot be restored: {first_line(error)}") from None
+    step.ema.images_seen.fill_(checkpoint.images_seen)
 
 
 def _fit(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One adversarial update: the paper's semantics, arranged for speed (docs/architecture.md, "The adversarial step")."""
 
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,37 +13,59 @@ from pipeline.model.ema import EMA
 from pipeline.model.losses import load_loss
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.model.sampling import to_float
+from pipeline.training.accelerator import reduce_gradients, set_kernels
+from pipeline.training.update.graph import Repeated, on_stream, use_graph
+from pipeline.training.update.inputs import Inputs
+from pipeline.training.update.weights import Weights, lowered
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-STATISTICS = (
-    "loss_d",
-    "loss_g",
-    "d_real",
-    "d_fake",
-    "grad_norm_d",
-    "grad_norm_g",
-    "nonfinite",
-    "skipped",
-    "deviation_real",
-    "deviation_fake",
-)
-"""What a step returns, in this order."""
+SUMMED = ("loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "nonfinite", "skipped")
+"""What an update adds to the statistics, in this order."""
+
+STATISTICS = (*SUMMED, "deviation_real", "deviation_fake")
+"""All statistics, in this order. The last two are of the last update before a log boundary alone."""
 
 
 class AdversarialStep:
-    """Both networks, their optimizers and the EMA; calling it does one update on one global batch."""
+    """Both networks, their optimizers and the EMA; `update` does one update on one global batch.
+
+    Such an update is a fixed list of operations of the device on memory that stays where it is: nothing of it
+    depends on a number of the host, and the host reads nothing. That is what a CUDA graph can record.
+    """
 
     def __init__(self, config: RunConfig, accelerator: "Accelerator") -> None:
-        recipe, runtime = config.recipe, config.runtime
+        """Raises ConfigConflict for runtime.graph=on where there is none."""
+        recipe, runtime, network = config.recipe, config.runtime, config.network
         self.accelerator = accelerator
+        self.scaler = accelerator.scaler
         self.device = accelerator.device
-        self.batch = recipe.batch
         self.loss = load_loss(recipe.loss)
         self.micro_batches = runtime.accumulate
         self.memory_format = torch.channels_last if runtime.channels_last else torch.contiguous_format
+        self.graphed = use_graph(runtime, accelerator)
+        set_kernels(accelerator, tf32=recipe.tf32)
+        self.precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        self._stream = torch.cuda.Stream(self.device) if self.graphed else None  # type: ignore[no-untyped-call]
+        with on_stream(self._stream):
+            self._build(config)
+        shape = (recipe.batch // accelerator.num_processes, network.image_size, network.image_size, network.channels)
+        self.inputs = Inputs(shape, network.latent_dim, self.precision or self.dtype, self.device)
+        self.statistics = torch.zeros(len(STATISTICS), device=self.device, dtype=torch.float32)
+        """The sums over updates of this rank's means: float32 (len(STATISTICS),). Who reads them sets them to 0."""
+        self._sums, self._deviations = self.statistics[: len(SUMMED)], self.statistics[len(SUMMED) :]
+        self._fakes: list[Tensor] = []  # those of the last update
+        self._never = torch.zeros((), device=self.device)
+        self._share = torch.full((), 1.0 / self.micro_batches, dtype=self.dtype, device=self.device)
+        self._autocast: AbstractContextManager[object] = (
+            nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
+        )
+        self._run = Repeated(self._update, self._stream)
 
+    def _build(self, config: RunConfig) -> None:
+        """Make the networks and what belongs to them."""
+        recipe, runtime, processes = config.recipe, config.runtime, self.accelerator.num_processes
         self.generator = build_generator(config.network)
         self.discriminator = build_discriminator(config.network)
         self.dtype = next(self.generator.parameters()).dtype
@@ -52,90 +74,103 @@ class AdversarialStep:
         # The order matters: the average copies plain modules, compiling wraps nothing, DDP comes last.
         for network in (self.generator, self.discriminator):
             network.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.ema = EMA(self.generator, recipe.ema_half_life_images, recipe.ema_ramp_up)
-        if recipe.sync_batchnorm and accelerator.num_processes > 1:
+        self.ema = EMA(self.generator, recipe.ema_half_life_images, recipe.ema_ramp_up, recipe.batch)
+        if recipe.sync_batchnorm and processes > 1:
             for network in (self.generator, self.discriminator):
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        # What the passes go through. The gradients of several processes are summed in float32, so only one lowers.
+        passes: list[nn.Module] = [self.generator, self.discriminator]
+        if self.precision is torch.bfloat16 and (processes == 1 or runtime.compress_gradients):
+            passes = [lowered(network, self.precision) for network in passes]
         if runtime.compile:
-            self.generator.compile()
-            self.discriminator.compile()
+            for each in passes:
+                each.compile()
 
-        betas, fused = (recipe.beta1, recipe.beta2), runtime.fused_optimizer
-        optimizer_g = torch.optim.Adam(self.generator.parameters(), recipe.learning_rate_g, betas, fused=fused)
-        optimizer_d = torch.optim.Adam(self.discriminator.parameters(), recipe.learning_rate_d, betas, fused=fused)
-        self.mask_nonfinite = fused and accelerator.scaler is None
-        # Prepared apart: each network has a reducer of its own.
-        self._ddp_g, self.optimizer_g = accelerator.prepare(self.generator, optimizer_g)
-        self._ddp_d, self.optimizer_d = accelerator.prepare(self.discriminator, optimizer_d)
+        def adam(network: nn.Module, rate: float) -> torch.optim.Adam:
+            betas, fused = (recipe.beta1, recipe.beta2), runtime.fused_optimizer
+            return torch.optim.Adam(network.parameters(), rate, betas, fused=fused, capturable=self.graphed)
 
-    def __call__(self, reals: NDArray[np.uint8], z: NDArray[np.float32], images_seen: int) -> Tensor:
+        self.optimizer_g = adam(self.generator, recipe.learning_rate_g)
+        self.optimizer_d = adam(self.discriminator, recipe.learning_rate_d)
+        self._weights_g = Weights(self.generator, passes[0], self.optimizer_g, self.scaler)
+        self._weights_d = Weights(self.discriminator, passes[1], self.optimizer_d, self.scaler)
+        self._pass_g, self._pass_d = passes
+        # Wrapped apart: each network has a reducer of its own.
+        self._ddp_g, self._ddp_d = (
+            reduce_gradients(network, self.accelerator, compress=runtime.compress_gradients) for network in passes
+        )
+
+    def update(self, reals: NDArray[np.uint8] | Tensor, z: NDArray[np.float32]) -> None:
         """Update D, then G, then the average, on this rank's share of a global batch.
 
-        reals (n, size, size, channels) uint8; z (n, latent_dim) float32; `images_seen` counts this batch too.
-        Returns the means over this rank's share, float32 of shape (len(STATISTICS),), left on the device.
+        reals (n, size, size, channels) uint8, an array or a tensor, which may be the device's; z (n, latent_dim)
+        float32. The means over this rank's share are added to `statistics`; one that is not finite counts as 0.
         """
-        real_micro_batches = self.to_device(reals).chunk(self.micro_batches)
-        z_micro_batches = self._upload(z).to(self.dtype).chunk(self.micro_batches)
+        with on_stream(self._stream):
+            self.inputs.feed(reals, z)
+            self._run()
+
+    def _update(self) -> None:
+        """Do an update on what `inputs` holds."""
+        reals = to_float(self.inputs.reals, self.dtype, self.memory_format).chunk(self.micro_batches)
+        latents = self.inputs.z.chunk(self.micro_batches)
         fakes: list[Tensor] = []
-        outputs: list[Tensor] = []
-
-        for index, (real, z_micro_batch) in enumerate(zip(real_micro_batches, z_micro_batches, strict=True)):
-            fake = self._fake(z_micro_batch)  # (n / micro_batches, channels, size, size) in [-1, 1]
-            with self._reduce_only_last(self._ddp_d, index):
-                real_logits, fake_logits = self._ddp_d(real), self._ddp_d(fake.detach())
-                loss_d = self.loss.discriminator_loss(real_logits, fake_logits)
-                self.accelerator.backward(loss_d / self.micro_batches)
-            fakes.append(fake)
-            with torch.no_grad():
-                outputs.append(
-                    torch.stack(
-                        [
-                            loss_d.detach(),
-                            real_logits.sigmoid().mean(),
-                            fake_logits.sigmoid().mean(),
-                            deviation(real),
-                            deviation(fake),
-                        ]
-                    )
-                )
-        norm_d, bad_d = self._apply(self.optimizer_d, self.discriminator)
-
+        losses_d: list[Tensor] = []
         losses_g: list[Tensor] = []
-        self.discriminator.requires_grad_(False)  # its weights' gradients would be 8 % of the step's work
-        for index, z_micro_batch in enumerate(z_micro_batches):
+        outputs: list[Tensor] = []  # D's probabilities of real and fake images, in turn
+        self._weights_g.cast()
+        self._weights_d.cast()
+
+        for index, (real, z) in enumerate(zip(reals, latents, strict=True)):
+            with self._reduce_only_last(self._ddp_d, index):
+                with self._autocast:  # left before the backward pass; inside it, each weight is cast once
+                    fake = self._fake(z)  # (n / micro_batches, channels, size, size) in [-1, 1]
+                    logits = self._ddp_d(real).to(self.dtype), self._ddp_d(fake.detach()).to(self.dtype)
+                losses_d.append(self._backward(self.loss.discriminator_loss(*logits)))
+            fakes.append(fake)
+            outputs += [one.detach().sigmoid().mean() for one in logits]
+        norm_d = self._weights_d.apply()
+
+        self._weights_d.cast()
+        self._weights_d.require_gradients(False)  # they would be 8 % of the step's work
+        for index, z in enumerate(latents):
             with self._reduce_only_last(self._ddp_g, index):
-                fake = fakes[0] if self.micro_batches == 1 else self._ddp_g(z_micro_batch)
-                loss_g = self.loss.generator_loss(self.discriminator(fake))  # without D's reducer
-                self.accelerator.backward(loss_g / self.micro_batches)
-            losses_g.append(loss_g.detach())
-        self.discriminator.requires_grad_(True)
-        norm_g, bad_g = self._apply(self.optimizer_g, self.generator)
-        self.ema.update(self.generator, images_seen, self.batch)
+                with self._autocast:
+                    fake = fakes[0] if self.micro_batches == 1 else self._ddp_g(z)
+                    fake_logits = self._pass_d(fake).to(self.dtype)  # without D's reducer
+                losses_g.append(self._backward(self.loss.generator_loss(fake_logits)))
+        self._weights_d.require_gradients(True)
+        norm_g = self._weights_g.apply()
+        self.ema.update(self._weights_g.tensors)
 
-        loss_d_mean, d_real, d_fake, deviation_real, deviation_fake = torch.stack(outputs).mean(0).unbind()
-        loss_g_mean = torch.stack(losses_g).mean()
-        bad, broken = torch.maximum(bad_d, bad_g), ~torch.isfinite(loss_d_mean + loss_g_mean)
+        self._fakes = [fake.detach() for fake in fakes]
+        loss_d, loss_g, d_real, d_fake = map(mean, (losses_d, losses_g, outputs[::2], outputs[1::2]))
+        bad = torch.maximum(self._weights_d.found_inf, self._weights_g.found_inf)
         # A scaler's overflows are its ordinary search for a scale: updates that it skips, until it skips all.
-        lost = (bad, torch.zeros_like(bad)) if self.accelerator.scaler is None else (broken, bad)
-        values = (loss_d_mean, loss_g_mean, d_real, d_fake, norm_d, norm_g, *lost, deviation_real, deviation_fake)
-        return torch.stack([value.detach().float() for value in values])
-
-    def to_device(self, images: NDArray[np.uint8]) -> Tensor:
-        """Return uint8 (n, size, size, channels) images as float (n, channels, size, size) in [-1, 1]."""
-        return to_float(self._upload(images), self.dtype, self.memory_format)
+        lost = (bad, self._never) if self.scaler is None else (~torch.isfinite(loss_d + loss_g), bad)
+        values = torch.stack([value.float() for value in (loss_d, loss_g, d_real, d_fake, norm_d, norm_g, *lost)])
+        self._sums += torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
 
     @torch.no_grad()
-    def weights_finite(self) -> Tensor:
-        """Return whether all weights of both networks are finite: a scalar, 1 or 0, left on the device."""
-        weights = [*self.generator.parameters(), *self.discriminator.parameters()]
-        return torch.isfinite(nn.utils.get_total_norm(weights)).float()
+    def examine(self, *, images: bool = False) -> Tensor:
+        """Return whether all weights of both networks are finite: a scalar, 1 or 0, left on the device.
 
-    def _upload(self, array: NDArray[Any]) -> Tensor:
-        """Copy to the device without making the host wait, which takes pinned memory: the loader's is, z's is not."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self.device.type == "cuda" and not tensor.is_pinned():
-            tensor = tensor.pin_memory()  # its allocator keeps the memory until the copy is done
-        return tensor.to(self.device, non_blocking=True)
+        With `images`, put the deviations of the last update's reals and fakes into `statistics` too, which takes a
+        pass over them.
+        """
+        with on_stream(self._stream):
+            if images:
+                reals = to_float(self.inputs.reals, self.dtype, self.memory_format).chunk(self.micro_batches)
+                values = [mean([deviation(one) for one in batch]) for batch in (reals, self._fakes)]
+                self._deviations.copy_(torch.nan_to_num(torch.stack(values), nan=0.0, posinf=0.0, neginf=0.0))
+            weights = [*self._weights_g.tensors, *self._weights_d.tensors]
+            return torch.isfinite(nn.utils.get_total_norm(weights)).float()
+
+    def _backward(self, loss: Tensor) -> Tensor:
+        """Add the gradients of a micro-batch's share of the loss; return the loss, detached."""
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward(self._share)
+        return loss.detach()
 
     def _fake(self, z: Tensor) -> Tensor:
         """Return the fake batch that both updates share, as in dcgan.torch and the tutorials.
@@ -146,32 +181,20 @@ class AdversarialStep:
             shared: Tensor = self._ddp_g(z)
             return shared
         with torch.no_grad():
-            images: Tensor = self.generator(z)
+            images: Tensor = self._pass_g(z)
             return images
 
-    def _reduce_only_last(self, network: nn.Module, index: int) -> ExitStack:
+    def _reduce_only_last(self, network: nn.Module, index: int) -> AbstractContextManager[object]:
         """Reduce gradients over ranks only with the last micro-batch of an accumulated batch."""
-        stack = ExitStack()
-        if index + 1 < self.micro_batches:
-            stack.enter_context(self.accelerator.no_sync(network))
-        return stack
+        if index + 1 < self.micro_batches and isinstance(network, nn.parallel.DistributedDataParallel):
+            waiting: AbstractContextManager[object] = network.no_sync()
+            return waiting
+        return nullcontext()
 
-    def _apply(self, optimizer: torch.optim.Optimizer, network: nn.Module) -> tuple[Tensor, Tensor]:
-        """Step and clear an optimizer; return the gradients' L2 norm and whether it is not finite.
 
-        Such an update changes nothing, if the optimizer is fused. Gradients are equal on all ranks by now, so all
-        ranks skip the same updates, and none has to ask.
-        """
-        self.accelerator.unscale_gradients(optimizer)
-        norm = nn.utils.get_total_norm([weight.grad for weight in network.parameters() if weight.grad is not None])
-        bad = (~torch.isfinite(norm)).float()
-        if self.mask_nonfinite:
-            optimizer.optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernel then changes nothing
-        optimizer.step()
-        optimizer.zero_grad()
-        if self.accelerator.scaler is not None:
-            norm = torch.where(torch.isfinite(norm), norm, 0.0)  # one overflow would make the interval's mean infinite
-        return norm, bad
+def mean(scalars: list[Tensor]) -> Tensor:
+    """Return the mean of scalars, one of which is its own."""
+    return scalars[0] if len(scalars) == 1 else torch.stack(scalars).mean()
 
 
 def deviation(images: Tensor) -> Tensor:

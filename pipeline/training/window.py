@@ -1,4 +1,4 @@
-"""Statistics of the steps between two log boundaries, summed on the device and reduced over ranks."""
+"""The statistics that updates add up on the device between two log boundaries, reduced over ranks."""
 
 import signal
 import time
@@ -77,21 +77,26 @@ class Report:
 
 
 class Window:
-    """Sums the statistics of steps without a sync; `reduce` is the only one.
+    """Counts the updates that add to `statistics`, without a sync; `reduce` is the only one.
 
     A run that was stopped inside a window goes on with what `state` put into its checkpoint: its metrics.jsonl then
     equals that of a run that nobody stopped.
     """
 
     def __init__(
-        self, accelerator: "Accelerator", requests: StopRequests, images_seen: int, checkpoint: Checkpoint | None
+        self,
+        accelerator: "Accelerator",
+        requests: StopRequests,
+        statistics: Tensor,
+        images_seen: int,
+        checkpoint: Checkpoint | None,
     ) -> None:
-        """Raises DataError when the checkpoint's window is damaged."""
+        """`statistics` are those of `AdversarialStep`, all 0. Raises DataError for a damaged window in a checkpoint."""
         self.accelerator = accelerator
         self.requests = requests
         self.begin = self._seen = images_seen
         """The log boundary where it began, in images seen."""
-        self._totals = torch.zeros(len(STATISTICS), device=accelerator.device)
+        self._totals = statistics
         self._images = self._steps = 0
         if checkpoint is not None and "window" in checkpoint.state:
             self._restore(checkpoint.state["window"], checkpoint.path)
@@ -122,9 +127,8 @@ class Window:
         totals = self.accelerator.gather(self._totals).reshape(-1, len(STATISTICS))
         return {"window": {"begin": self.begin, "steps": self._steps, "totals": totals.tolist()}}
 
-    def add(self, statistics: Tensor, images: int, seconds: float) -> None:
-        """Count one update on `images` images, which took the host `seconds`. What is not finite counts as 0."""
-        self._totals += torch.nan_to_num(statistics, nan=0.0, posinf=0.0, neginf=0.0)
+    def add(self, images: int, seconds: float) -> None:
+        """Count one update on `images` images, which took the host `seconds`."""
         self._images += images
         self._seen += images
         self._steps += 1

@@ -25,6 +25,12 @@ def first_weight(network: nn.Module) -> torch.Tensor:
     return next(network.parameters()).detach().clone()
 
 
+def after(images_seen: int, ema: EMA) -> EMA:
+    """Put an average where a run has seen so many images."""
+    ema.images_seen.fill_(images_seen)
+    return ema
+
+
 @pytest.mark.parametrize(
     ("images_seen", "batch", "half_life"),
     [
@@ -35,32 +41,47 @@ def first_weight(network: nn.Module) -> torch.Tensor:
 )
 def test_after_a_half_life_half_of_the_old_weights_is_left(images_seen: int, batch: int, half_life: float) -> None:
     start, target = generator(0), generator(1)
-    ema = EMA(start, half_life_images=500, ramp_up=0.05)
-    ema.update(target, images_seen, batch)
+    ema = after(images_seen - batch, EMA(start, half_life_images=500, ramp_up=0.05, batch=batch))
+    ema.update(list(target.parameters()))
     kept = 0.5 ** (batch / half_life)
     expected = kept * first_weight(start) + (1 - kept) * first_weight(target)
     torch.testing.assert_close(first_weight(ema.generator), expected)
 
 
+@pytest.mark.parametrize(("batch", "half_life_images", "ramp_up"), [(16, 500, 0.05), (128, 10_000, 0.05), (4, 7, 3e-9)])
+def test_the_weight_on_the_device_is_that_of_the_host(batch: int, half_life_images: int, ramp_up: float) -> None:
+    """Bit by bit, whatever computes powers there: checkpoints of the host's weights continue as they would have."""
+    start, target = generator(0), generator(1)
+    ema, expected = (
+        EMA(start, half_life_images, ramp_up, batch),
+        [weight.detach().clone() for weight in start.parameters()],
+    )
+    for update in range(1, 40):
+        ema.update(list(target.parameters()))
+        half_life = min(half_life_images, update * batch * ramp_up)
+        torch._foreach_lerp_(expected, list(target.parameters()), 1.0 - 0.5 ** (batch / max(half_life, 1e-8)))
+        assert all(map(torch.equal, ema.generator.parameters(), expected))
+
+
 def test_updates_of_half_a_batch_add_up_to_one_of_a_batch() -> None:
     start, target = generator(0), generator(1)
-    twice, once = EMA(start, 500, 0.05), EMA(start, 500, 0.05)
+    twice, once = (after(10**6, EMA(start, 500, 0.05, batch)) for batch in (50, 100))
     for _ in range(2):
-        twice.update(target, 10**6, 50)
-    once.update(target, 10**6, 100)
+        twice.update(list(target.parameters()))
+    once.update(list(target.parameters()))
     torch.testing.assert_close(first_weight(twice.generator), first_weight(once.generator))
 
 
 def test_the_first_update_takes_over_what_random_weights_have_no_part_in() -> None:
     start, target = generator(0), generator(1)
-    ema = EMA(start, 10_000, ramp_up=0.05)
-    ema.update(target, images_seen=16, batch=16)  # a half-life of 0.8 images
+    ema = EMA(start, 10_000, ramp_up=0.05, batch=16)
+    ema.update(list(target.parameters()))  # a half-life of 0.8 images
     torch.testing.assert_close(first_weight(ema.generator), first_weight(target), atol=1e-6, rtol=0)
 
 
 def test_the_average_is_a_copy_that_learns_nothing_by_itself() -> None:
     network = generator(0)
-    ema = EMA(network, 500, 0.05)
+    ema = EMA(network, 500, 0.05, batch=16)
     before = first_weight(ema.generator)
     with torch.no_grad():
         next(network.parameters()).add_(1)

@@ -69,12 +69,14 @@ say("talk", f"{peers.listen()} {peers.listen()}")
 STOP_INSIDE_A_WINDOW = """
 requests, finite = StopRequests(), torch.ones(())
 steps = torch.rand(5, len(STATISTICS), generator=torch.Generator().manual_seed(rank)) / 3
-whole, stopped = (Window(accelerator, requests, 0, None) for _ in range(2))
+sums = [torch.zeros(len(STATISTICS)) for _ in range(3)]
+whole, stopped = (Window(accelerator, requests, sums[which], 0, None) for which in range(2))
 for index, step in enumerate(steps):
-    whole.add(step, 16, 0.1)
     if index == 2:
-        stopped = Window(accelerator, requests, 32, Checkpoint("here", stopped.state(), {}))
-    stopped.add(step, 16, 0.1)
+        stopped = Window(accelerator, requests, sums[2], 32, Checkpoint("here", stopped.state(), {}))
+    for window, total in ((whole, sums[0]), (stopped, sums[1 + (index >= 2)])):
+        total += step
+        window.add(16, 0.1)
 whole, stopped = (window.reduce(0.0, False, finite, end=True).values for window in (whole, stopped))
 say("window", whole == stopped)
 """

@@ -18,16 +18,17 @@ def test_moments_stay_with_their_weights_when_the_memory_order_changes() -> None
     config = load_config(overrides=TINY)
     accelerator = Accelerator(cpu=True)
     before = AdversarialStep(config, accelerator)
-    before(*batch_of(config), 16)
+    before.update(*batch_of(config))
     files = checkpoint_files(before, 16, b"")
     after = AdversarialStep(load_config(overrides=[*TINY, "channels_last=false", "learning_rate_g=1e-3"]), accelerator)
-    restore(after, Checkpoint("here", {}, files))
+    restore(after, Checkpoint("here", {"images_seen": 16}, files))
     for here, there in (
         (before.generator, after.generator),
         (before.discriminator, after.discriminator),
         (before.ema.generator, after.ema.generator),
     ):
         assert all(map(torch.equal, here.state_dict().values(), there.state_dict().values()))
+    assert after.ema.images_seen == 16, "the next weight of the average follows from it"
     rates = [optimizer.param_groups[0]["lr"] for optimizer in (after.optimizer_g, after.optimizer_d)]
     assert rates == [1e-3, 2e-4], "learning rates follow the configuration"
     for old, new in ((before.optimizer_g, after.optimizer_g), (before.optimizer_d, after.optimizer_d)):

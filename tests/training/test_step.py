@@ -17,6 +17,7 @@ from torch import nn
 
 from pipeline.common.randomness import Purpose
 from pipeline.config import RunConfig, load_config
+from pipeline.model.ema import EMA
 from pipeline.model.latents import latents
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.step import deviation
@@ -77,10 +78,12 @@ for case in options["cases"]:
                 module.eval()
     reals, z = batch_of(config)
     rows = [*range(0, len(z), 2), *range(1, len(z), 2)] if case["in_ranks"] else [*range(rank, len(z), world)]
-    for position in range(3):
-        statistics = step(reals[rows], z[rows], 16 * (position + 1))
+    for _ in range(3):
+        step.statistics.zero_()
+        step.update(reals[rows], z[rows])
+    step.examine(images=True)
     found.append({{**step.generator.state_dict(prefix="g."), **step.discriminator.state_dict(prefix="d."),
-                  **step.ema.generator.state_dict(prefix="e."), "statistics": statistics, "flags": [
+                  **step.ema.generator.state_dict(prefix="e."), "statistics": step.statistics, "flags": [
                       [network.broadcast_buffers, network.gradient_as_bucket_view]
                       for network in (step._ddp_g, step._ddp_d) if world > 1]}})
 torch.save(found, options["out"] + str(rank))
@@ -153,9 +156,9 @@ def test_the_generator_update_computes_no_gradients_of_discriminator_weights(com
     config = load_config(overrides=[*TINY, f"compile={compiled}"])
     step = AdversarialStep(config, Accelerator(cpu=True))
     reals, z = batch_of(config)
-    step(reals, z, 16)
+    step.update(reals, z)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        step(reals, z, 32)
+        step.update(reals, z)
     # For each backward convolution: the gradients (of its input, its weights, its bias) that it computes.
     masks = Counter(e.concrete_inputs[-1][1] for e in profiled.events() if e.name == "aten::convolution_backward")
     layers_d, layers_g = (
@@ -176,10 +179,15 @@ def test_what_the_statistics_mean(micro_batches: int) -> None:
     step = AdversarialStep(config, Accelerator(cpu=True))
     reals, z = batch_of(config)
     reals[: len(reals) // 2] //= 4  # so that D tells the halves, and reals from fakes
-    step(reals, z, 16)
+    step.update(reals, z)
     generator, before = copy.deepcopy(step.generator), copy.deepcopy(step.discriminator)
-    average = copy.deepcopy(step.ema)
-    found = dict(zip(STATISTICS, step(reals, z, 32).tolist(), strict=True))
+    average = EMA(step.ema.generator, config.recipe.ema_half_life_images, config.recipe.ema_ramp_up, 16)
+    average.images_seen.fill_(16)
+    step.statistics.zero_()
+    step.update(reals, z)
+    assert step.statistics.tolist()[-2:] == [0, 0], "they cost a pass over the images"
+    step.examine(images=True)
+    found = dict(zip(STATISTICS, step.statistics.tolist(), strict=True))
     after = copy.deepcopy(step.discriminator)
     sums: defaultdict[str, float] = defaultdict(float)
     for real, noise in zip(np.split(reals, micro_batches), np.split(z, micro_batches), strict=True):
@@ -203,7 +211,7 @@ def test_what_the_statistics_mean(micro_batches: int) -> None:
         gradients = [weight.grad.numpy().ravel() for weight in network.parameters() if weight.grad is not None]
         expected[f"grad_norm_{letter}"] = float(np.linalg.norm(np.concatenate(gradients)))
     assert found == pytest.approx({**expected, "nonfinite": 0, "skipped": 0}, rel=1e-4)
-    average.update(step.generator, images_seen=32, batch=16)  # G after this update
+    average.update(list(step.generator.parameters()))  # G after this update
     assert all(map(torch.equal, step.ema.generator.parameters(), average.generator.parameters()))
     values = sorted(expected.values())
     assert all(big > 1.01 * small for small, big in zip(values, values[1:], strict=False)), "two could be swapped"
@@ -217,15 +225,17 @@ def test_nonfinite_gradients_change_nothing_and_are_counted() -> None:
     config = load_config(overrides=TINY)
     step = AdversarialStep(config, Accelerator(cpu=True))
     reals, z = batch_of(config)
-    step(reals, z, 16)
+    step.update(reals, z)
+    step.statistics.zero_()
     before = {name: value.clone() for name, value in step.discriminator.named_parameters()}
     poisoned = z.copy()
     poisoned[0, 0] = np.nan
-    statistics = step(reals, poisoned, 32)
-    assert statistics[STATISTICS.index("nonfinite")] == 1
+    step.update(reals, poisoned)
+    assert step.statistics[STATISTICS.index("nonfinite")] == 1
+    assert torch.isfinite(step.statistics).all(), "what is not finite counts as 0"
     assert all(torch.equal(before[name], value) for name, value in step.discriminator.named_parameters())
     assert all(torch.isfinite(weight).all() for weight in step.generator.parameters())
-    assert step.weights_finite() == 1
+    assert step.examine() == 1
 
 
 def test_nonfinite_gradients_are_counted_whatever_the_optimizer() -> None:
@@ -238,10 +248,10 @@ def test_nonfinite_gradients_are_counted_whatever_the_optimizer() -> None:
     step = AdversarialStep(config, Accelerator(cpu=True))
     first = step.generator.get_parameter("layers.0.weight")
     first.register_hook(lambda gradient: gradient * np.nan)  # type: ignore[no-untyped-call]
-    statistics = step(*batch_of(config), 16)
-    assert torch.isfinite(statistics[STATISTICS.index("loss_g")])
-    assert statistics[STATISTICS.index("nonfinite")] == 1
-    assert step.weights_finite() == 0
+    step.update(*batch_of(config))
+    assert step.statistics[STATISTICS.index("loss_g")] > 0
+    assert step.statistics[STATISTICS.index("nonfinite")] == 1
+    assert step.examine() == 0
 
 
 def test_no_host_sync_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +263,7 @@ def test_no_host_sync_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(overrides=TINY)
     step = AdversarialStep(config, Accelerator(cpu=True))
     reals, z = batch_of(config)
-    step(reals, z, 16)
+    step.update(reals, z)
     reads: list[str] = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
@@ -263,7 +273,7 @@ def test_no_host_sync_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    step(reals, z, 32)
+    step.update(reals, z)
     assert reads == []
 
 

@@ -23,7 +23,13 @@ STEPS = SCALER_PATIENCE_STEPS
 def new_window(images_seen: int = 0, saved: Any = None) -> Window:
     """Return a window that begins at a position, or goes on with what a checkpoint there has saved."""
     checkpoint = None if saved is None else Checkpoint("RUN/checkpoints/1", json.loads(json.dumps(saved)), {})
-    return Window(Accelerator(cpu=True), StopRequests(), images_seen, checkpoint)
+    return Window(Accelerator(cpu=True), StopRequests(), torch.zeros(len(STATISTICS)), images_seen, checkpoint)
+
+
+def add(window: Window, statistics: torch.Tensor, images: int = 16, seconds: float = 0.1) -> None:
+    """Do what an update and the loop after it do."""
+    window._totals += statistics
+    window.add(images, seconds)
 
 
 def report(*, finite: bool = True, end: bool = True, **shares: float) -> Report:
@@ -31,8 +37,8 @@ def report(*, finite: bool = True, end: bool = True, **shares: float) -> Report:
     window = new_window()
     for step in range(STEPS):
         values = {name: float(step < shares.get(name, 0) * STEPS) for name in STATISTICS}
-        values["loss_d"] = float("nan") if values["nonfinite"] else 2.0
-        window.add(torch.tensor([*values.values()]), 8, 0.0)
+        values["loss_d"] = 0.0 if values["nonfinite"] else 2.0
+        add(window, torch.tensor([*values.values()]), 8, 0.0)
     found = window.reduce(0.0, False, torch.tensor(float(finite)), end=end)
     assert not {"nonfinite", "skipped"} & set(found.values)
     return found
@@ -54,13 +60,13 @@ def test_what_a_window_reports() -> None:
     first |= {"grad_norm_d": 5.0, "grad_norm_g": 7.0, "deviation_real": 0.5, "deviation_fake": 0.1}
     second = first | {"loss_d": 3.0, "d_real": 0.6, "deviation_real": 0.3, "deviation_fake": 0.3}
     for statistics in (first, second):
-        window.add(torch.tensor([statistics[name] for name in STATISTICS]), 16, 0.25)
+        add(window, torch.tensor([statistics[name] for name in STATISTICS]), 16, 0.25)
     report = window.reduce(1.5, False, torch.ones(()), end=True)
     assert 0 <= report.seconds <= time.monotonic() - before
     expected = {"loss_d": 2.0, "loss_g": 2.0, "d_real": 0.7, "d_fake": 0.1, "grad_norm_d": 5.0, "grad_norm_g": 7.0}
     assert report.values == pytest.approx({**expected, "diversity": 0.4 / 0.8})
     assert (report.images, report.steps, report.step_seconds, report.data_wait_seconds) == (32, 2, 0.5, 1.5)
-    window.add(torch.full((len(STATISTICS),), 4.0), 16, 0.125)
+    add(window, torch.full((len(STATISTICS),), 4.0), 16, 0.125)
     report = window.reduce(1.75, True, torch.ones(()), end=True)
     assert report.values == pytest.approx({**dict.fromkeys(expected, 4.0), "diversity": 1.0}), "it began anew"
     assert (report.images, report.steps, report.step_seconds, report.data_wait_seconds) == (16, 1, 0.125, 0.25)
@@ -82,7 +88,7 @@ def test_a_request_is_reported_and_one_to_save_only_once(
     requests = window.requests
     requests.stop, requests.save = stop, save
     for again in (False, True):
-        window.add(torch.zeros(len(STATISTICS)), 8, 0.0)
+        add(window, torch.zeros(len(STATISTICS)), 8, 0.0)
         found = window.reduce(0.0, overdue, torch.ones(()), end=True)
         assert (found.stop, found.save) == ((expected[0], overdue) if again else expected)
 
@@ -118,8 +124,8 @@ def test_a_window_that_was_stopped_goes_on_bit_by_bit() -> None:
     steps = torch.rand(9, len(STATISTICS), generator=torch.Generator().manual_seed(1)) / 3
     whole, stopped = new_window(64), new_window(64)
     for index, step in enumerate(steps):
-        whole.add(step, 16, 0.1)
-        stopped.add(step, 16, 0.1)
+        add(whole, step)
+        add(stopped, step)
         if index in (2, 6):
             stopped.reduce(0.0, False, torch.tensor(1.0), end=False)
             stopped = new_window(64 + 16 * (index + 1), stopped.state())
@@ -133,7 +139,7 @@ def test_a_window_that_was_stopped_goes_on_bit_by_bit() -> None:
 def test_another_number_of_ranks_goes_on_with_the_same_means() -> None:
     two = [[value] * len(STATISTICS) for value in (1.0, 3.0)]
     window = new_window(32, {"window": {"begin": 0, "steps": 2, "totals": two}})
-    window.add(torch.full((len(STATISTICS),), 4.0), 16, 0.1)
+    add(window, torch.full((len(STATISTICS),), 4.0))
     assert window.reduce(0.0, False, torch.tensor(1.0), end=True).values["loss_d"] == 2.0  # (1 + 3) / 2 + 4, of 3 steps
 
 

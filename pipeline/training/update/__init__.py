@@ -1,0 +1,1 @@
+"""How an update runs: from fixed inputs, kernel by kernel or as one CUDA graph."""

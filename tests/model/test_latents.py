@@ -1,13 +1,16 @@
 """z must depend on (seed, purpose, index) alone, and never change between versions."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.common.errors import UsageError
-from pipeline.common.randomness import Purpose, permutation
-from pipeline.model.latents import Distribution, latents
+from pipeline.common.randomness import Purpose, permutation, raw_bits, spread_bits
+from pipeline.config import RunConfig
+from pipeline.model.latents import Distribution, latent_batches, latents
 
 
 @given(st.integers(0, 2**40), st.integers(0, 300), st.integers(1, 40), st.integers(1, 130))
@@ -16,6 +19,28 @@ def test_any_range_equals_the_slice_of_a_longer_one(start: int, skip: int, count
     assert np.array_equal(whole[skip:], latents(7, Purpose.SAMPLE, start + skip, count, dim))
     every_third = latents(7, Purpose.SAMPLE, start, skip + count, dim, rows=slice(1, None, 3))
     assert np.array_equal(whole[1::3], every_third)
+
+
+@given(st.integers(0, 2**70), st.integers(1, 30), st.integers(1, 9), st.integers(1, 7))
+def test_spread_bits_are_those_of_one_long_draw(start: int, blocks: int, rows: int, step: int) -> None:
+    whole = raw_bits(7, Purpose.TRAIN, start, rows * step * blocks * 4).reshape(rows * step, -1)
+    found = spread_bits(7, Purpose.TRAIN, range(start, start + rows * step * blocks, step * blocks), blocks)
+    assert np.array_equal(found, whole[::step])
+
+
+@pytest.mark.parametrize(("batch", "world_size", "latent_dim"), [(16, 1, 100), (24, 3, 7), (8192, 64, 100)])
+@pytest.mark.parametrize("distribution", ["uniform", "normal"])
+def test_batches_are_the_ranks_rows_of_the_run(
+    batch: int, world_size: int, latent_dim: int, distribution: Distribution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than are drawn at once."""
+    monkeypatch.setattr("pipeline.model.latents.VALUES_AHEAD", 3 * batch // world_size * latent_dim)
+    network = {"latent_dim": latent_dim, "latent_distribution": distribution}
+    config = RunConfig.model_validate({"network": network, "recipe": {"batch": batch, "streams": 1, "seed": 5}})
+    start, count, rank = 7 * batch, 4, world_size - 1
+    found = list(islice(latent_batches(config, start=start, rank=rank, world_size=world_size), count))
+    expected = latents(5, Purpose.TRAIN, start, count * batch, latent_dim, distribution)
+    assert np.array_equal(np.concatenate(found), expected[rank::world_size])
 
 
 def test_golden_values_do_not_change() -> None:

@@ -148,6 +148,8 @@ class RuntimeConfig(Section):
     """Add the gradients of several processes in bfloat16: half the traffic, some of the precision."""
     loader_threads: int = Field(2, ge=1, le=256)
     """Threads in each process that decode jpg, webp or png. Packed shards need none."""
+    lookahead_mb: int = Field(1_024, ge=0, le=1 << 24)
+    """MiB of shards that each machine reads ahead of training, over its processes; each reads at least one ahead."""
     step_timeout_seconds: float = Field(60, ge=0)
     """With several processes, exit when a step takes longer and no rank waits for data. 0 waits forever."""
 

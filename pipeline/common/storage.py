@@ -30,6 +30,8 @@ TIMEOUT_SECONDS = 60.0
 """Longest silence of a store within an answer."""
 CONNECT_SECONDS = 10.0
 """Longest wait for a connection."""
+MOST_CONNECTIONS = 64
+"""Connections of a process to an S3 store at once; botocore's own 10 would hold up the loader's threads."""
 PATIENCE_SECONDS = sum(PAUSES_SECONDS) + (len(PAUSES_SECONDS) + 1) * (CONNECT_SECONDS + TIMEOUT_SECONDS)
 """Time until a store that says nothing at all has failed for good: six minutes."""
 UMASK = os.umask(0o022)
@@ -56,8 +58,8 @@ def is_url(location: str | os.PathLike[str]) -> bool:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it.
+def temporary_path(path: Path) -> Iterator[Path]:
+    """Yield the path of a new, empty file beside `path`, and remove it.
 
     Folders that are missing are made, and go with it: an error leaves nothing.
     """
@@ -66,14 +68,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            temporary.chmod(0o666 & ~UMASK)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            fsync_directory(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
             os.close(handle)
+
+
+@contextmanager
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it.
+
+    Without `durable` nothing is fsynced: for files that their readers verify, and can have again.
+    """
+    with temporary_path(path) as temporary:
+        yield temporary
+        temporary.chmod(0o666 & ~UMASK)
+        if durable:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        if durable:
+            fsync_directory(path.parent)
 
 
 def _temporary(path: Path) -> tuple[int, str]:
@@ -546,6 +560,7 @@ def _filesystem(location: str) -> tuple[Any, str]:
         options["config_kwargs"] = {
             "connect_timeout": CONNECT_SECONDS,
             "read_timeout": TIMEOUT_SECONDS,
+            "max_pool_connections": MOST_CONNECTIONS,
             "retries": {"total_max_attempts": 1},
         }
     elif scheme == "gs":

@@ -79,8 +79,10 @@ class Evaluator:
     def _reals(self) -> Pixels:
         """Return a fair draw of real images: the data set's first, or, where its order is others', the run's first."""
         if self.dataset.encoding == "tar":
-            with run_loader(self.config, self.dataset, start=0, rank=0, world_size=1) as loader:
-                batches = [loader.next_batch() for _ in range(-(-self.samples // loader.batch))]
+            count = -(-self.samples // self.config.recipe.batch)
+            end = count * self.config.recipe.batch
+            with run_loader(self.config, self.dataset, start=0, rank=0, world_size=1, end=end) as loader:
+                batches = [loader.next_batch() for _ in range(count)]
             return np.concatenate(batches)[: self.samples]
         from pipeline.data.shard_reader import iterate
 

@@ -312,8 +312,9 @@ class SlowServer(http.server.ThreadingHTTPServer):
 def test_no_data_a_hanging_rank_and_a_kill(programs: Programs, shards: str) -> None:
     """One run of two processes from a web server that grows slow; then a rank hangs; then all are killed."""
     server = SlowServer(shards)
-    # Two streams hold few shards, and a shard of 32 images lasts for two updates.
-    more = {"runtime.step_timeout_seconds": 0, "recipe.streams": 2, "schedule.log_every_images": 64}
+    # Two streams hold few shards, none is read ahead of time, and a shard of 32 images lasts for two updates.
+    more = {"runtime.step_timeout_seconds": 0, "runtime.lookahead_mb": 0, "recipe.streams": 2}
+    more["schedule.log_every_images"] = 64
     training = programs.start(
         "starved",
         str(BIN / "dcgan-launch"),

@@ -3,14 +3,12 @@
 See docs/architecture.md, contract 3.
 """
 
+import os
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
-from heapq import merge
-from itertools import chain, islice
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -19,8 +17,9 @@ import torch
 
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset
+from pipeline.data.loading.lookahead import ENDLESS, Lookahead, slots_for
 from pipeline.data.loading.shard_buffer import ShardBuffer
-from pipeline.data.loading.shuffle import Indices, Shuffle, Visit, check_division
+from pipeline.data.loading.shuffle import Indices, Shuffle, check_division
 from pipeline.data.loading.slots import Images, SlotBuffer
 from pipeline.data.loading.tar_buffer import ResidentTars, TarBuffer
 from pipeline.data.loading.thread_pool import ThreadPool
@@ -53,12 +52,16 @@ class Loader:
 
     `batch` is global; `start` is the number of images seen so far over all ranks, the one integer of state.
     Rank r owns the streams s with s mod world_size = r, and so the images i with i mod world_size = r, in order.
-    A stream draws from `mix` shards at once.
-    The shards of a remote data set are cached on disk under `cache_dir` (default: `shard_cache.default_directory`).
+    A stream draws from `mix` shards at once. Beyond the shards that the streams are in, as many more are held as
+    `lookahead_bytes` allow, at least `mix`. `end` is the number of images of the whole run, a multiple of `batch`:
+    nothing is read beyond. `order` takes the place of the shuffle.
+
+    The shards of a remote data set are cached on disk under `cache_dir` (default: `shard_cache.default_directory`),
+    if the run can need them again and the cache can keep them until then.
 
     Raises ConfigConflict when `streams` does not divide `batch`, `world_size` does not divide `streams`, or there
     are fewer images than streams; DataError when dataset.json contradicts itself. An error in a thread is raised by
-    the next `next_batch`.
+    `next_batch`; that of a shard, by the first batch that needs it.
     """
 
     def __init__(
@@ -75,6 +78,9 @@ class Loader:
         cache_dir: Path | None = None,
         resident_limit: int = RESIDENT_BYTES,
         mix: int = 1,
+        lookahead_bytes: int = 0,
+        end: int = ENDLESS,
+        order: Shuffle | None = None,
     ) -> None:
         self.dataset = dataset
         check_division(batch, streams, world_size, dataset.images)
@@ -83,12 +89,14 @@ class Loader:
         """Images handed out so far over all ranks."""
         self.wait_seconds = 0.0
         """Total time that callers of `next_batch` have waited for data."""
-        self._shuffle = Shuffle(dataset.shards.images, seed=seed, streams=streams, mix=mix)
+        self._shuffle = order or Shuffle(dataset.shards.images, seed=seed, streams=streams, mix=mix)
+        self._end = end
+        self._in_use: set[int] = set()
         self._shape = (self.dataset.image_size, self.dataset.image_size, self.dataset.channels)
         self._pinned = torch.cuda.is_available()
 
         resident = self.dataset.images * self.dataset.image_bytes <= resident_limit
-        slots = len(self.dataset.shards) if resident else (streams // world_size + 1) * mix
+        slots = len(sizes) if resident else slots_for(dataset, streams // world_size, mix, lookahead_bytes)
         self._buffer = _open_buffer(dataset, slots, resident, cache_dir)
         self.resident_bytes = self._buffer.nbytes + (PREFETCH + 1) * (batch // world_size) * self.dataset.image_bytes
         """Upper bound of its memory: the buffer of shards and the batches made ahead."""
@@ -139,6 +147,18 @@ class Loader:
         """Return the data-set indices of this rank's share of the batch after `images_seen` (default: the next)."""
         return self._shuffle.ids(self._images(self.position if images_seen is None else images_seen, 1))
 
+    @property
+    def footprint(self) -> str:
+        """Where its images are, for the log."""
+        return f"at most {self.resident_bytes / 1e6:,.0f} MB of them in memory"
+
+    @property
+    def prefetched_images(self) -> int:
+        """Images at hand now beyond those of the shards in use, of which some may have been handed out."""
+        ahead = [shard for shard in self._buffer.loaded() if self._buffer.holds_all or shard not in self._in_use]
+        ready = self._ready.qsize() * (self.batch // self.world_size)
+        return int(self._shuffle.sizes[ahead].sum()) + ready
+
     def close(self) -> None:
         """End the threads, except one that waits for a hanging store. After this, `next_batch` raises RuntimeError."""
         self._closed = True
@@ -167,18 +187,21 @@ class Loader:
         return np.arange(first, start + batches * self.batch, self.world_size, dtype=np.int64)
 
     def _run(self, start: int) -> None:
-        """Make batches until closed; an error is handed over in place of a batch."""
+        """Make batches until closed, or up to the end; an error is handed over in place of a batch."""
         try:
             self._make_batches(start)
+            self._ready.put(RuntimeError(f"the run ends at image {self._end}"))
         except BaseException as error:
             self._ready.put(error)
 
     def _make_batches(self, start: int) -> None:
         share = self.batch // self.world_size
-        ahead = _Lookahead(self._shuffle, range(self.rank, self.streams, self.world_size), start // self.streams)
+        end = -(-self._end // self.streams)
+        ahead = Lookahead(self._shuffle, range(self.rank, self.streams, self.world_size), start // self.streams, end)
         located_batches = 1
-        while True:
+        while start < self._end:
             images = self._images(start, located_batches)
+            images = images[images < self._end]
             shards, rows = self._shuffle.locate(images)
             offsets = images // self.streams
             for first in range(0, len(images), share):
@@ -186,11 +209,12 @@ class Loader:
                 if self._closed:
                     return
                 one = slice(first, first + share)
+                self._buffer.comes_back = self._shuffle.comes_back(int(offsets[first]), end)
                 self._ready.put(self._make(shards[one], rows[one], offsets[one], ahead))
             start += located_batches * self.batch
             located_batches = min(2 * located_batches, max(1, LOCATED_IMAGES // share))
 
-    def _make(self, shards: Indices, rows: Indices, offsets: Indices, ahead: "_Lookahead") -> Batch:
+    def _make(self, shards: Indices, rows: Indices, offsets: Indices, ahead: Lookahead) -> Batch:
         """Return the batch of the images at `rows` of `shards`."""
         images = self._empty(len(shards))
         copies: list[Future[None]] = []
@@ -200,6 +224,7 @@ class Loader:
         for begin, end, needed in self._segments(shards):
             if (wanted := ahead.wanted(needed, int(offsets[end - 1]), self._buffer.slots)) is not None:
                 self._buffer.hold(wanted)
+                self._in_use = ahead.entered
             self._buffer.wait(needed)
             bases = self._buffer.bases(shards[begin:end])
             step = -(-(end - begin) // self._threads) if self._decoders else end - begin
@@ -248,43 +273,10 @@ def _open_buffer(dataset: Dataset, slots: int, resident: bool, cache_dir: Path |
     return ResidentTars(dataset, cache_dir) if resident else TarBuffer(dataset, slots, cache_dir)
 
 
-class _Lookahead:
-    """Which shards this rank's streams enter next, in the order in which they are needed."""
-
-    def __init__(self, shuffle: Shuffle, streams: range, offset: int) -> None:
-        self._entered: dict[int, tuple[int, ...]] = {}
-        self._visits: Iterator[Visit] = merge(*(shuffle.visits(stream, offset) for stream in streams))
-        self._coming: deque[Visit] = deque()
-        self._last: dict[int, None] = {}
-
-    def wanted(self, needed: list[int], offset: int, limit: int) -> list[int] | None:
-        """Return at most `limit` shards to hold: `needed`, those the streams are in at `offset`, those that follow.
-
-        None means that the answer is the one before.
-        """
-        entered = False
-        while self._peek(0).offset <= offset:
-            visit = self._coming.popleft()
-            self._entered[visit.stream] = visit.shards
-            entered = True
-        if not entered and all(shard in self._last for shard in needed):
-            return None
-        wanted = dict.fromkeys([*needed, *chain.from_iterable(self._entered.values())])
-        position = 0
-        while len(wanted) < limit and position < 4 * limit:
-            wanted.update(dict.fromkeys(self._peek(position).shards))
-            position += 1
-        self._last = dict.fromkeys(islice(wanted, limit))
-        return list(self._last)
-
-    def _peek(self, position: int) -> Visit:
-        while len(self._coming) <= position:
-            self._coming.append(next(self._visits))
-        return self._coming[position]
-
-
-def run_loader(config: RunConfig, dataset: Dataset, *, start: int, rank: int, world_size: int) -> Loader:
-    """Return the loader of one rank of a training run that has seen `start` images."""
+def run_loader(
+    config: RunConfig, dataset: Dataset, *, start: int, rank: int, world_size: int, end: int = ENDLESS
+) -> Loader:
+    """Return the loader of one rank of a training run that has seen `start` images, and ends with `end`."""
     return Loader(
         dataset,
         seed=config.recipe.seed,
@@ -294,5 +286,17 @@ def run_loader(config: RunConfig, dataset: Dataset, *, start: int, rank: int, wo
         rank=rank,
         world_size=world_size,
         threads=config.runtime.loader_threads,
-        mix=config.recipe.mix_shards or (MIX_INDEXED if dataset.encoding == "tar" else 1),
+        mix=mix_of(config, dataset),
+        lookahead_bytes=lookahead_bytes(config),
+        end=end,
     )
+
+
+def mix_of(config: RunConfig, dataset: Dataset) -> int:
+    """Return the number of shards that a stream of a run draws from at once."""
+    return config.recipe.mix_shards or (MIX_INDEXED if dataset.encoding == "tar" else 1)
+
+
+def lookahead_bytes(config: RunConfig) -> int:
+    """Return this process's share of the memory that a run may take on each machine for shards read ahead."""
+    return (config.runtime.lookahead_mb << 20) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)

@@ -35,6 +35,9 @@ class ShardBuffer(SlotBuffer):
         self.dataset = dataset
         self.rows_kept = decode or dataset.encoding == "packed"
         self._cache = open_cache(cache_dir) if dataset.store.remote else None
+        # Of a set larger than the cache, only as many shards as stay in it: to evict one for another gains nothing.
+        stored = np.cumsum([shard.bytes for shard in dataset.shards])
+        self._stays = stored <= (self._cache.limit_bytes if self._cache is not None else 0)
         self._shape = (dataset.image_size, dataset.image_size, dataset.channels)
         self._decode = (_jpeg_decoder if dataset.encoding == "jpg" else _picture_decoder)(self._shape)
         self._first_member = dataset.shards.member_starts
@@ -50,7 +53,7 @@ class ShardBuffer(SlotBuffer):
         except MemoryError:
             raise UnavailableError(
                 f"{dataset.location}: {slots} of its shards need {self.nbytes:,} bytes of memory, more than is here; "
-                "lower recipe.streams, or build it with smaller shards (--shard-bytes)"
+                "lower runtime.lookahead_mb or recipe.streams, or build it with smaller shards (--shard-bytes)"
             ) from None
         self._verified: dict[int, Identity] = {}
 
@@ -95,13 +98,13 @@ class ShardBuffer(SlotBuffer):
 
     def _fill(self, shard: int, entry: Shard, target: Images) -> None:
         """Read a shard's file into `target`, and hash it unless the same file was verified before."""
-        with self._open(entry) as file:
+        with self._open(shard, entry) as file:
             self._read(shard, entry, file, target)
 
-    def _open(self, entry: Shard) -> FileIO:
+    def _open(self, shard: int, entry: Shard) -> FileIO:
         if self._cache is None:
             return FileIO(self.dataset.store.path(self.dataset.store.inside(entry.name)))
-        return self._cache.open(self.dataset, entry)
+        return self._cache.open(self.dataset, entry, keep=self.comes_back and bool(self._stays[shard]))
 
     def _read(self, shard: int, entry: Shard, file: FileIO, target: Images) -> None:
         stat = os.fstat(file.fileno())

@@ -9,10 +9,19 @@ from io import FileIO
 from pathlib import Path
 
 from pipeline.common.errors import UsageError
-from pipeline.common.storage import Store, atomic_path, made_directory, remove_abandoned, sha256_bytes
+from pipeline.common.storage import (
+    Store,
+    atomic_path,
+    made_directory,
+    remove_abandoned,
+    sha256_bytes,
+    temporary_path,
+)
 from pipeline.data.dataset import Dataset, Shard
 
 DEFAULT_LIMIT_GIB = 16.0
+SCAN_SHARE = 1 / 256
+"""Of the limit: what a process downloads before it looks again whether the cache is too large."""
 
 
 def default_directory() -> Path:
@@ -52,15 +61,26 @@ class ShardCache:
     def __init__(self, directory: Path, limit_bytes: int) -> None:
         self.directory = directory
         self.limit_bytes = limit_bytes
+        self._unscanned_bytes = limit_bytes  # the first download looks what is there
 
-    def open(self, dataset: Dataset, shard: Shard) -> FileIO:
-        """Return the shard's open file; download it first if it is absent. An open file survives its eviction."""
+    def open(self, dataset: Dataset, shard: Shard, *, keep: bool = True) -> FileIO:
+        """Return the shard's open file; download it first if it is absent. An open file survives its eviction.
+
+        Without `keep`, the file of a download has no name, and is gone when it is closed.
+        """
         path = self._path(shard)
+        # Of a tar of others no checksum covers the pixels: only what was synced is whole after a power failure.
+        durable = dataset.encoding == "tar"
         while True:
             try:
                 file = FileIO(path, "r")
             except FileNotFoundError:
-                self._download(*dataset.place(shard), path)
+                store, name = dataset.place(shard)
+                if not keep:
+                    with temporary_path(path) as temporary:
+                        store.fetch(name, temporary)
+                        return FileIO(temporary, "r")
+                self._download(store, name, path, durable)
                 continue
             with suppress(FileNotFoundError):  # `_evict` sorts by access time, which mounts may not keep
                 os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
@@ -74,14 +94,17 @@ class ShardCache:
         name = shard.sha256 if shard.etag is None else sha256_bytes(f"{shard.sha256} {shard.etag}".encode())
         return self.directory / f"{name}.tar"
 
-    def _download(self, store: Store, name: str, path: Path) -> None:
+    def _download(self, store: Store, name: str, path: Path, durable: bool) -> None:
         with self._locked(path.stem):  # so that processes do not fetch a shard twice
             if path.exists():
                 return
-            with atomic_path(path) as temporary:
+            with atomic_path(path, durable=durable) as temporary:
                 store.fetch(name, temporary)
-        with self._locked("evict"):
-            self._evict(keep=path)
+                self._unscanned_bytes += temporary.stat().st_size
+        if self._unscanned_bytes > self.limit_bytes * SCAN_SHARE:
+            self._unscanned_bytes = 0
+            with self._locked("evict"):
+                self._evict(keep=path)
 
     def _evict(self, keep: Path) -> None:
         """Remove the shards read longest ago until the rest fits, and what killed processes left half-written."""

@@ -64,14 +64,17 @@ class Shuffle:
         self._inside = lru_cache(maxsize=4 * streams)(self._order_images)
 
     def _order_shards(self, epoch: int) -> _Epoch:
-        shards = permutation(len(self.sizes), self.seed, Purpose.SHARD_ORDER, lane=epoch)
+        shards = self._permutation(len(self.sizes), Purpose.SHARD_ORDER, epoch)
         positions = np.concatenate([[0], np.cumsum(self.sizes[shards])])
         return _Epoch(shards, positions, np.append(positions[: -1 : self.mix], positions[-1]))
 
     def _order_images(self, epoch: int, first_shard: int, images: int) -> Indices:
         """Return the order of the `images` of the block that begins with `first_shard`."""
         # Epochs and shards both stay far below 2^32, so that no two pairs share a lane.
-        return permutation(images, self.seed, Purpose.IMAGE_ORDER, lane=(epoch << 32) | first_shard)
+        return self._permutation(images, Purpose.IMAGE_ORDER, (epoch << 32) | first_shard)
+
+    def _permutation(self, count: int, purpose: Purpose, lane: int) -> Indices:
+        return permutation(count, self.seed, purpose, lane=lane)
 
     def locate(self, images: Indices) -> tuple[Indices, Indices]:
         """Return the shard of each image of the run, and its row inside that shard; int64, shaped like `images`."""
@@ -103,6 +106,10 @@ class Shuffle:
         shards, rows = self.locate(images)
         return self.shard_starts[shards] + rows
 
+    def comes_back(self, offset: int, end: int) -> bool:
+        """Whether what a stream reads at `offset` can be read again, in the next epoch, by a run up to offset `end`."""
+        return (offset // self.range_images + 1) * self.range_images < end
+
     def visits(self, stream: int, offset: int) -> Iterator[Visit]:
         """Yield, endlessly, each block that `stream` enters from `offset` on, with the offset where it enters."""
         while True:
@@ -115,6 +122,20 @@ class Shuffle:
                 block += 1
                 offset, position = offset + int(starts[block]) - position, int(starts[block])
             offset = (epoch + 1) * self.range_images
+
+
+class InOrder(Shuffle):
+    """The data set's own order, as one stream: for whoever reads all of it."""
+
+    def __init__(self, shard_images: Sequence[int]) -> None:
+        super().__init__(shard_images, seed=0, streams=1)
+
+    def _permutation(self, count: int, purpose: Purpose, lane: int) -> Indices:
+        return np.arange(count)
+
+    def comes_back(self, offset: int, end: int) -> bool:
+        """Always: the other ranks of this machine and the next start of the run read the same shards."""
+        return True
 
 
 def image_ids(dataset: Dataset, seed: int, streams: int, start: int, count: int, *, mix: int = 1) -> Indices:

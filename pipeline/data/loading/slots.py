@@ -8,13 +8,13 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.errors import describe_os_error
+from pipeline.common.errors import TryAgainError, describe_os_error
 from pipeline.data.loading.thread_pool import ThreadPool
 
 Images = NDArray[np.uint8]
 
-LOAD_THREADS = 4
-"""Threads that load shards: enough to hide a store's latency at the start and at the end of an epoch."""
+LOAD_THREADS = 16
+"""Shards loaded at once, at most. As many are as slots wait for one: in the long run, as the store's latency needs."""
 
 
 class SlotBuffer(ABC):
@@ -27,6 +27,8 @@ class SlotBuffer(ABC):
     """Whether slots hold decoded images: then `copy` takes no time that threads could share."""
     nbytes: int
     """Memory that the slots take."""
+    comes_back = True
+    """Whether the run may need the shards of the next `hold` again, when they have left their slots."""
 
     def __init__(self, shards: int, slots: int) -> None:
         self._shards = shards
@@ -64,9 +66,25 @@ class SlotBuffer(ABC):
             self._loads[shard] = self._threads.submit(partial(self._load_after, before, shard, slot))
 
     def wait(self, shards: Iterable[int]) -> None:
-        """Return when all of `shards`, which must be held, are loaded. Raises the error of a load that failed."""
+        """Return when all of `shards`, which must be held, are loaded. Raises the error of a load that failed.
+
+        So an error is raised where the shard is needed, not ahead of that. What the store failed to give ahead of
+        time is asked for once more: it may have recovered.
+        """
         for shard in shards:
-            self._loads[shard].result()
+            load = self._loads[shard]
+            if load.done() and not load.cancelled() and isinstance(load.exception(), TryAgainError):
+                slot = int(self._slot_of[shard])
+                load = self._loads[shard] = self._threads.submit(partial(self._load_after, [], shard, slot))
+            load.result()
+
+    def loaded(self) -> list[int]:
+        """Return the shards that are there, as far as they are at this moment; for any thread."""
+        return [
+            shard
+            for shard, load in list(self._loads.items())
+            if load.done() and not load.cancelled() and load.exception() is None
+        ]
 
     @property
     def complete(self) -> bool:

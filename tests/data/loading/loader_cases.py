@@ -1,7 +1,9 @@
 """Small data sets for the loader's tests, written by the real writer."""
 
 import hashlib
+import shutil
 import tarfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 from picture_files import make_picture
 
+from pipeline.common.errors import TryAgainError
 from pipeline.common.imaging import encode
 from pipeline.common.storage import Store
 from pipeline.data.build.transform import Recipe
@@ -85,3 +88,38 @@ def read_through_cache(url: str, cache: str, seed: int) -> None:
     for index in np.random.default_rng(seed).integers(0, len(dataset.shards), 60).tolist():
         with bounded.open(dataset, dataset.shards[index]) as file:
             assert hashlib.sha256(file.read()).hexdigest() == dataset.shards[index].sha256
+
+
+class WatchedStore(Store):
+    """A remote store with the files of a folder: notes what is asked for, and answers while its gate is open."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("memory://watched")
+        self.folder = folder
+        self.gate = threading.Event()
+        self.gate.set()
+        self.broken: set[str] = set()
+        self.fetched: list[str] = []
+        self.running = self.most = 0
+        self._changed = threading.Condition()
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy `name` to `path`. Raises TryAgainError while `name` is broken."""
+        with self._changed:
+            self.fetched.append(name)
+            self.running += 1
+            self.most = max(self.most, self.running)
+            self._changed.notify_all()
+        try:
+            assert self.gate.wait(30)
+            if name in self.broken:
+                raise TryAgainError(f"{name}: the store failed")
+            shutil.copyfile(self.folder / name, path)
+        finally:
+            with self._changed:
+                self.running -= 1
+
+    def wait_for(self, requests: int) -> None:
+        """Return when that many requests wait for an answer."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.running >= requests, 30), f"only {self.running} requests"

@@ -22,6 +22,7 @@ from loader_cases import all_images, write_dataset
 from pipeline.common.errors import ConfigConflict, DataError
 from pipeline.data.dataset import Encoding, open_dataset
 from pipeline.data.loading.loader import RESIDENT_BYTES, Loader
+from pipeline.data.loading.lookahead import ENDLESS
 from pipeline.data.loading.shuffle import image_ids
 
 
@@ -38,6 +39,8 @@ def runs(draw: st.DrawFn) -> dict[str, object]:
             "batches": st.integers(1, 5),
             "resident_limit": st.sampled_from([0, RESIDENT_BYTES]),
             "threads": st.integers(1, 3),
+            "lookahead_bytes": st.sampled_from([0, 700, 1 << 20]),
+            "ends": st.booleans(),
         }
     )
     return {
@@ -76,6 +79,8 @@ def test_any_processes_batches_and_restarts_see_the_images_of_one_process(run: d
                     threads=leg["threads"],
                     resident_limit=leg["resident_limit"],
                     mix=run["mix"],
+                    lookahead_bytes=leg["lookahead_bytes"],
+                    end=seen + batches * batch if leg["ends"] else ENDLESS,
                 ) as loader:
                     for ids in expected[:, rank::world_size]:
                         assert np.array_equal(loader.ids(), ids)
@@ -235,7 +240,7 @@ def test_batches_of_the_past_are_forgotten(
 
 @pytest.mark.parametrize("resident_limit", [0, RESIDENT_BYTES])
 def test_shards_are_loaded_side_by_side_and_may_arrive_in_any_order(tmp_path: Path, resident_limit: int) -> None:
-    """Four at once. Each shard is a pipe here, whose reader hangs until it is written, as with a slow store."""
+    """All at once. Each shard is a pipe here, whose reader hangs until it is written, as with a slow store."""
     dataset = write_dataset(tmp_path, [6] * 8)
     images = all_images(dataset)
     content = {shard.name: (tmp_path / shard.name).read_bytes() for shard in dataset.shards}
@@ -245,7 +250,7 @@ def test_shards_are_loaded_side_by_side_and_may_arrive_in_any_order(tmp_path: Pa
     with Loader(dataset, seed=0, streams=4, batch=8, resident_limit=resident_limit) as loader:
         waiting: dict[str, int] = {}
         until = time.monotonic() + 30
-        while len(waiting) < 4:
+        while len(waiting) < loader._buffer.slots:
             assert time.monotonic() < until, f"only {len(waiting)} shards are being read"
             for name in content.keys() - waiting.keys():
                 with suppress(OSError):  # nobody reads it

@@ -150,6 +150,8 @@ class RuntimeConfig(Section):
     """Threads in each process that decode jpg, webp or png. Packed shards need none."""
     lookahead_mb: int = Field(1_024, ge=0, le=1 << 24)
     """MiB of shards that each machine reads ahead of training, over its processes; each reads at least one ahead."""
+    data: Literal["auto", "stream", "device"] = "auto"
+    """Whether the whole set is first loaded into the device's memory; auto: on a GPU, where it fits and pays."""
     step_timeout_seconds: float = Field(60, ge=0)
     """With several processes, exit when a step takes longer and no rank waits for data. 0 waits forever."""
 

@@ -44,6 +44,11 @@ class Progress:
         elif self._done > self._first:
             self._line()
 
+    @property
+    def done(self) -> int:
+        """How many are done."""
+        return self._done
+
     def advance(self, amount: int) -> None:
         """Note that `amount` more are done."""
         self._done += amount

@@ -1,21 +1,20 @@
 """train(): the adversarial loop, read from top to bottom. Everything is counted in images."""
 
 import logging
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.errors import Interrupted, Stopped
+from pipeline.common.ranks import ranks_of
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset, open_dataset
-from pipeline.data.loading.loader import Loader, run_loader
+from pipeline.data.loading.device_set import AnyLoader, open_loader
 from pipeline.model.latents import latent_batches
 from pipeline.training.accelerator import make_accelerator, peers_of, together, wait_for_all
 from pipeline.training.evaluator import Evaluator
@@ -26,7 +25,7 @@ from pipeline.training.run_directory import RunDirectory, indexed
 from pipeline.training.run_log import RunLog
 from pipeline.training.schedule import Schedule
 from pipeline.training.step import AdversarialStep
-from pipeline.training.stop_requests import StopRequests
+from pipeline.training.stop_requests import StopRequests, stopped
 from pipeline.training.watchdog import Watchdog
 from pipeline.training.window import Window
 
@@ -44,7 +43,7 @@ def train(
     metrics_port: int | None = None,  # serve /metrics there, from local rank 0 of each node
     metrics_address: str = "127.0.0.1",  # and on this address
     push_gateway: str | None = None,  # push the final counters to this Pushgateway
-    on_batch: Callable[[int, NDArray[np.uint8], NDArray[np.float32]], None] | None = None,  # (position, reals, z)
+    on_batch: Callable[[int, Any, NDArray[np.float32]], None] | None = None,  # (position, reals, z)
 ) -> None:
     """Train until `config.schedule.total_images`, resuming from the newest checkpoint.
 
@@ -75,12 +74,14 @@ def train(
         seen = together(accelerator, lambda: manager.restore(step, checkpoint, run))
 
         # Images from there on, and what people and machines see of the run.
-        def open_rest() -> tuple[Loader, RunLog, Evaluator]:
+        def open_rest() -> tuple[AnyLoader, RunLog, Evaluator]:
             telemetry = None
             if accelerator.is_local_main_process:
                 telemetry = resources.enter_context(closing(Telemetry("train", run=str(out.resolve()))))
                 telemetry.start(metrics_port, metrics_address, push_gateway if main else None)
-            loader = resources.enter_context(run_loader(config, dataset, start=seen, rank=rank, world_size=world_size))
+            place = config, dataset, accelerator.device, seen, ranks_of(accelerator)
+            opened = open_loader(*place, lambda: watchdog.waiting_for_data(data), requests.end_loading)
+            loader = resources.enter_context(opened)
             evaluator = Evaluator(config, dataset, out / "samples", accelerator)
             return loader, RunLog(config, run, telemetry), evaluator
 
@@ -89,7 +90,7 @@ def train(
         if main:
             warn(config, accelerator)
             log.info("%s at image %d of %d", "resuming" if seen else "beginning", seen, config.schedule.total_images)
-            log.info("%d images; at most %.0f MB of them in memory", dataset.images, loader.resident_bytes / 1e6)
+            log.info("%d images; %s", dataset.images, loader.footprint)
 
         # Train.
         window = Window(accelerator, requests, step.statistics, seen, checkpoint)
@@ -143,6 +144,5 @@ def train(
         # On success only: NCCL waits for all ranks here, and a rank that failed alone would wait forever.
         accelerator.end_training()
         if stop and not schedule.finished(seen):
-            message = f"at image {seen:,}, saved in {manager.last_path}; run it again to resume"
-            raise Interrupted(message) if stop == signal.SIGINT else Stopped(message)
+            raise stopped(stop, f"at image {seen:,}, saved in {manager.last_path}; run it again to resume")
         log.info("done: %d images, %s", seen, out)

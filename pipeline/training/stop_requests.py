@@ -5,6 +5,8 @@ import signal
 from types import FrameType
 from typing import Any, Self
 
+from pipeline.common.errors import Interrupted, Stopped
+
 
 class StopRequests:
     """Only notes what was asked for; the loop acts on it where all ranks agree. A second SIGINT interrupts.
@@ -30,6 +32,11 @@ class StopRequests:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def end_loading(self, images: int) -> None:
+        """Raise Stopped when a stop was asked for while the data set is loaded, of which `images` are there."""
+        if self.stop:
+            raise stopped(self.stop, f"while the data set was loaded, after {images:,} images; run it again to resume")
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop == number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -44,3 +51,8 @@ class StopRequests:
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         self.save = True
+
+
+def stopped(number: int, message: str) -> Stopped:
+    """Return the error that ends a run that signal `number` stopped."""
+    return Interrupted(message) if number == signal.SIGINT else Stopped(message)

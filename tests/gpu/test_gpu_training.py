@@ -84,6 +84,28 @@ def test_a_batch_on_its_way_to_the_gpu_is_not_overwritten(data: Path) -> None:
         assert np.array_equal(copy.cpu().numpy(), batch)
 
 
+def test_batches_from_the_devices_memory_are_those_of_the_stream_and_make_no_host_wait(data: Path) -> None:
+    from pipeline.common.ranks import Ranks
+    from pipeline.config import load_config
+    from pipeline.data.dataset import open_dataset
+    from pipeline.data.loading.device_set import DeviceLoader, open_loader
+    from pipeline.data.loading.loader import run_loader
+
+    dataset, device = open_dataset(data), torch.device("cuda")
+    config = load_config(overrides=["recipe.streams=8", "recipe.batch=64", "runtime.data=auto"])
+    with (
+        open_loader(config, dataset, device, 128, Ranks()) as there,
+        run_loader(config, dataset, start=128, rank=0, world_size=1) as stream,
+    ):
+        assert isinstance(there, DeviceLoader)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            batches = [there.next_batch() for _ in range(300)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(np.array_equal(batch.cpu().numpy(), stream.next_batch()) for batch in batches)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_no_host_sync_inside_a_step(precision: str) -> None:
     from accelerate import Accelerator

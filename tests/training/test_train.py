@@ -12,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 from support import Trainer, train_command, write_dataset
-from training_cases import ENVIRONMENT, SCHEDULE, wait_for_lines
+from training_cases import ENVIRONMENT, SCHEDULE, hashes, wait_for_lines
 
 from pipeline.checkpoints.store import CheckpointStore
 from pipeline.common.storage import Store
@@ -177,6 +177,15 @@ def test_a_missing_extractor_is_told_before_the_first_step(faces32: Path, tmp_pa
     assert done.returncode == 65
     assert "inception.pt" in done.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "run" / "samples").exists()
+
+
+def test_a_data_set_in_the_devices_memory_gives_the_same_run(
+    whole_run: Path, faces32: Path, tmp_path: Path, trainer: Trainer
+) -> None:
+    done = trainer(faces32, tmp_path / "run", *SCHEDULE, "runtime.data=device")
+    assert done.returncode == 0, done.stderr
+    assert "of them in the memory of cpu" in done.stderr
+    assert hashes(tmp_path / "run", 256) == hashes(whole_run, 256)
 
 
 def test_gray_and_encoded_shards_train_too(tmp_path: Path, trainer: Trainer) -> None:

@@ -46,6 +46,7 @@ TRAINING = Dashboard(
                     f"run:dcgan_train_images:rate10m{RUN}": "{{run}}, 10 minutes",
                 },
                 about="Includes the time of grids, evaluations and checkpoints.",
+                width=6,
             ),
             Panel(
                 "Where the time goes",
@@ -54,6 +55,7 @@ TRAINING = Dashboard(
                 bounds=(0, 1),
                 stacked=True,
                 about="data_wait above 30 %: the loader cannot keep up (DcganDataWait).",
+                width=6,
             ),
             Panel(
                 "Duration of a step",
@@ -64,6 +66,13 @@ TRAINING = Dashboard(
                 },
                 "s",
                 about="Time on the host, including the wait for images. A GPU may still be working.",
+                width=6,
+            ),
+            Panel(
+                "Images read ahead",
+                {f"min by (run) (dcgan_train_prefetched_images{RUN})": "{{run}}"},
+                about="On the node with the fewest. At 0 training waits for the store: see runtime.lookahead_mb.",
+                width=6,
             ),
         ],
         "Is it learning?": [

@@ -65,6 +65,11 @@ METRICS: dict[Program, tuple[Metric, ...]] = {
             "Wall time by phase; together all of it. data_wait is of the rank that waited longest.",
             {"phase": ("data_wait", "step", "grid", "evaluate", "checkpoint")},
         ),
+        Metric(
+            "dcgan_train_prefetched_images",
+            "gauge",
+            "Images that the first rank of this node has read ahead; of a set that is in memory, all that are there.",
+        ),
         Metric("dcgan_train_last_step_timestamp_seconds", "gauge", "When the last update was made (Unix time)."),
         Metric("dcgan_train_loss", "gauge", "Loss, mean over the last log interval and all ranks.", NETWORKS),
         Metric(

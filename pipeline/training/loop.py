@@ -119,7 +119,7 @@ def train(
             # The only sync, where all ranks agree on what to do next; at a log boundary also on what was seen.
             end = schedule.at_boundary(seen)
             report = window.reduce(loader.wait_seconds, schedule.checkpoint_overdue, step.examine(images=end), end=end)
-            run_log.window(report, seen, mirror_failures=manager.mirror_failures)
+            run_log.window(report, seen, mirror_failures=manager.mirror_failures, prefetched=loader.prefetched_images)
             report.require_finite(manager.last_path)
             stop = report.stop
             due = schedule.due(seen, report.slowest_step_seconds, checkpoint_wanted=report.save or bool(stop))

@@ -85,8 +85,11 @@ class RunLog:
             metrics.add("dcgan_train_images_total", self.batch)
             metrics.set("dcgan_train_last_step_timestamp_seconds", time.time())
 
-    def window(self, report: Report, seen: int, *, mirror_failures: int = 0) -> None:
-        """Record a window if it ends here. `mirror_failures` counts since this process began."""
+    def window(self, report: Report, seen: int, *, mirror_failures: int = 0, prefetched: int = 0) -> None:
+        """Record a window if it ends here. `mirror_failures` counts since this process began.
+
+        `prefetched` is the number of images that this rank has at hand.
+        """
         if not report.whole:
             return
         seconds = max(report.seconds - self._busy_seconds, 1e-9)  # without grids, evaluations and checkpoints
@@ -110,6 +113,7 @@ class RunLog:
         metrics.add("dcgan_train_nonfinite_steps_total", report.nonfinite_steps)
         metrics.add("dcgan_train_mirror_failures_total", mirror_failures - self._mirror_failures)
         self._mirror_failures = mirror_failures
+        metrics.set("dcgan_train_prefetched_images", prefetched)
         metrics.add("dcgan_train_phase_seconds_total", report.data_wait_seconds, phase="data_wait")
         metrics.add("dcgan_train_phase_seconds_total", max(seconds - report.data_wait_seconds, 0.0), phase="step")
         for network, letter in (("generator", "g"), ("discriminator", "d")):

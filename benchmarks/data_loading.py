@@ -1,6 +1,7 @@
 """How fast training batches can be had from disk, against webdataset, a numpy memmap, and other projects.
 
     python benchmarks/data_loading.py [--others PYTHON]
+    python benchmarks/data_loading.py --remote [--quick]   # instead: from a slow store, see data_loading_remote.py
 
 PYTHON is the interpreter of an environment that has mosaicml-streaming and litdata. Every contender runs in a
 process of its own on the same core, and they take turns: 15 rounds, medians of the per-round ratios. "again" is
@@ -41,7 +42,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/dcgan-benchmark-data-loading"))
     parser.add_argument("--others", help="python of an environment with mosaicml-streaming and litdata")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    remote = parser.add_argument_group("from a slow store")
+    remote.add_argument("--remote", action="store_true", help="measure that, and nothing else")
+    remote.add_argument("--quick", action="store_true", help="in a minute, without a result file")
+    remote.add_argument("--lookahead-mb", type=int, default=1_024, help="runtime.lookahead_mb")
+    remote.add_argument("--lanes", type=int, default=4, help="requests that the store of a rank answers at once")
+    remote.add_argument("--note", default="", help="what else ran on the machine, for the record")
     options = parser.parse_args()
+    if options.remote:
+        import data_loading_remote
+
+        settings = {name: getattr(options, name) for name in ("quick", "lookahead_mb", "lanes", "note")}
+        data_loading_remote.main(RESULTS, **settings)
+        return
     core = min(os.sched_getaffinity(0))
     prepare(options.work, options.images, options.count)
     os.sched_setaffinity(0, {core})  # the contenders inherit it

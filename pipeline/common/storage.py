@@ -58,36 +58,27 @@ def is_url(location: str | os.PathLike[str]) -> bool:
 
 
 @contextmanager
-def temporary_path(path: Path) -> Iterator[Path]:
-    """Yield the path of a new, empty file beside `path`, and remove it.
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it.
 
-    Folders that are missing are made, and go with it: an error leaves nothing.
+    Folders that are missing are made, and go with it: an error leaves nothing. Without `durable` nothing is fsynced:
+    for files that their readers verify, and can have again.
     """
     with made_directory(path.parent):
         handle, name = _temporary(path)
         temporary = Path(name)
         try:
             yield temporary
+            temporary.chmod(0o666 & ~UMASK)
+            if durable:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+            if durable:
+                fsync_directory(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
             os.close(handle)
-
-
-@contextmanager
-def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, else remove it.
-
-    Without `durable` nothing is fsynced: for files that their readers verify, and can have again.
-    """
-    with temporary_path(path) as temporary:
-        yield temporary
-        temporary.chmod(0o666 & ~UMASK)
-        if durable:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-        if durable:
-            fsync_directory(path.parent)
 
 
 def _temporary(path: Path) -> tuple[int, str]:

@@ -15,7 +15,7 @@ from pipeline.common.errors import DataError, UnavailableError
 from pipeline.common.imaging import BadImage, decode
 from pipeline.data.dataset import Dataset, Shard, check_members
 from pipeline.data.loading.shard_cache import open_cache
-from pipeline.data.loading.slots import Images, SlotBuffer
+from pipeline.data.loading.slots import LOAD_THREADS, Images, SlotBuffer
 
 Identity = tuple[int, int, int]
 
@@ -55,6 +55,8 @@ class ShardBuffer(SlotBuffer):
                 f"{dataset.location}: {slots} of its shards need {self.nbytes:,} bytes of memory, more than is here; "
                 "lower runtime.lookahead_mb or recipe.streams, or build it with smaller shards (--shard-bytes)"
             ) from None
+        if self._cache is not None:  # what is on its way, and is not kept on the disk, is in memory twice
+            self.nbytes += min(LOAD_THREADS, self.slots) * max(shard.bytes for shard in dataset.shards)
         self._verified: dict[int, Identity] = {}
 
     def bases(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -9,14 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 from pipeline.common.errors import UsageError
-from pipeline.common.storage import (
-    Store,
-    atomic_path,
-    made_directory,
-    remove_abandoned,
-    sha256_bytes,
-    temporary_path,
-)
+from pipeline.common.storage import Store, atomic_path, made_directory, remove_abandoned, sha256_bytes
 from pipeline.data.dataset import Dataset, Shard
 
 DEFAULT_LIMIT_GIB = 16.0
@@ -66,7 +59,7 @@ class ShardCache:
     def open(self, dataset: Dataset, shard: Shard, *, keep: bool = True) -> FileIO:
         """Return the shard's open file; download it first if it is absent. An open file survives its eviction.
 
-        Without `keep`, the file of a download has no name, and is gone when it is closed.
+        Without `keep`, a download is a file in memory, and is gone when it is closed.
         """
         path = self._path(shard)
         # Of a tar of others no checksum covers the pixels: only what was synced is whole after a power failure.
@@ -76,10 +69,8 @@ class ShardCache:
                 file = FileIO(path, "r")
             except FileNotFoundError:
                 store, name = dataset.place(shard)
-                if not keep:
-                    with temporary_path(path) as temporary:
-                        store.fetch(name, temporary)
-                        return FileIO(temporary, "r")
+                if not keep and hasattr(os, "memfd_create"):  # elsewhere than on Linux, they are kept
+                    return _in_memory(store, name)
                 self._download(store, name, path, durable)
                 continue
             with suppress(FileNotFoundError):  # `_evict` sorts by access time, which mounts may not keep
@@ -139,6 +130,20 @@ class ShardCache:
                         finally:
                             path.unlink(missing_ok=True)
                         return
+
+
+def _in_memory(store: Store, name: str) -> FileIO:
+    """Return a file of a store, downloaded into memory.
+
+    A temporary file on a disk would be written to it: ext4 does so when a file that was opened anew is closed.
+    """
+    handle = os.memfd_create(name)
+    try:
+        store.fetch(name, Path(f"/proc/self/fd/{handle}"))
+        return FileIO(handle, "r")
+    except BaseException:
+        os.close(handle)
+        raise
 
 
 def open_cache(directory: Path | None) -> ShardCache:

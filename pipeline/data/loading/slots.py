@@ -26,7 +26,7 @@ class SlotBuffer(ABC):
     rows_kept: bool
     """Whether slots hold decoded images: then `copy` takes no time that threads could share."""
     nbytes: int
-    """Memory that the slots take."""
+    """Memory that the slots, and shards on their way into them, take at most."""
     comes_back = True
     """Whether the run may need the shards of the next `hold` again, when they have left their slots."""
 

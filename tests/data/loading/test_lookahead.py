@@ -49,7 +49,8 @@ def test_as_many_shards_are_on_their_way_as_the_budget_holds_and_no_more(
     store.gate.clear()
     with Loader(local.at(store), lookahead_bytes=(ahead + 1) * SHARD_BYTES - 1, **RUN) as loader:
         store.wait_for(2 + ahead)
-        assert loader.resident_bytes == (2 + ahead) * SHARD_BYTES + 5 * 4 * 48
+        on_their_way = (2 + ahead) * local.shards[0].bytes
+        assert loader.resident_bytes == (2 + ahead) * SHARD_BYTES + on_their_way + 5 * 4 * 48
         store.gate.set()
         for ids in image_ids(local, 4, 2, 0, 2 * EPOCH).reshape(-1, 4):
             assert np.array_equal(loader.next_batch(), images[ids])

@@ -81,7 +81,7 @@ def train(
                 telemetry.start(metrics_port, metrics_address, push_gateway if main else None)
             place = config, dataset, accelerator.device, seen, ranks_of(accelerator)
             opened = open_loader(*place, lambda: watchdog.waiting_for_data(data), requests.end_loading)
-            loader = resources.enter_context(opened)
+            loader: AnyLoader = resources.enter_context(opened)
             evaluator = Evaluator(config, dataset, out / "samples", accelerator)
             return loader, RunLog(config, run, telemetry), evaluator
 

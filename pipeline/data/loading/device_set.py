@@ -89,7 +89,7 @@ class DeviceLoader:
 
     def ids(self, images_seen: int | None = None) -> Indices:
         """Return the data-set indices of this rank's share of the batch after `images_seen` (default: the next)."""
-        return self._locate(self.position if images_seen is None else images_seen, 1)[0]
+        return self._locate(self.position if images_seen is None else images_seen, 1).reshape(-1)
 
     def close(self) -> None:
         """Let go of the images, and end the thread."""

@@ -153,7 +153,8 @@ def test_only_what_no_checksum_covers_is_synced(
     local: Dataset, store: WatchedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").mkdir()
-    cache, synced = ShardCache(tmp_path / "cache", 1 << 20), []
+    cache = ShardCache(tmp_path / "cache", 1 << 20)
+    synced: list[object] = []
     monkeypatch.setattr(os, "fsync", synced.append)
     dataset = local.at(store)
     cache.open(dataset, dataset.shards[0]).close()

@@ -80,8 +80,8 @@ def train(
                 telemetry = resources.enter_context(closing(Telemetry("train", run=str(out.resolve()))))
                 telemetry.start(metrics_port, metrics_address, push_gateway if main else None)
             place = config, dataset, accelerator.device, seen, ranks_of(accelerator)
-            opened = open_loader(*place, lambda: watchdog.waiting_for_data(data), requests.end_loading)
-            loader: AnyLoader = resources.enter_context(opened)
+            loader = open_loader(*place, lambda: watchdog.waiting_for_data(data), requests.end_loading)
+            resources.callback(loader.close)
             evaluator = Evaluator(config, dataset, out / "samples", accelerator)
             return loader, RunLog(config, run, telemetry), evaluator
 

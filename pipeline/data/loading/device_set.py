@@ -56,7 +56,7 @@ class DeviceLoader:
         """No caller of `next_batch` waits for data."""
         self.prefetched_images = len(images)
         self.resident_bytes = images.nbytes
-        self._shuffle = Shuffle([shard.images for shard in dataset.shards], seed=seed, streams=streams, mix=mix)
+        self._shuffle = Shuffle(dataset.shards.images, seed=seed, streams=streams, mix=mix)
         self._located_batches = max(1, LOCATED_IMAGES * world_size // batch)
         self._thread = ThreadPool(1, "locator")
         self._block, self._used = torch.empty(0), self._located_batches
@@ -191,7 +191,7 @@ def load_images(
         resident_limit=0,
         lookahead_bytes=lookahead,
         end=count,
-        order=InOrder([shard.images for shard in dataset.shards]),
+        order=InOrder(dataset.shards.images),
     ) as loader:
         done = 0
         while done < count:

@@ -96,7 +96,7 @@ class Loader:
         self._pinned = torch.cuda.is_available()
 
         resident = self.dataset.images * self.dataset.image_bytes <= resident_limit
-        slots = len(sizes) if resident else slots_for(dataset, streams // world_size, mix, lookahead_bytes)
+        slots = len(dataset.shards) if resident else slots_for(dataset, streams // world_size, mix, lookahead_bytes)
         self._buffer = _open_buffer(dataset, slots, resident, cache_dir)
         self.resident_bytes = self._buffer.nbytes + (PREFETCH + 1) * (batch // world_size) * self.dataset.image_bytes
         """Upper bound of its memory: the buffer of shards and the batches made ahead."""

@@ -21,7 +21,7 @@ def slots_for(dataset: Dataset, streams: int, mix: int, lookahead_bytes: int) ->
     These are the shards that its streams are in, and as many ahead as `lookahead_bytes` hold, at least one block.
     """
     packed = dataset.encoding == "packed"
-    largest = max(shard.images * dataset.image_bytes if packed else shard.bytes for shard in dataset.shards)
+    largest = int(dataset.shards.images.max()) * dataset.image_bytes if packed else int(dataset.shards.bytes.max())
     return streams * mix + max(mix, min(lookahead_bytes // largest, MOST_AHEAD))
 
 

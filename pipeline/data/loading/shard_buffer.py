@@ -36,7 +36,7 @@ class ShardBuffer(SlotBuffer):
         self.rows_kept = decode or dataset.encoding == "packed"
         self._cache = open_cache(cache_dir) if dataset.store.remote else None
         # Of a set larger than the cache, only as many shards as stay in it: to evict one for another gains nothing.
-        stored = np.cumsum([shard.bytes for shard in dataset.shards])
+        stored = np.cumsum(dataset.shards.bytes)
         self._stays = stored <= (self._cache.limit_bytes if self._cache is not None else 0)
         self._shape = (dataset.image_size, dataset.image_size, dataset.channels)
         self._decode = (_jpeg_decoder if dataset.encoding == "jpg" else _picture_decoder)(self._shape)
@@ -56,7 +56,7 @@ class ShardBuffer(SlotBuffer):
                 "lower runtime.lookahead_mb or recipe.streams, or build it with smaller shards (--shard-bytes)"
             ) from None
         if self._cache is not None:  # what is on its way, and is not kept on the disk, is in memory twice
-            self.nbytes += min(LOAD_THREADS, self.slots) * max(shard.bytes for shard in dataset.shards)
+            self.nbytes += min(LOAD_THREADS, self.slots) * int(dataset.shards.bytes.max())
         self._verified: dict[int, Identity] = {}
 
     def bases(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -127,7 +127,7 @@ class Shuffle:
 class InOrder(Shuffle):
     """The data set's own order, as one stream: for whoever reads all of it."""
 
-    def __init__(self, shard_images: Sequence[int]) -> None:
+    def __init__(self, shard_images: Sequence[int] | NDArray[np.integer[Any]]) -> None:
         super().__init__(shard_images, seed=0, streams=1)
 
     def _permutation(self, count: int, purpose: Purpose, lane: int) -> Indices:

@@ -142,10 +142,7 @@ def test_loading_shows_how_far_it_is_and_says_each_time_that_it_waits(
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize(("signal_name", "kind"), [("SIGTERM", Stopped), ("SIGINT", Interrupted)])
 def test_a_signal_ends_the_loading(tmp_path: Path, signal_name: str, kind: type[Stopped]) -> None:
-    names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
-    try:
-        requests = StopRequests()
+    with StopRequests() as requests:
 
         def loaded(images: int) -> None:
             if images == 20:
@@ -155,6 +152,3 @@ def test_a_signal_ends_the_loading(tmp_path: Path, signal_name: str, kind: type[
         with pytest.raises(kind, match="after 20 images; run it again") as caught:
             open_loader(settings("device"), write_dataset(tmp_path, SIZES), CPU, 0, Ranks(), loaded=loaded)
         assert caught.type is kind
-    finally:
-        for name, handler in handlers.items():
-            signal.signal(getattr(signal, name), handler)

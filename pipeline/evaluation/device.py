@@ -1,4 +1,7 @@
-"""Where the networks of an evaluation run, and how images get there."""
+"""Where the networks and the arithmetic of an evaluation run, and how images get there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,3 +19,19 @@ def device() -> str:
 def to_network(images: Pixels) -> Tensor:
     """Images uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1], on the device."""
     return to_float(torch.from_numpy(np.ascontiguousarray(images)).to(device()))
+
+
+def to_maps(images: Pixels, device: torch.device | str) -> Tensor:
+    """Images uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 255], contiguous, on `device`."""
+    return torch.tensor(images, device=device).permute(0, 3, 1, 2).float().contiguous()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 matrices on a GPU in float32: TF32, which training may have chosen, keeps only ten bits."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

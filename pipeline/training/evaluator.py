@@ -53,28 +53,29 @@ class Evaluator:
             save_png(self.folder / f"{images_seen:09d}.png", grid(samples, GRID_SIDE))
 
     def measure(self, ema: EMA) -> dict[str, float]:
-        """Return the numbers that `pipeline.training.quality.quality` describes, equal on all ranks.
+        """Return the numbers that `pipeline.evaluation.metrics.quality.quality` describes, equal on all ranks.
 
         With an extractor also {"fid", "kid_x1000"}.
         """
-        from pipeline.training.quality import quality, reference
+        from pipeline.evaluation.metrics.quality import quality, reference
 
         generator, ranks = ema.estimate_batchnorm(self.seed), ranks_of(self.accelerator)
+        device = self.accelerator.device
         if self._reference is None:
             reals = self._reals()
             if self._features is not None:
                 self._features.see_reals(reals)
-            self._reference = reference(reals, seed=self.seed, ranks=ranks)
+            self._reference = reference(reals, seed=self.seed, ranks=ranks, device=device)
         share = -(-self.samples // ranks.world_size)
         start = min(ranks.rank * share, self.samples)
         count = min(share, self.samples - start)
         size, channels = self.dataset.image_size, self.dataset.channels
         mine = np.zeros((share, size, size, channels), np.uint8)
         mine[:count] = sample(generator, self.seed, Purpose.EVALUATE, start, count)
-        gathered = self.accelerator.gather(torch.from_numpy(mine).to(self.accelerator.device))
+        gathered = self.accelerator.gather(torch.from_numpy(mine).to(device))
         fakes = gathered.cpu().numpy()[: self.samples]
         more = self._features.measure(fakes) if self._features is not None else {}
-        return {**quality(self._reference, fakes, seed=self.seed, ranks=ranks), **more}
+        return {**quality(self._reference, fakes, seed=self.seed, ranks=ranks, device=device), **more}
 
     def _reals(self) -> Pixels:
         """Return a fair draw of real images: the data set's first, or, where its order is others', the run's first."""

@@ -6,9 +6,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from pipeline.evaluation import charts, inputs, published
-from pipeline.evaluation.images import Subset, WithProgress
+from pipeline.evaluation.device import device
+from pipeline.evaluation.images import Images, Subset, WithProgress
 from pipeline.evaluation.metrics.ms_ssim import ms_ssim
-from pipeline.evaluation.metrics.swd import Sampling, distances, project
+from pipeline.evaluation.metrics.swd import Projections, Sampling, distances, project
 from pipeline.evaluation.results import Result
 
 
@@ -21,15 +22,18 @@ def measure_swd(
     inputs.check_same_shape(fakes, reals)
     settings = {**asdict(sampling), "images": fakes.count, "images_real": reals.count}
     result = Result("swd", out, subject, data_description, settings)
-    real_side = project(WithProgress(reals, "SWD, real images"), sampling, real=True)
-    numbers = distances(real_side, project(WithProgress(fakes, "SWD, samples"), sampling, real=False))
+
+    def side(images: Images, what: str, *, real: bool = False) -> Projections:
+        return project(WithProgress(images, f"SWD, {what}"), sampling, real=real, device=device())
+
+    numbers = distances(side(reals, "real images", real=True), side(fakes, "samples"))
     # A perfect generator scores what other real images score, and smaller sets score higher. So as many samples and
     # as many real images are compared with one half of the real images: these two numbers are comparable.
     number = min(reals.count // 2, fakes.count)
-    half = project(WithProgress(Subset(reals, 0, 2, number), "SWD, real images, half 1"), sampling, real=True)
+    half = side(Subset(reals, 0, 2, number), "real images, half 1", real=True)
     others = Subset(fakes, 0, 1, number), Subset(reals, 1, 2, number)
     like_samples, like_reals = (
-        distances(half, project(WithProgress(other, f"SWD, {what}"), sampling, real=False))
+        distances(half, side(other, what))
         for other, what in zip(others, ("as many samples", "real images, half 2"), strict=True)
     )
     result.chart(
@@ -59,10 +63,10 @@ def measure_ms_ssim(
     """Write ms_ssim.json and ms_ssim.png (the first pairs), and return the numbers."""
     fakes, subject = inputs.fakes(ckpt, samples, count, seed)
     result = Result("ms_ssim", out, subject, settings={"images": fakes.count, "pairs": fakes.count // 2, "seed": seed})
-    numbers = {"ms_ssim": ms_ssim(WithProgress(fakes, "MS-SSIM, samples"))}
+    numbers = {"ms_ssim": ms_ssim(WithProgress(fakes, "MS-SSIM, samples"), device=device())}
     if data is not None:
         reals, result.data = inputs.reals(data, count, fakes.shape)
-        numbers["ms_ssim_real"] = ms_ssim(WithProgress(reals, "MS-SSIM, real images"))
+        numbers["ms_ssim_real"] = ms_ssim(WithProgress(reals, "MS-SSIM, real images"), device=device())
     _, first = next(iter(fakes.blocks()))
     result.picture(charts.sheet([("the first pairs of samples, side by side", first[:24])], 12), "The first pairs")
     result.write(

@@ -9,14 +9,17 @@ ranks exactly, and allows sets of different size.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.common.errors import DataError
-from pipeline.common.imaging import Pixels
 from pipeline.common.randomness import Purpose, raw_bits
 from pipeline.common.ranks import ALONE, Ranks
+from pipeline.evaluation.device import full_float32, to_maps
 from pipeline.evaluation.images import BLOCK, Images, num_blocks
 
 PATCH = 7
@@ -61,44 +64,49 @@ def resolutions(size: int) -> list[int]:
     return levels
 
 
-def laplacian_pyramid(images: Pixels) -> list[Floats]:
-    """Return the detail of each level of images uint8 (n, h, w, channels): float32 (n, channels, h, w), finest first.
+def laplacian_pyramid(maps: Tensor) -> list[Tensor]:
+    """Return the detail of each level of maps float32 (n, channels, h, w), of the same type, finest first.
 
     The last level is the remaining image, not a detail.
     """
-    current = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32)
     pyramid = []
-    for _ in resolutions(images.shape[1])[1:]:
-        smaller = _blur(current)[..., ::2, ::2]
-        spread = np.zeros_like(current)
-        spread[..., ::2, ::2] = smaller
-        pyramid.append(current - 4 * _blur(spread))
-        current = smaller
-    return [*pyramid, np.ascontiguousarray(current)]
+    for size in resolutions(maps.shape[-1])[:-1]:
+        halve, double = _halve_and_double(size, maps.device)
+        smaller = halve @ (maps @ halve.T)
+        pyramid.append(maps - double @ (smaller @ double.T))
+        maps = smaller
+    return [*pyramid, maps]
 
 
-def _blur(maps: Floats) -> Floats:
-    """Convolve with the binomial 1-4-6-4-1 filter in both directions, mirrored at the edges."""
-    for axis in (-2, -1):
-        widths = [(2, 2) if axis + maps.ndim == other else (0, 0) for other in range(maps.ndim)]
-        padded = np.moveaxis(np.pad(maps, widths, mode="reflect"), axis, 0)
-        outer, inner, middle = padded[:-4] + padded[4:], padded[1:-3] + padded[3:-1], padded[2:-2]
-        maps = np.moveaxis((outer + 4 * inner + 6 * middle) / np.float32(16), 0, axis)
-    return maps
+@cache
+def _halve_and_double(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the matrices (length / 2, length) and (length, length / 2) that resize a row by half and back.
+
+    Both blur with the binomial 1-4-6-4-1 filter, mirrored at the edges: one before it leaves out every other pixel,
+    one after it has put zeros between them. Matrix products are far faster than convolutions of so few channels.
+    """
+    matrix = np.zeros((length, length), np.float32)
+    places = np.arange(length)
+    for offset, weight in zip(range(-2, 3), (1, 4, 6, 4, 1), strict=True):
+        mirrored = (length - 1) - np.abs((length - 1) - np.abs(places + offset))
+        np.add.at(matrix, (places, mirrored), weight / 16)
+    return torch.tensor(matrix[::2], device=device), torch.tensor(2 * matrix[:, ::2], device=device)
 
 
-def _patches(level: Floats, first_image: int, lane: int, sampling: Sampling) -> Floats:
-    """Return patches at random places, (n * patches, channels, 7, 7); the places depend on an image's index only."""
+def _patches(level: Tensor, first_image: int, lane: int, sampling: Sampling) -> Tensor:
+    """Return patches at random places, (n, patches, channels, 49); the places depend on an image's index only."""
     count, channels, height, width = level.shape
     per_image = -(-sampling.patches // 4)  # Philox blocks of four words
     words = raw_bits(sampling.seed, Purpose.PROJECTIONS, first_image * per_image, count * per_image * 4, lane=lane)
-    words = words.reshape(count, -1)[:, : sampling.patches].reshape(-1)
+    words = words.reshape(count, -1)[:, : sampling.patches]
     top = ((words >> np.uint64(32)) * np.uint64(height - PATCH + 1) >> np.uint64(32)).astype(np.int64)
     left = ((words & np.uint64(0xFFFFFFFF)) * np.uint64(width - PATCH + 1) >> np.uint64(32)).astype(np.int64)
-    corner = (np.repeat(np.arange(count), sampling.patches) * channels * height + top) * width + left
-    offsets = np.ravel_multi_index(np.ogrid[:channels, :PATCH, :PATCH], (channels, height, width))
-    patches: Floats = level.reshape(-1)[corner[:, None, None, None] + offsets]
-    return patches
+    corners = (np.arange(count)[:, None] * channels * height + top) * width + left
+    rows = (np.arange(channels)[:, None] * height + np.arange(PATCH)) * width
+    pixels = level.reshape(-1)
+    windows = pixels.as_strided((len(pixels) - PATCH + 1, PATCH), (1, 1))  # every row of 7 pixels, in place
+    chosen = windows.index_select(0, torch.from_numpy((corners[..., None, None] + rows).reshape(-1)).to(level.device))
+    return chosen.view(count, sampling.patches, channels, PATCH**2)
 
 
 def _directions(features: int, lane: int, sampling: Sampling) -> Floats:
@@ -111,45 +119,54 @@ def _directions(features: int, lane: int, sampling: Sampling) -> Floats:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=0), np.float32)
 
 
-def project(images: Images, sampling: Sampling, *, real: bool, ranks: Ranks = ALONE) -> Projections:
-    """Return the projections of a set. `real` gives real images and samples different patch positions.
+@torch.no_grad()
+def project(
+    images: Images,
+    sampling: Sampling,
+    *,
+    real: bool,
+    ranks: Ranks = ALONE,
+    device: torch.device | str = "cpu",
+) -> Projections:
+    """Return the projections of a set, computed on `device`. `real` gives real images and samples different places.
 
     Reads the images twice: the first pass measures the means and deviations of the channels, the second one counts.
-    The result is the same, bit for bit, for every number of ranks.
+    The result is the same, bit for bit, for every number of ranks with the same device.
     """
     levels = resolutions(images.shape[0])
     channels = images.shape[2]
     lanes = [(3 * index, 3 * index + (1 if real else 2)) for index in range(len(levels))]
-    # One row for each block, zeros in those of other ranks: x + 0 is exact, so the sum does not depend on the ranks.
-    moments = np.zeros((num_blocks(images.count), len(levels), channels, 2))
-    for block, pixels in images.blocks(ranks.rank, ranks.world_size):
-        for index, level in enumerate(laplacian_pyramid(pixels)):
-            patches = _patches(level, block * BLOCK, lanes[index][1], sampling).transpose(1, 0, 2, 3)
-            values = patches.reshape(channels, -1).astype(np.float64)
-            moments[block, index] = np.stack([values.sum(1), np.square(values).sum(1)], -1)
-    totals = np.asarray(ranks.sum(moments)).sum(0) / (images.count * sampling.patches * PATCH**2)
-    means = totals[..., 0]
-    deviations = np.sqrt(np.maximum(totals[..., 1] - means**2, 1e-12))
+    with full_float32():
+        # One row for each block, zeros in those of other ranks: x + 0 is exact, so the sum does not depend on them.
+        sums = torch.zeros(num_blocks(images.count), len(levels), 2, channels, dtype=torch.float64, device=device)
+        for block, pixels in images.blocks(ranks.rank, ranks.world_size):
+            for index, level in enumerate(laplacian_pyramid(to_maps(pixels, device))):
+                patches = _patches(level, block * BLOCK, lanes[index][1], sampling).double()
+                for moment, values in enumerate((patches, patches.square())):
+                    # First by image: a sum of few numbers does not depend on the number of threads.
+                    sums[block, index, moment] = values.sum((1, 3)).sum(0)
+        totals = np.asarray(ranks.sum(sums.cpu().numpy())).sum(0) / (images.count * sampling.patches * PATCH**2)
+        means = totals[:, 0]
+        deviations = np.sqrt(np.maximum(totals[:, 1] - means**2, 1e-12))
 
-    counts = np.zeros((len(levels), sampling.directions, BINS), np.int64)
-    # Normalizing, projecting and scaling to bins are one affine map of the raw patch.
-    maps = []
-    for index in range(len(levels)):
-        unit = _directions(channels * PATCH**2, lanes[index][0], sampling).astype(np.float64)
-        per_pixel = 1 / np.repeat(deviations[index], PATCH**2)
-        scaled = unit * per_pixel[:, None] * (BINS / (2 * REACH))
-        shift = BINS / 2 - np.repeat(means[index], PATCH**2) @ scaled
-        maps.append((np.ascontiguousarray(scaled.T, np.float32), shift.astype(np.float32)[:, None]))
-    for block, pixels in images.blocks(ranks.rank, ranks.world_size):
-        for index, level in enumerate(laplacian_pyramid(pixels)):
-            patches = _patches(level, block * BLOCK, lanes[index][1], sampling)
-            matrix, offset = maps[index]
-            bins = matrix @ patches.reshape(len(patches), -1).T
-            bins += offset
-            np.clip(bins, 0, BINS - 1, out=bins)
-            for direction, values in enumerate(bins):  # row by row, which stays in the CPU's cache
-                counts[index, direction] += np.bincount(values.astype(np.int64), minlength=BINS)
-    return Projections(levels, np.asarray(ranks.sum(counts), np.int64), sampling)
+        # Normalizing, projecting and scaling to bins are one affine map of the raw patch.
+        maps = []
+        for index in range(len(levels)):
+            unit = _directions(channels * PATCH**2, lanes[index][0], sampling).astype(np.float64)
+            per_pixel = 1 / np.repeat(deviations[index], PATCH**2)
+            scaled = unit * per_pixel[:, None] * (BINS / (2 * REACH))
+            shift = BINS / 2 - np.repeat(means[index], PATCH**2) @ scaled
+            maps.append([torch.tensor(part, dtype=torch.float32, device=device) for part in (scaled.T, shift[:, None])])
+        counts = torch.zeros(len(levels), sampling.directions, BINS, dtype=torch.int64, device=device)
+        one = torch.ones((), dtype=torch.int64, device=device)
+        for block, pixels in images.blocks(ranks.rank, ranks.world_size):
+            for index, level in enumerate(laplacian_pyramid(to_maps(pixels, device))):
+                patches = _patches(level, block * BLOCK, lanes[index][1], sampling)
+                matrix, offset = maps[index]
+                bins = torch.addmm(offset, matrix, patches.view(-1, channels * PATCH**2).T)
+                bins = bins.clamp_(0, BINS - 1).long()
+                counts[index].scatter_add_(1, bins, one.expand_as(bins))
+    return Projections(levels, np.asarray(ranks.sum(counts.cpu().numpy()), np.int64), sampling)
 
 
 def distances(reals: Projections, fakes: Projections) -> dict[str, float]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import scipy.stats
+import torch
 from evaluation_cases import Unheld
 from numpy.typing import NDArray
 
@@ -14,10 +15,11 @@ from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels
 from pipeline.common.randomness import Purpose, raw_bits
 from pipeline.common.ranks import Ranks
+from pipeline.evaluation.device import full_float32
 from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics import swd
 from pipeline.evaluation.metrics.ms_ssim import ms_ssim
-from pipeline.training.quality import quality, reference
+from pipeline.evaluation.metrics.quality import quality, reference
 
 
 def brute_force(reals: Pixels, fakes: Pixels, sampling: swd.Sampling) -> dict[str, float]:
@@ -79,6 +81,25 @@ def test_agrees_with_sorting_every_projection(pictures: Pixels, size: int) -> No
     for level, expected in independent.items():
         assert ours[level] == pytest.approx(expected, rel=2e-3, abs=0.05), level
     assert ours["swd"] == pytest.approx(np.mean(list(independent.values())), rel=2e-3)
+
+
+def test_the_digits_are_those_of_the_first_release(pictures: Pixels) -> None:
+    """It computed in numpy, with convolutions. Levels of a run that goes on must not jump with the release."""
+    numpy = {"swd": 35.1721843, "swd_64": 23.4052539, "swd_32": 26.3658538, "swd_16": 55.7454452}
+    found = quality(pictures[:256], pictures[256:], seed=7)
+    assert found == pytest.approx({**numpy, "ms_ssim": 0.159772016, "ms_ssim_real": 0.200112259}, rel=5e-5)
+
+
+def test_products_are_in_full_precision_whatever_training_has_chosen() -> None:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        with full_float32():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    assert torch.get_float32_matmul_precision() == "highest", "the older interface agrees"
 
 
 def test_sets_of_unequal_size_are_compared_as_distributions(pictures: Pixels) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from pipeline.common.imaging import Pixels
 from pipeline.common.ranks import ALONE, Ranks
@@ -30,11 +31,13 @@ def reference(
     ranks: Ranks = ALONE,
     patches: int = PATCHES,
     directions: int = DIRECTIONS,
+    device: torch.device | str = "cpu",
 ) -> Reference:
     """Precompute the real side of `quality`."""
     images = ArrayImages(reals)
     sampling = Sampling(seed, patches, directions)
-    return Reference(project(images, sampling, real=True, ranks=ranks), ms_ssim(images, ranks=ranks))
+    projections = project(images, sampling, real=True, ranks=ranks, device=device)
+    return Reference(projections, ms_ssim(images, ranks=ranks, device=device))
 
 
 def quality(
@@ -45,18 +48,19 @@ def quality(
     ranks: Ranks = ALONE,
     patches: int = PATCHES,
     directions: int = DIRECTIONS,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Return {"swd", "swd_64", "swd_32", "swd_16" (times 1000, small is near), "ms_ssim", "ms_ssim_real"}.
 
-    Images are uint8 NHWC and held by every rank; each does its share of the blocks, and the result is the
-    same, bit for bit, for every world size.
+    Images are uint8 NHWC and held by every rank; each does its share of the blocks on its device, and the result is
+    the same, bit for bit, for every world size.
     """
     if not isinstance(reals, Reference):
-        reals = reference(reals, seed=seed, ranks=ranks, patches=patches, directions=directions)
+        reals = reference(reals, seed=seed, ranks=ranks, patches=patches, directions=directions, device=device)
     images = ArrayImages(fakes)
-    mine = project(images, Sampling(seed, patches, directions), real=False, ranks=ranks)
+    mine = project(images, Sampling(seed, patches, directions), real=False, ranks=ranks, device=device)
     return {
         **distances(reals.projections, mine),
-        "ms_ssim": ms_ssim(images, ranks=ranks),
+        "ms_ssim": ms_ssim(images, ranks=ranks, device=device),
         "ms_ssim_real": np.float64(reals.ms_ssim).item(),
     }

@@ -57,7 +57,7 @@ def config(seed: int) -> RunConfig:
     size = "network.width=32 recipe.batch=32"
     schedule = f"total_images={TOTAL} checkpoint_every_images={EVERY} keep_checkpoints=99 grid_every_images={TOTAL}"
     evaluation = f"evaluate_every_images={TOTAL} evaluate_samples=1024 seed={seed}"
-    return load_config("demo", overrides=f"{size} {schedule} {evaluation}".split())
+    return load_config("demo", overrides=f"{size} {schedule} {evaluation} schedule.overhead_share=1".split())
 
 
 def train_ours(seed: int, data: Path, out: Path) -> None:

@@ -222,6 +222,7 @@ def telemetry_share(config: RunConfig, rounds: int) -> dict[str, float]:
         seconds=10.0,
         data_wait_seconds=0.1,
         step_seconds=9.9,
+        affordable=0,
     )
     work = {
         "microseconds_a_step": lambda: run_log.step(0.1),

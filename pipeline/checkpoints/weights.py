@@ -8,6 +8,8 @@ from pipeline.common.records import parse_json
 from pipeline.config import NetworkConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
 
@@ -24,9 +26,14 @@ METADATA_KEY = "dcgan"
 
 def serialize(network: "nn.Module", config: NetworkConfig, kind: Kind, images_seen: int) -> bytes:
     """Return the state of `network` as safetensors bytes whose metadata say what it is."""
+    return serialize_state(network.state_dict(), config, kind, images_seen)
+
+
+def serialize_state(tensors: "Mapping[str, Tensor]", config: NetworkConfig, kind: Kind, images_seen: int) -> bytes:
+    """Return the tensors of a network's state as `serialize` does."""
     from safetensors.torch import save
 
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     card = {"network": config.model_dump(), "kind": kind, "images_seen": images_seen}
     # One key: safetensors writes several in random order, and equal weights shall be equal files.
     return save(state, {METADATA_KEY: json.dumps(card)})

@@ -62,7 +62,8 @@ METRICS: dict[Program, tuple[Metric, ...]] = {
         Metric(
             "dcgan_train_phase_seconds_total",
             "counter",
-            "Wall time by phase; together all of it. data_wait is of the rank that waited longest.",
+            "Wall time by phase; together all of it. data_wait is of the rank that waited longest. grid, evaluate and "
+            "checkpoint are what stops the training.",
             {"phase": ("data_wait", "step", "grid", "evaluate", "checkpoint")},
         ),
         Metric(
@@ -103,6 +104,11 @@ METRICS: dict[Program, tuple[Metric, ...]] = {
             "When the last checkpoint was complete; before the first, when this process began (Unix time).",
         ),
         Metric("dcgan_train_checkpoint_duration_seconds", "gauge", "How long the last checkpoint held up training."),
+        Metric(
+            "dcgan_train_checkpoint_write_duration_seconds",
+            "gauge",
+            "How long the last checkpoint took to write, beside the training.",
+        ),
         Metric(
             "dcgan_train_mirror_failures_total", "counter", "Checkpoints that did not reach the mirror.", final=True
         ),

@@ -12,7 +12,7 @@ from pipeline.common.ranks import ranks_of
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset
 from pipeline.data.loading.loader import run_loader
-from pipeline.model.ema import EMA
+from pipeline.model.networks import Generator
 from pipeline.model.sampling import sample
 
 if TYPE_CHECKING:
@@ -45,22 +45,20 @@ class Evaluator:
             sha256 = schedule.extractor_sha256 or None
             self._features = FeatureMeter(schedule.extractor, sha256, self.seed, ranks_of(accelerator))
 
-    def draw_grid(self, ema: EMA, images_seen: int) -> None:
-        """Write FOLDER/IMAGES_SEEN.png, a grid of the fixed samples; the main process writes."""
-        generator = ema.estimate_batchnorm(self.seed)
+    def draw_grid(self, generator: Generator, images_seen: int) -> None:
+        """Write FOLDER/IMAGES_SEEN.png, a grid of the fixed samples of `generator`; the main process writes."""
         if self.accelerator.is_main_process:
             samples = sample(generator, self.seed, Purpose.GRID, 0, GRID_SIDE**2)
             save_png(self.folder / f"{images_seen:09d}.png", grid(samples, GRID_SIDE))
 
-    def measure(self, ema: EMA) -> dict[str, float]:
+    def measure(self, generator: Generator) -> dict[str, float]:
         """Return the numbers that `pipeline.evaluation.metrics.quality.quality` describes, equal on all ranks.
 
         With an extractor also {"fid", "kid_x1000"}.
         """
         from pipeline.evaluation.metrics.quality import quality, reference
 
-        generator, ranks = ema.estimate_batchnorm(self.seed), ranks_of(self.accelerator)
-        device = self.accelerator.device
+        ranks, device = ranks_of(self.accelerator), self.accelerator.device
         if self._reference is None:
             reals = self._reals()
             if self._features is not None:

@@ -16,14 +16,15 @@ from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.loading.device_set import AnyLoader, open_loader
 from pipeline.model.latents import latent_batches
-from pipeline.training.accelerator import make_accelerator, peers_of, together, wait_for_all
+from pipeline.training.accelerator import make_accelerator, peers_of, together
+from pipeline.training.boundary import Boundary
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.identity import describe_run
 from pipeline.training.manager import CheckpointManager
 from pipeline.training.preflight import check_ranks_agree, check_settings, warn
 from pipeline.training.run_directory import RunDirectory, indexed
 from pipeline.training.run_log import RunLog
-from pipeline.training.schedule import Schedule
+from pipeline.training.schedule import Due, Schedule
 from pipeline.training.step import AdversarialStep
 from pipeline.training.stop_requests import StopRequests, stopped
 from pipeline.training.watchdog import Watchdog
@@ -98,9 +99,9 @@ def train(
         latents = latent_batches(config, start=seen, rank=rank, world_size=world_size)
         resources.callback(lambda: manager.close(hurry=bool(stop)))
         resources.callback(watchdog.close)  # before the mirror is waited for
+        boundary = Boundary(accelerator, step, window, evaluator, manager, schedule, run_log)
         if checkpoint is None:
-            with run_log.phase("grid"):
-                evaluator.draw_grid(step.ema, seen)
+            boundary.do(Due(grid=True), seen)
         while not (schedule.finished(seen) or stop):
             # One update on images [seen, seen + batch) of the run; this rank has every world_size-th of them.
             start = time.perf_counter()
@@ -117,32 +118,23 @@ def train(
             if not schedule.at_agreement(seen):
                 continue
             # The only sync, where all ranks agree on what to do next; at a log boundary also on what was seen.
-            end = schedule.at_boundary(seen)
-            report = window.reduce(loader.wait_seconds, schedule.checkpoint_overdue, step.examine(images=end), end=end)
+            end, affordable = schedule.at_boundary(seen), schedule.affordable(saving=manager.saving) if main else 0
+            waited, overdue, finite = loader.wait_seconds, schedule.checkpoint_overdue, step.examine(images=end)
+            report = window.reduce(waited, overdue, finite, end=end, affordable=affordable)
             run_log.window(report, seen, mirror_failures=manager.mirror_failures, prefetched=loader.prefetched_images)
-            report.require_finite(manager.last_path)
-            stop = report.stop
-            due = schedule.due(seen, report.slowest_step_seconds, checkpoint_wanted=report.save or bool(stop))
-            if not due.task:
-                continue
-            with watchdog.task(due.task):
-                quality: dict[str, float] = {}
-                if due.grid:
-                    with run_log.phase("grid"):
-                        evaluator.draw_grid(step.ema, seen)
-                if due.evaluation:
-                    with run_log.phase("evaluate"):
-                        quality = evaluator.measure(step.ema)
-                    run_log.quality(quality, seen)
-                if due.checkpoint:
-                    with run_log.phase("checkpoint"):
-                        manager.save(step, seen, run, quality, window.state())
-                    schedule.saved()
-                # Rank 0 alone writes, and comes last; on GPUs the others would enter a step that seems to hang.
-                wait_for_all(accelerator)
+            run_log.written(manager.check())
+            report.require_finite(manager.newest)
+            stop, wanted = report.stop, report.save or bool(report.stop)
+            due = schedule.due(seen, report.slowest_step_seconds, report.affordable, checkpoint_wanted=wanted)
+            if due.task:
+                with watchdog.task(due.task):
+                    boundary.do(due, seen)
 
+        with watchdog.task("the last checkpoint"):
+            newest = together(accelerator, manager.newest)
+        run_log.written(manager.check())
         # On success only: NCCL waits for all ranks here, and a rank that failed alone would wait forever.
         accelerator.end_training()
         if stop and not schedule.finished(seen):
-            raise stopped(stop, f"at image {seen:,}, saved in {manager.last_path}; run it again to resume")
+            raise stopped(stop, f"at image {seen:,}, saved in {newest}; run it again to resume")
         log.info("done: %d images, %s", seen, out)

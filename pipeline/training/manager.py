@@ -2,7 +2,9 @@
 
 import io
 import logging
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,11 +14,12 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from pipeline.checkpoints.mirror import HURRIED_SECONDS, PATIENCE_SECONDS, Mirror
+from pipeline.checkpoints.saver import HostMemory, Saver
 from pipeline.checkpoints.store import HISTORY, PART_BYTES, Checkpoint, CheckpointStore
-from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize, serialize
+from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize, serialize_state
 from pipeline.common.errors import ConfigConflict, DataError, first_line
 from pipeline.common.storage import Store
-from pipeline.config import RunConfig
+from pipeline.config import NetworkConfig, RunConfig
 from pipeline.training.accelerator import average_batchnorm, together
 from pipeline.training.identity import check_identity, describe_process
 from pipeline.training.run_directory import RunDirectory
@@ -31,6 +34,16 @@ OPTIMIZERS = "optimizers.pt"
 METRICS = "metrics.jsonl"
 
 
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that is complete."""
+
+    seconds: float
+    """How long it took to write, beside the training."""
+    timestamp: float
+    """When it was complete (Unix time)."""
+
+
 class CheckpointManager:
     """The checkpoints of one run, as its loop uses them. Only the main process touches the disk."""
 
@@ -43,8 +56,10 @@ class CheckpointManager:
         self.out = out
         self.store = CheckpointStore(Store(out))
         self.process = describe_process(accelerator)
-        self.last_path = ""
-        """The newest checkpoint known to be good."""
+        self._written: Written | None = None
+        self._newest_path = ""
+        self._saver = Saver()
+        self._memory = HostMemory()
         self._history: list[str] = []  # the parts of metrics.jsonl so far, and where the last of them ends
         self._history_bytes = 0
         keep = config.schedule.keep_checkpoints
@@ -92,7 +107,7 @@ class CheckpointManager:
         metrics: Iterable[bytes] = ()
         if checkpoint is not None:
             restore(step, checkpoint)
-            self.last_path = checkpoint.path
+            self._newest_path = checkpoint.path
             images_seen = checkpoint.images_seen
             metrics = chain(self.store.read_parts(checkpoint.history), [checkpoint.file(METRICS)])
         if run is not None:
@@ -110,36 +125,66 @@ class CheckpointManager:
         quality: dict[str, float],
         unfinished: dict[str, Any],
     ) -> None:
-        """Write a checkpoint at this position, then delete those that are no longer kept.
+        """Copy a checkpoint of this position to host memory, and begin to write it.
 
-        `unfinished` is the state of a window that does not end here.
+        First it waits for the checkpoint before, if that is still being written. When this one is complete, those
+        that are no longer kept are deleted, and the mirror gets its copy. The EMA's BatchNorm statistics must have
+        been measured here; `unfinished` is the state of a window that does not end here. All ranks must call it.
         """
         for network in (step.generator, step.discriminator):
             average_batchnorm(network, self.accelerator)
-        averaged = step.ema.estimate_batchnorm(self.config.recipe.seed)
+        averaged = step.ema.generator
         assert not averaged.training
         if run is not None:
-            files = checkpoint_files(step, images_seen, self._share_history(run.metrics))
-            history = {HISTORY: self._history} if self._history else {}
-            state = {**self.description, **self.process, "metrics": quality, **history, **unfinished}
-            self.store.save(images_seen, files, state)
-            self.store.retain(self.config.schedule.keep_checkpoints)
-            if self._mirror is not None:
-                self._mirror.push()
-        self.last_path = self.store.path(f"{images_seen:012d}")
+            self._saver.wait()  # also because the copy takes the place of the one before
+            kept, lines = self._memory.copy(state_of(step)), run.metrics.stat().st_size
+            state = {**self.description, **self.process, "metrics": quality, **unfinished}
 
-    def _share_history(self, metrics: Path) -> bytes:
-        """Write the parts of metrics.jsonl that are complete; return the lines after them.
+            def write() -> None:
+                began = time.monotonic()
+                files = checkpoint_files(kept, averaged.config, images_seen, self._share_history(run.metrics, lines))
+                history = {HISTORY: list(self._history)} if self._history else {}
+                self.store.save(images_seen, files, {**state, **history})
+                self._written = Written(time.monotonic() - began, time.time())
+                self.store.retain(self.config.schedule.keep_checkpoints)
+                if self._mirror is not None:
+                    self._mirror.push()
+
+            self._saver.start(write)
+        self._newest_path = self.store.path(f"{images_seen:012d}")
+
+    def _share_history(self, metrics: Path, end: int) -> bytes:
+        """Write the parts of metrics.jsonl that are complete by `end`, in bytes; return the lines after them up to it.
 
         Otherwise every checkpoint would hold all lines: 0.4 GB after ten billion images. The parts follow from the
         lines alone, so a run that resumed, or fell back, makes the parts that it would have made.
         """
         with metrics.open("rb") as file:
             file.seek(self._history_bytes)
-            while len(lines := b"".join(file.readlines(PART_BYTES))) > PART_BYTES:
+            while True:
+                lines = b"".join(file.readlines(PART_BYTES))[: end - self._history_bytes]
+                if len(lines) <= PART_BYTES:
+                    return lines
                 self._history.append(self.store.write_part(lines))
                 self._history_bytes += len(lines)
-        return lines
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._saver.busy
+
+    def check(self) -> Written | None:
+        """Return the last checkpoint that this process has completed. Raises what has kept one from being written."""
+        self._saver.check()
+        return self._written
+
+    def newest(self) -> str:
+        """Wait until the newest checkpoint is complete, and return its path; '' if there is none.
+
+        Raises what has kept it from being written. Ranks that do not write know only that it was begun.
+        """
+        self._saver.wait()
+        return self._newest_path
 
     @property
     def mirror_failures(self) -> int:
@@ -147,28 +192,41 @@ class CheckpointManager:
         return self._mirror.failures if self._mirror is not None else 0
 
     def close(self, *, hurry: bool = False) -> None:
-        """Wait for the mirror."""
+        """Wait for what is being written, then for the mirror."""
+        try:
+            self._saver.wait()
+        except Exception as error:  # only after another error: a run that ends otherwise has waited already
+            log.warning("the last checkpoint was not written: %s", error)
         if self._mirror is not None:
             self._mirror.close(HURRIED_SECONDS if hurry else PATIENCE_SECONDS)
 
 
-def checkpoint_files(step: AdversarialStep, images_seen: int, metrics: bytes) -> dict[str, bytes]:
-    """Return the files of a checkpoint. The EMA's BatchNorm statistics must have been measured."""
+def state_of(step: AdversarialStep) -> dict[str, Any]:
+    """Return everything that a checkpoint keeps of `step`: live tensors, which the next update changes."""
     networks: dict[Kind, nn.Module] = {
         "ema": step.ema.generator,
         "raw": step.generator,
         "discriminator": step.discriminator,
     }
-    config = step.ema.generator.config
-    files = {FILE_OF_KIND[kind]: serialize(net, config, kind, images_seen) for kind, net in networks.items()}
-    states: dict[str, Any] = {
+    optimizers: dict[str, Any] = {
         "generator": step.optimizer_g.state_dict(),
         "discriminator": step.optimizer_d.state_dict(),
     }
     if step.accelerator.scaler is not None:
-        states["scaler"] = step.accelerator.scaler.state_dict()
+        optimizers["scaler"] = step.accelerator.scaler.state_dict()
+    return {"networks": {kind: network.state_dict() for kind, network in networks.items()}, "optimizers": optimizers}
+
+
+def checkpoint_files(
+    state: dict[str, Any], config: NetworkConfig, images_seen: int, metrics: bytes
+) -> dict[str, bytes]:
+    """Return the files of a checkpoint of what `state_of` returned. The EMA's BatchNorm statistics must be measured."""
+    files = {
+        FILE_OF_KIND[kind]: serialize_state(tensors, config, kind, images_seen)
+        for kind, tensors in state["networks"].items()
+    }
     buffer = io.BytesIO()
-    torch.save(states, buffer)
+    torch.save(state["optimizers"], buffer)
     return {**files, OPTIMIZERS: buffer.getvalue(), METRICS: metrics}
 
 

@@ -156,10 +156,18 @@ class RunDirectory:
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON knows no NaN
         _append(self.metrics, {"images": images_seen, **values})
         self._new = []
+        self._draw(images_seen, values)
         if timing is not None:
-            _append(self.timing, {"images": images_seen, "time": round(time.time(), 3), **timing})
+            self.record_timing(images_seen, timing)
+
+    def record_timing(self, images_seen: int, values: dict[str, float]) -> None:
+        """Append rates and times to timing.jsonl."""
+        _append(self.timing, {"images": images_seen, "time": round(time.time(), 3), **values})
+        self._draw(images_seen, values)
+
+    def _draw(self, images_seen: int, values: dict[str, float]) -> None:
         if self._board is not None:
-            for name, value in {**values, **(timing or {})}.items():
+            for name, value in values.items():
                 self._board.add_scalar(name, value, images_seen)
 
     def __enter__(self) -> "RunDirectory":

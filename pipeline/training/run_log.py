@@ -5,8 +5,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.common.telemetry import Telemetry
@@ -16,6 +15,8 @@ from pipeline.training.window import Report
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from pipeline.training.manager import Written
 
 
 log = logging.getLogger(__name__)
@@ -148,18 +149,22 @@ class RunLog:
                 if math.isfinite(value):
                     self.telemetry.set("dcgan_train_quality", value, metric=name)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Account the time of a grid, an evaluation or a checkpoint to its own phase instead of the training rate."""
-        start = time.monotonic()
-        yield
-        seconds = time.monotonic() - start
-        self._busy_seconds += seconds
-        if self.telemetry is not None:
-            self.telemetry.add("dcgan_train_phase_seconds_total", seconds, phase=name)
-            if name == "checkpoint":
-                self.telemetry.set("dcgan_train_checkpoint_duration_seconds", seconds)
-                self.telemetry.set("dcgan_train_checkpoint_timestamp_seconds", time.time())
+    def stopped(self, seconds: Mapping[str, float], seen: int) -> None:
+        """Account the time of grids, evaluations and checkpoints to their own phases, not to the training rate."""
+        self._busy_seconds += sum(seconds.values())
+        if self.run is not None:
+            self.run.record_timing(seen, {f"{name}_seconds": round(value, 4) for name, value in seconds.items()})
+        if (metrics := self.telemetry) is not None:
+            for name, value in seconds.items():
+                metrics.add("dcgan_train_phase_seconds_total", value, phase=name)
+            if "checkpoint" in seconds:
+                metrics.set("dcgan_train_checkpoint_duration_seconds", seconds["checkpoint"])
+
+    def written(self, checkpoint: "Written | None") -> None:
+        """Record the last checkpoint that is complete."""
+        if self.telemetry is not None and checkpoint is not None:
+            self.telemetry.set("dcgan_train_checkpoint_write_duration_seconds", checkpoint.seconds)
+            self.telemetry.set("dcgan_train_checkpoint_timestamp_seconds", checkpoint.timestamp)
 
     def _line(self, report: Report, seen: int, rate: float, wait: float) -> str:
         values, left = report.values, max(self.target - seen, 0) / rate

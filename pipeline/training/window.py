@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,8 @@ class Report:
     """The signal that asked any rank to stop, or 0."""
     save: bool
     """Whether any rank was asked to save."""
+    affordable: int
+    """What rank 0 allows to be done here: `Schedule.affordable`."""
     slowest_step_seconds: float
     """Wall time of a step since the report before, on the slowest rank."""
     seconds: float
@@ -56,12 +59,12 @@ class Report:
     step_seconds: float
     """Host time in updates."""
 
-    def require_finite(self, last_checkpoint: str) -> None:
+    def require_finite(self, last_checkpoint: Callable[[], str]) -> None:
         """Raise DataError when training has diverged: weights are not finite, or more updates were lost than may be.
 
         A single overflow is skipped by the optimizer, and the run continues: a resumed run would only meet it again.
         What a window lost counts at its end, and weights that are not finite before they are saved: so all runs
-        stop at the same image.
+        stop at the same image. `last_checkpoint` is called only then: it may wait for one that is being written.
         """
         if not (self.whole or self.stop or self.save):
             return
@@ -71,7 +74,7 @@ class Report:
             what = f"{lost} of the last {self.steps} updates had NaN or infinite gradients"
             raise DataError(
                 f"{what if self.weights_finite else 'the weights are NaN or infinite'}; "
-                f"the last good checkpoint is {last_checkpoint or 'none'}: "
+                f"the last good checkpoint is {last_checkpoint() or 'none'}: "
                 "resume from it with a smaller learning rate (recipe.learning_rate_g, recipe.learning_rate_d)"
             )
 
@@ -135,12 +138,19 @@ class Window:
         self._step_seconds += seconds
 
     def reduce(
-        self, data_wait_seconds: float, checkpoint_overdue: bool, weights_finite: Tensor, *, end: bool
+        self,
+        data_wait_seconds: float,
+        checkpoint_overdue: bool,
+        weights_finite: Tensor,
+        *,
+        end: bool,
+        affordable: int = 0,
     ) -> Report:
         """Reduce over all ranks, so that all of them see the same values and do the same next.
 
         `data_wait_seconds` is the loader's total so far; `weights_finite` is a scalar on the device, 1 or 0. `end`
-        ends the window, and the next one begins.
+        ends the window, and the next one begins. `affordable` is what `Schedule.affordable` returned on rank 0, and
+        0 on the others.
         """
         requests, ranks = self.requests, self.accelerator.num_processes
         asked_to_save, requests.save = requests.save, False  # now: one that comes while we wait is for the next time
@@ -152,6 +162,7 @@ class Window:
             float(requests.stop == signal.SIGTERM),
             float(requests.stop == signal.SIGINT),
             float(asked_to_save or checkpoint_overdue),
+            float(affordable),
             *waits,
             *steps,
         ]
@@ -159,7 +170,7 @@ class Window:
         both = torch.cat([self._totals, weights_finite.float().reshape(1), torch.tensor(host, device=device)])
         reduced: list[float] = self.accelerator.reduce(both, "sum").tolist()
         means = {name: total / (self._steps * ranks) for name, total in zip(STATISTICS, reduced, strict=False)}
-        finite, terminated, interrupted, save, *slots = reduced[len(STATISTICS) :]
+        finite, terminated, interrupted, save, allowed, *slots = reduced[len(STATISTICS) :]
         nonfinite, skipped = means.pop("nonfinite") * self._steps, round(means.pop("skipped") * self._steps)
         means["diversity"] = means.pop("deviation_fake") / max(means.pop("deviation_real"), 1e-8)
         now = time.monotonic()
@@ -173,6 +184,7 @@ class Window:
             hopeless_steps=skipped if skipped == self._steps >= SCALER_PATIENCE_STEPS else 0,
             stop=signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0,
             save=save > 0,
+            affordable=round(allowed),
             slowest_step_seconds=max(slots[ranks:]),
             seconds=now - self._start,
             data_wait_seconds=max(slots[:ranks]),

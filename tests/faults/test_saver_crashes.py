@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from crashing_disk import LOSSES, CrashingDisk, Loss, PowerCut
 
+from pipeline.checkpoints.saver import Saver
 from pipeline.checkpoints.store import HISTORY, CheckpointStore
 from pipeline.common.errors import ConfigConflict
 from pipeline.common.storage import Store
@@ -29,18 +31,26 @@ def parts_of(images: int) -> list[bytes]:
 
 
 def go_on(out: Path, finished: list[int] | None = None) -> None:
-    """What the trainer does with its checkpoints: find the newest, then save and retain to the end of the run."""
-    store = CheckpointStore(Store(out))
+    """What the trainer does with its checkpoints: find the newest, then save and retain to the end of the run.
+
+    In the saver's thread, while the training goes on to the next one. The machine stops in both at once.
+    """
+    store, saver = CheckpointStore(Store(out)), Saver()
     newest = store.load_latest()
     start = newest.images_seen if newest is not None else 0
     store.discard_after(start)
+
+    def write(images: int) -> None:
+        parts = [store.write_part(part) for part in parts_of(images)]
+        store.save(images, files_of(images), {"metrics": {"swd": SWD[images]}, HISTORY: parts})
+        if finished is not None:
+            finished.append(images)
+        store.retain(KEEP)
+
     for images in POSITIONS:
         if images > start:
-            parts = [store.write_part(part) for part in parts_of(images)]
-            store.save(images, files_of(images), {"metrics": {"swd": SWD[images]}, HISTORY: parts})
-            if finished is not None:
-                finished.append(images)
-            store.retain(KEEP)
+            saver.start(partial(write, images))
+    saver.wait()
 
 
 def tree(out: Path) -> dict[str, bytes]:

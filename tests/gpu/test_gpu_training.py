@@ -131,6 +131,34 @@ def test_no_host_sync_inside_a_step(precision: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_the_quality_has_the_digits_that_it_has_on_the_cpu() -> None:
+    """Whatever precision the training has chosen for its own products."""
+    from pipeline.evaluation.metrics.quality import quality
+
+    draw = np.random.default_rng(0)
+    reals, fakes = (draw.integers(0, 256, (200, 16, 16, 3), np.uint8).repeat(4, 1).repeat(4, 2) for _ in range(2))
+    on_cpu = quality(reals, fakes, seed=1)
+    before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
+    try:
+        on_gpu = quality(reals, fakes, seed=1, device="cuda")
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
+
+
+def test_a_copy_in_host_memory_is_whole_when_it_is_there() -> None:
+    from pipeline.checkpoints.saver import HostMemory
+
+    weight, memory = torch.zeros(64, 1 << 20, device="cuda"), HostMemory()
+    for value in (1.0, 2.0):
+        torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call] # the host runs ahead of the update
+        weight.fill_(value)
+        copy = memory.copy({"weight": weight})["weight"]
+        assert copy.is_pinned()
+        assert copy.eq(value).all()
+
+
 @pytest.mark.parametrize("override", ["", "recipe.sync_batchnorm=true"])
 def test_two_ranks_share_a_gpu_over_gloo(data: Path, tmp_path: Path, override: str) -> None:
     """NCCL refuses two ranks on one GPU; gloo does not, and shows that nothing but NCCL is assumed."""

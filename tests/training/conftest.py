@@ -1,10 +1,12 @@
 """Runs that several files look at or hit."""
 
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import warm_start
 from support import train_command
 from training_cases import ENVIRONMENT, SCHEDULE
@@ -32,3 +34,13 @@ def started(faces32: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[st
     if process.poll() is None:
         process.kill()
     process.communicate()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute as the other trainers do, in this process, and give back what a trainer takes."""
+    threads, hook = torch.get_num_threads(), threading.excepthook
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    threading.excepthook = hook

@@ -77,8 +77,10 @@ for index, step in enumerate(steps):
     for window, total in ((whole, sums[0]), (stopped, sums[1 + (index >= 2)])):
         total += step
         window.add(16, 0.1)
-whole, stopped = (window.reduce(0.0, False, finite, end=True).values for window in (whole, stopped))
+reports = [window.reduce(0.0, False, finite, end=True, affordable=6 * (rank == 0)) for window in (whole, stopped)]
+whole, stopped = (report.values for report in reports)
 say("window", whole == stopped)
+say("affordable", [report.affordable for report in reports])
 """
 
 BEGIN = """
@@ -127,6 +129,10 @@ def test_running_statistics_become_the_mean_over_ranks(said: dict[str, list[str]
 
 def test_ranks_hear_what_each_has_told_last_and_once(said: dict[str, list[str]]) -> None:
     assert said["talk"] == ["0 {1: 'this is 1'} {}", "1 {0: 'this is 0'} {}"]
+
+
+def test_rank_0_decides_for_both_what_is_affordable(said: dict[str, list[str]]) -> None:
+    assert said["affordable"] == ["0 [6, 6]", "1 [6, 6]"]
 
 
 def test_two_ranks_go_on_inside_a_window_bit_by_bit(said: dict[str, list[str]]) -> None:

@@ -6,13 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import warm_start
 from support import TINY, Trainer, write_dataset
 from training_cases import ENVIRONMENT, SCHEDULE, hashes, wait_for_lines
@@ -66,16 +63,6 @@ def test_a_stop_signal_saves_and_the_run_goes_on(
     assert done.returncode == 0, done.stderr
     assert "resuming at image" in done.stderr
     assert hashes(out, 256) == hashes(whole_run, 256)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute as the other trainers do, in this process, and give back what a trainer takes."""
-    threads, hook = torch.get_num_threads(), threading.excepthook
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    threading.excepthook = hook
 
 
 def test_a_stop_between_two_log_boundaries_makes_no_difference(

@@ -9,7 +9,7 @@ from pipeline.checkpoints.store import Checkpoint
 from pipeline.checkpoints.weights import FILE_OF_KIND, Kind
 from pipeline.common.errors import DataError
 from pipeline.config import load_config
-from pipeline.training.manager import OPTIMIZERS, checkpoint_files, restore
+from pipeline.training.manager import OPTIMIZERS, checkpoint_files, restore, state_of
 from pipeline.training.step import AdversarialStep
 
 
@@ -19,7 +19,7 @@ def test_moments_stay_with_their_weights_when_the_memory_order_changes() -> None
     accelerator = Accelerator(cpu=True)
     before = AdversarialStep(config, accelerator)
     before.update(*batch_of(config))
-    files = checkpoint_files(before, 16, b"")
+    files = checkpoint_files(state_of(before), config.network, 16, b"")
     after = AdversarialStep(load_config(overrides=[*TINY, "channels_last=false", "learning_rate_g=1e-3"]), accelerator)
     restore(after, Checkpoint("here", {"images_seen": 16}, files))
     for here, there in (

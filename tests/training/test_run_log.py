@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import load_config
+from pipeline.training.manager import Written
 from pipeline.training.run_directory import RunDirectory
 from pipeline.training.run_log import RunLog
 from pipeline.training.window import Report
@@ -35,6 +36,7 @@ REPORT = Report(
     seconds=8.0,
     data_wait_seconds=2.0,
     step_seconds=1.0,
+    affordable=0,
 )
 
 
@@ -68,18 +70,24 @@ def test_values_keep_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "data wait 25.0%  0:00:24 left" in log._line(REPORT, 512, 64.0, 0.25)
 
 
-def test_time_for_other_tasks_does_not_slow_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("pipeline.training.run_log.time.monotonic", lambda: now[0])
+def test_time_for_other_tasks_does_not_slow_the_rate(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as run, Telemetry("train", run="run") as telemetry:
         log = RunLog(load_config(overrides=[]), run, telemetry)
-        with log.phase("checkpoint"):
-            now[0] += 4.0
+        log.stopped({"grid": 1.0, "checkpoint": 3.0}, 256)
         log.window(REPORT, 512)
         log.window(REPORT, 1024)
-        labels = telemetry.identity | {"phase": "checkpoint"}
-        assert telemetry.registry.get_sample_value("dcgan_train_phase_seconds_total", labels) == 4.0
-        duration = telemetry.registry.get_sample_value("dcgan_train_checkpoint_duration_seconds", telemetry.identity)
-        assert duration == 4.0
-    rates = [json.loads(line)["images_per_second"] for line in run.timing.read_text().splitlines()]
-    assert rates == [128.0, 64.0]
+        log.written(None)
+        log.written(Written(7.0, 1e9))
+
+        def shown(name: str, **labels: str) -> float | None:
+            return telemetry.registry.get_sample_value(f"dcgan_train_{name}", {**telemetry.identity, **labels})
+
+        phases = [shown("phase_seconds_total", phase=name) for name in ("grid", "evaluate", "checkpoint")]
+        assert phases == [1.0, 0.0, 3.0]
+        assert shown("checkpoint_duration_seconds") == 3.0
+        assert shown("checkpoint_write_duration_seconds") == 7.0
+        assert shown("checkpoint_timestamp_seconds") == 1e9
+    stopped, *windows = (json.loads(line) for line in run.timing.read_text().splitlines())
+    assert stopped.pop("time") > 0
+    assert stopped == {"images": 256, "grid_seconds": 1.0, "checkpoint_seconds": 3.0}
+    assert [line["images_per_second"] for line in windows] == [128.0, 64.0]

@@ -28,8 +28,11 @@ def test_a_run_leaves_what_people_look_for(whole_run: Path) -> None:
     assert [line["images"] for line in lines if "swd" in line] == [128, 256]
     assert list((whole_run / "tensorboard").iterdir())
     assert "resuming" not in (whole_run / "log.txt").read_text()
-    timing = (whole_run / "timing.jsonl").read_text().splitlines()
-    assert json.loads(timing[0])["images_per_second"] > 0
+    timing = [json.loads(line) for line in (whole_run / "timing.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in timing if "images_per_second" in line] == list(range(32, 257, 32))
+    assert [line["images"] for line in timing if "grid_seconds" in line] == [0, 128, 256]
+    assert [line["images"] for line in timing if "evaluate_seconds" in line] == [128, 256]
+    assert [line["images"] for line in timing if "checkpoint_seconds" in line] == [64, 128, 192, 256]
 
 
 def test_accelerate_launch_does_not_leave_its_trainer_behind(faces32: Path, tmp_path: Path) -> None:

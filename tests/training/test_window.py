@@ -46,7 +46,7 @@ def report(*, finite: bool = True, end: bool = True, **shares: float) -> Report:
 
 def diverged(found: Report) -> bool:
     try:
-        found.require_finite("RUN/checkpoints/1")
+        found.require_finite(lambda: "RUN/checkpoints/1")
     except DataError as error:
         return "the last good checkpoint is RUN/checkpoints/1" in str(error)
     return False
@@ -89,7 +89,8 @@ def test_a_request_is_reported_and_one_to_save_only_once(
     requests.stop, requests.save = stop, save
     for again in (False, True):
         add(window, torch.zeros(len(STATISTICS)), 8, 0.0)
-        found = window.reduce(0.0, overdue, torch.ones(()), end=True)
+        found = window.reduce(0.0, overdue, torch.ones(()), end=True, affordable=5)
+        assert found.affordable == 5
         assert (found.stop, found.save) == ((expected[0], overdue) if again else expected)
 
 

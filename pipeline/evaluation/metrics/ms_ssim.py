@@ -45,7 +45,7 @@ def _similarity(a: Tensor, b: Tensor, *, luminance: bool) -> Tensor:
     mean_a, mean_b, squares, product = rows @ (products @ columns.T)
     squared_means, mean_product = mean_a.square().addcmul_(mean_b, mean_b), mean_a * mean_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    similarity = ((product - mean_product) * 2).add_(c2).div_((squares - squared_means).add_(c2))
+    similarity: Tensor = ((product - mean_product) * 2).add_(c2).div_((squares - squared_means).add_(c2))
     if luminance:
         similarity *= (2 * mean_product + c1) / (squared_means + c1)
     return similarity.mean((1, 2, 3), dtype=torch.float64)

@@ -29,7 +29,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for_however_late_it_is_writt
     later, share_history = threading.Event(), CheckpointManager._share_history
 
     def late(*arguments: Any) -> bytes:
-        assert later.wait(60)
+        assert later.wait(280)  # until a machine that does much else has made four updates
         return share_history(*arguments)
 
     def go_on(position: int, *_: object) -> None:

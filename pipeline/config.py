@@ -25,6 +25,7 @@ NETWORKS = {
 LOSSES = {
     "non_saturating": "pipeline.model.losses.non_saturating",
     "hinge": "pipeline.model.losses.hinge",
+    "relativistic": "pipeline.model.losses.relativistic",
 }
 """`recipe.loss`: the module that holds its `discriminator_loss` and `generator_loss`."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.config import RunConfig
 from pipeline.model.ema import EMA
-from pipeline.model.losses import load_loss
+from pipeline.model.losses import load_loss, needs_real_logits
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.model.sampling import to_float
 from pipeline.training.accelerator import reduce_gradients, set_kernels
@@ -42,6 +42,7 @@ class AdversarialStep:
         self.scaler = accelerator.scaler
         self.device = accelerator.device
         self.loss = load_loss(recipe.loss)
+        self._pairs = needs_real_logits(self.loss)
         self.micro_batches = runtime.accumulate
         self.memory_format = torch.channels_last if runtime.channels_last else torch.contiguous_format
         self.graphed = use_graph(runtime, accelerator)
@@ -133,12 +134,13 @@ class AdversarialStep:
 
         self._weights_d.cast()
         self._weights_d.require_gradients(False)  # they would be 8 % of the step's work
-        for index, z in enumerate(latents):
+        for index, (real, z) in enumerate(zip(reals, latents, strict=True)):
             with self._reduce_only_last(self._ddp_g, index):
                 with self._autocast:
                     fake = fakes[0] if self.micro_batches == 1 else self._ddp_g(z)
-                    fake_logits = self._pass_d(fake).to(self.dtype)  # without D's reducer
-                losses_g.append(self._backward(self.loss.generator_loss(fake_logits)))
+                    images = (fake, real) if self._pairs else (fake,)
+                    logits_g = [self._pass_d(one).to(self.dtype) for one in images]  # without D's reducer
+                losses_g.append(self._backward(self.loss.generator_loss(*logits_g)))
         self._weights_d.require_gradients(True)
         norm_g = self._weights_g.apply()
         self.ema.update(self._weights_g.tensors)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from test_step import TINY
+from test_step import BEYOND, TINY
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -75,7 +75,7 @@ def bf16() -> Iterator[Accelerator]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("overrides", [[], ["accumulate=2"], ["loss=hinge", "architecture=residual"]], ids=str)
+@pytest.mark.parametrize("overrides", [[], ["accumulate=2"], ["loss=hinge", "architecture=residual"], BEYOND], ids=str)
 def test_two_updates_are_the_same_operations_on_the_same_memory(overrides: list[str]) -> None:
     """With other images, other z, another weight of the average and another step of Adam: what a CUDA graph needs."""
     config = load_config(overrides=[*TINY, *overrides])

@@ -103,6 +103,12 @@ class RecipeConfig(Section):
     """Compute BatchNorm statistics over all processes (CUDA only). Wanted when a rank has fewer than 16 images."""
     tf32: bool = True
     """In float32 on CUDA, convolutions round their inputs to TF32 (10 bits), which tensor cores need."""
+    r1: float = Field(0, ge=0)
+    """gamma of the gradient penalty on real images (R1); 0 is off, and the paper's."""
+    r2: float = Field(0, ge=0)
+    """gamma of the gradient penalty on fake images (R2); 0 is off, and the paper's."""
+    penalty_interval: int = Field(1, ge=1)
+    """Updates from one with gradient penalties to the next. They weigh as many times more."""
 
 
 class ScheduleConfig(Section):

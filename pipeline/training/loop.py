@@ -110,8 +110,8 @@ def train(
             z = next(latents)
             if on_batch is not None:
                 on_batch(seen, reals, z)
+            step.update(reals, z, seen)
             seen += recipe.batch
-            step.update(reals, z)
             window.add(recipe.batch, seconds := time.perf_counter() - start)
             run_log.step(seconds)
             watchdog.beat()

@@ -23,6 +23,8 @@ def check_settings(config: RunConfig, dataset: Dataset, accelerator: Accelerator
     config.check_processes(accelerator.num_processes)
     if config.recipe.sync_batchnorm and accelerator.num_processes > 1 and accelerator.device.type != "cuda":
         raise ConfigConflict("recipe.sync_batchnorm=true works on CUDA only; this run is on the CPU: leave it false")
+    if config.recipe.r1 or config.recipe.r2:
+        _check_second_derivatives(config, accelerator)
     for name in ("image_size", "channels"):
         has, wanted = getattr(dataset, name), getattr(config.network, name)
         if has != wanted:
@@ -30,6 +32,19 @@ def check_settings(config: RunConfig, dataset: Dataset, accelerator: Accelerator
                 f"--data {dataset.location} holds images of {name} {has}, network.{name} is {wanted}; "
                 f"set network.{name}={has} or build the shards again"
             )
+
+
+def _check_second_derivatives(config: RunConfig, accelerator: Accelerator) -> None:
+    """Raise ConfigConflict where D's gradient, which penalties differentiate once more, has no such derivative."""
+    obstacle = None
+    if config.runtime.compile:
+        obstacle = "runtime.compile=true gives none; leave it false"
+    elif config.recipe.sync_batchnorm and accelerator.num_processes > 1:
+        obstacle = "recipe.sync_batchnorm=true gives none; leave it false"
+    elif accelerator.mixed_precision == "fp16":
+        obstacle = "in fp16 they overflow; use bf16, or no"
+    if obstacle is not None:
+        raise ConfigConflict(f"recipe.r1 and recipe.r2 need second derivatives of the discriminator: {obstacle}")
 
 
 def check_ranks_agree(config: RunConfig, dataset: Dataset, accelerator: Accelerator) -> None:

@@ -1,6 +1,7 @@
 """One adversarial update: the paper's semantics, arranged for speed (docs/architecture.md, "The adversarial step")."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.model.sampling import to_float
 from pipeline.training.accelerator import reduce_gradients, set_kernels
 from pipeline.training.update.graph import Repeated, on_stream, use_graph
 from pipeline.training.update.inputs import Inputs
+from pipeline.training.update.penalty import gradient_penalty, leaf
 from pipeline.training.update.weights import Weights, lowered
 
 if TYPE_CHECKING:
@@ -62,7 +64,10 @@ class AdversarialStep:
         self._autocast: AbstractContextManager[object] = (
             nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
         )
+        self._batch, self._interval = recipe.batch, recipe.penalty_interval
+        self._gammas = recipe.r1 * recipe.penalty_interval, recipe.r2 * recipe.penalty_interval
         self._run = Repeated(self._update, self._stream)
+        self._run_penalized = Repeated(partial(self._update, self._gammas), self._stream)
 
     def _build(self, config: RunConfig) -> None:
         """Make the networks and what belongs to them."""
@@ -101,18 +106,23 @@ class AdversarialStep:
             reduce_gradients(network, self.accelerator, compress=runtime.compress_gradients) for network in passes
         )
 
-    def update(self, reals: NDArray[np.uint8] | Tensor, z: NDArray[np.float32]) -> None:
+    def update(self, reals: NDArray[np.uint8] | Tensor, z: NDArray[np.float32], position: int = 0) -> None:
         """Update D, then G, then the average, on this rank's share of a global batch.
 
         reals (n, size, size, channels) uint8, an array or a tensor, which may be the device's; z (n, latent_dim)
-        float32. The means over this rank's share are added to `statistics`; one that is not finite counts as 0.
+        float32. `position`, the images seen before, decides what options beyond the paper do. The means over this
+        rank's share are added to `statistics`; one that is not finite counts as 0.
         """
         with on_stream(self._stream):
             self.inputs.feed(reals, z)
-            self._run()
+            penalized = any(self._gammas) and position // self._batch % self._interval == 0
+            self._fakes = self._run_penalized() if penalized else self._run()
 
-    def _update(self) -> None:
-        """Do an update on what `inputs` holds."""
+    def _update(self, gammas: tuple[float, float] = (0.0, 0.0)) -> list[Tensor]:
+        """Do an update on what `inputs` holds, with gradient penalties of these weights on reals and fakes.
+
+        Return the fakes of each micro-batch.
+        """
         reals = to_float(self.inputs.reals, self.dtype, self.memory_format).chunk(self.micro_batches)
         latents = self.inputs.z.chunk(self.micro_batches)
         fakes: list[Tensor] = []
@@ -126,8 +136,10 @@ class AdversarialStep:
             with self._reduce_only_last(self._ddp_d, index):
                 with self._autocast:  # left before the backward pass; inside it, each weight is cast once
                     fake = self._fake(z)  # (n / micro_batches, channels, size, size) in [-1, 1]
-                    logits = self._ddp_d(real).to(self.dtype), self._ddp_d(fake.detach()).to(self.dtype)
-                losses_d.append(self._backward(self.loss.discriminator_loss(*logits)))
+                    images = [leaf(one, self.dtype) if any(gammas) else one for one in (real, fake.detach())]
+                    logits = [self._ddp_d(one).to(self.dtype) for one in images]
+                terms = [gradient_penalty(*each) for each in zip(logits, images, gammas, strict=True) if each[-1]]
+                losses_d.append(self._backward(self.loss.discriminator_loss(*logits), *terms))
             fakes.append(fake)
             outputs += [one.detach().sigmoid().mean() for one in logits]
         norm_d = self._weights_d.apply()
@@ -145,13 +157,13 @@ class AdversarialStep:
         norm_g = self._weights_g.apply()
         self.ema.update(self._weights_g.tensors)
 
-        self._fakes = [fake.detach() for fake in fakes]
         loss_d, loss_g, d_real, d_fake = map(mean, (losses_d, losses_g, outputs[::2], outputs[1::2]))
         bad = torch.maximum(self._weights_d.found_inf, self._weights_g.found_inf)
         # A scaler's overflows are its ordinary search for a scale: updates that it skips, until it skips all.
         lost = (bad, self._never) if self.scaler is None else (~torch.isfinite(loss_d + loss_g), bad)
         values = torch.stack([value.float() for value in (loss_d, loss_g, d_real, d_fake, norm_d, norm_g, *lost)])
         self._sums += torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+        return [fake.detach() for fake in fakes]
 
     @torch.no_grad()
     def examine(self, *, images: bool = False) -> Tensor:
@@ -168,9 +180,13 @@ class AdversarialStep:
             weights = [*self._weights_g.tensors, *self._weights_d.tensors]
             return torch.isfinite(nn.utils.get_total_norm(weights)).float()
 
-    def _backward(self, loss: Tensor) -> Tensor:
-        """Add the gradients of a micro-batch's share of the loss; return the loss, detached."""
-        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+    def _backward(self, loss: Tensor, *penalties: Tensor) -> Tensor:
+        """Add the gradients of a micro-batch's share of the loss and penalties; return the loss alone, detached.
+
+        In one pass: DDP reduces a weight's gradient once, when all that adds to it has been added.
+        """
+        total = sum(penalties, start=loss)
+        scaled = total if self.scaler is None else self.scaler.scale(total)
         scaled.backward(self._share)
         return loss.detach()
 

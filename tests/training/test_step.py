@@ -22,7 +22,7 @@ from pipeline.model.latents import latents
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.step import deviation
 
-BEYOND = ["loss=relativistic"]
+BEYOND = ["loss=relativistic", "r1=2", "r2=3", "penalty_interval=2"]
 """Options beyond the paper, together."""
 TINY = ["image_size=32", "width=4", "latent_dim=8", "batch=16", "streams=8"]
 
@@ -80,9 +80,9 @@ for case in options["cases"]:
                 module.eval()
     reals, z = batch_of(config)
     rows = [*range(0, len(z), 2), *range(1, len(z), 2)] if case["in_ranks"] else [*range(rank, len(z), world)]
-    for _ in range(3):
+    for index in range(3):
         step.statistics.zero_()
-        step.update(reals[rows], z[rows])
+        step.update(reals[rows], z[rows], index * len(z))
     step.examine(images=True)
     found.append({{**step.generator.state_dict(prefix="g."), **step.discriminator.state_dict(prefix="d."),
                   **step.ema.generator.state_dict(prefix="e."), "statistics": step.statistics, "flags": [

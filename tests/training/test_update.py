@@ -96,7 +96,7 @@ def same_each_time(config: RunConfig, accelerator: Accelerator) -> None:
         before = {name: tensor.clone() for name, tensor in memory_of(step).items()}
         step.inputs.feed(reals, z)  # by copies, before what a graph holds
         with Recorder(memory_of(step)) as recorder:
-            step._run()
+            (step._run_penalized if config.recipe.r1 else step._run)()
         recorded.append(recorder.operations)
         still = [name for name, tensor in memory_of(step).items() if torch.equal(before[name], tensor)]
         assert all("num_batches_tracked" in name or name.startswith("ema.") for name in still), "else nothing is shown"

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
@@ -12,6 +12,8 @@ from pipeline.config import RuntimeConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 WARM_UP = 11
 """Runs before the capture: in the first ten DDP times itself, which a graph cannot; cuDNN has chosen by then too."""
@@ -47,37 +49,41 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
     outside.wait_stream(stream)
 
 
-class Repeated:
+class Repeated(Generic[T]):
     """Device work with the same operations on the same memory each time; its warm-up is work like any other."""
 
-    def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream | None) -> None:
+    def __init__(self, work: Callable[[], T], stream: torch.cuda.Stream | None) -> None:
         """Becomes a graph on `stream`, on which it must be called; without one it never does."""
         self._work = work
         self._stream = stream
         self._runs = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: tuple[torch.cuda.CUDAGraph, T] | None = None
         if stream is not None:
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True", UserWarning)
 
-    def __call__(self) -> None:
-        """Do the work once. Raises UnavailableError when it cannot be captured."""
+    def __call__(self) -> T:
+        """Do the work once; return its result, whose tensors a graph fills again each time.
+
+        Raises UnavailableError when it cannot be captured.
+        """
         if self._stream is None or self._runs < WARM_UP:
-            self._work()
             self._runs += 1
-            return
+            return self._work()
         if self._graph is None:
             self._graph = self._capture(self._stream)
-        self._graph.replay()
+        graph, result = self._graph
+        graph.replay()
+        return result
 
-    def _capture(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    def _capture(self, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, T]:
         """Record the work, which does none of it."""
         graph = torch.cuda.CUDAGraph()
         try:
             # "thread_local", because the loader's threads pin memory meanwhile.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self._work()
+                result = self._work()
         except RuntimeError as error:
             raise UnavailableError(
                 f"the update cannot be captured in a CUDA graph: {first_line(error)}; use runtime.graph=off"
             ) from error
-        return graph
+        return graph, result

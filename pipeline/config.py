@@ -109,6 +109,8 @@ class RecipeConfig(Section):
     """gamma of the gradient penalty on fake images (R2); 0 is off, and the paper's."""
     penalty_interval: int = Field(1, ge=1)
     """Updates from one with gradient penalties to the next. They weigh as many times more."""
+    flips: bool = False
+    """Mirror half of the real images, left to right; an image may be mirrored in one epoch and not in the next."""
 
 
 class ScheduleConfig(Section):

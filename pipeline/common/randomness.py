@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     BENCHMARK = 11
     ANALYSIS = 12
     DEDUP = 13
+    FLIP = 14
 
 
 def raw_bits(seed: int, purpose: int, start_block: int, count: int, *, lane: int = 0) -> NDArray[np.uint64]:

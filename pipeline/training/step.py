@@ -15,6 +15,7 @@ from pipeline.model.losses import load_loss, needs_real_logits
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.model.sampling import to_float
 from pipeline.training.accelerator import reduce_gradients, set_kernels
+from pipeline.training.update.chances import draw_chances, flip, values_of
 from pipeline.training.update.graph import Repeated, on_stream, use_graph
 from pipeline.training.update.inputs import Inputs
 from pipeline.training.update.penalty import gradient_penalty, leaf
@@ -54,7 +55,11 @@ class AdversarialStep:
         with on_stream(self._stream):
             self._build(config)
         shape = (recipe.batch // accelerator.num_processes, network.image_size, network.image_size, network.channels)
-        self.inputs = Inputs(shape, network.latent_dim, self.precision or self.dtype, self.device)
+        self.recipe = recipe
+        self._rank = accelerator.process_index, accelerator.num_processes
+        self._values = sum(values_of(recipe).values())
+        z_dtype = self.precision or self.dtype
+        self.inputs = Inputs(shape, network.latent_dim, z_dtype, self.device, self._values, self.dtype)
         self.statistics = torch.zeros(len(STATISTICS), device=self.device, dtype=torch.float32)
         """The sums over updates of this rank's means: float32 (len(STATISTICS),). Who reads them sets them to 0."""
         self._sums, self._deviations = self.statistics[: len(SUMMED)], self.statistics[len(SUMMED) :]
@@ -64,7 +69,6 @@ class AdversarialStep:
         self._autocast: AbstractContextManager[object] = (
             nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
         )
-        self._batch, self._interval = recipe.batch, recipe.penalty_interval
         self._gammas = recipe.r1 * recipe.penalty_interval, recipe.r2 * recipe.penalty_interval
         self._run = Repeated(self._update, self._stream)
         self._run_penalized = Repeated(partial(self._update, self._gammas), self._stream)
@@ -113,9 +117,12 @@ class AdversarialStep:
         float32. `position`, the images seen before, decides what options beyond the paper do. The means over this
         rank's share are added to `statistics`; one that is not finite counts as 0.
         """
+        recipe, chances = self.recipe, None
+        if self._values:
+            chances = draw_chances(recipe, position, *self._rank)
         with on_stream(self._stream):
-            self.inputs.feed(reals, z)
-            penalized = any(self._gammas) and position // self._batch % self._interval == 0
+            self.inputs.feed(reals, z, chances)
+            penalized = any(self._gammas) and position // recipe.batch % recipe.penalty_interval == 0
             self._fakes = self._run_penalized() if penalized else self._run()
 
     def _update(self, gammas: tuple[float, float] = (0.0, 0.0)) -> list[Tensor]:
@@ -123,7 +130,7 @@ class AdversarialStep:
 
         Return the fakes of each micro-batch.
         """
-        reals = to_float(self.inputs.reals, self.dtype, self.memory_format).chunk(self.micro_batches)
+        reals = self._reals()
         latents = self.inputs.z.chunk(self.micro_batches)
         fakes: list[Tensor] = []
         losses_d: list[Tensor] = []
@@ -165,6 +172,11 @@ class AdversarialStep:
         self._sums += torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
         return [fake.detach() for fake in fakes]
 
+    def _reals(self) -> tuple[Tensor, ...]:
+        """Return the real images of each micro-batch, (n / micro_batches, channels, size, size) in [-1, 1]."""
+        pixels = flip(self.inputs.reals, self.inputs.chances[:, 0]) if self.recipe.flips else self.inputs.reals
+        return to_float(pixels, self.dtype, self.memory_format).chunk(self.micro_batches)
+
     @torch.no_grad()
     def examine(self, *, images: bool = False) -> Tensor:
         """Return whether all weights of both networks are finite: a scalar, 1 or 0, left on the device.
@@ -174,8 +186,7 @@ class AdversarialStep:
         """
         with on_stream(self._stream):
             if images:
-                reals = to_float(self.inputs.reals, self.dtype, self.memory_format).chunk(self.micro_batches)
-                values = [mean([deviation(one) for one in batch]) for batch in (reals, self._fakes)]
+                values = [mean([deviation(one) for one in batch]) for batch in (self._reals(), self._fakes)]
                 self._deviations.copy_(torch.nan_to_num(torch.stack(values), nan=0.0, posinf=0.0, neginf=0.0))
             weights = [*self._weights_g.tensors, *self._weights_d.tensors]
             return torch.isfinite(nn.utils.get_total_norm(weights)).float()

@@ -2,19 +2,28 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from test_step import BEYOND, TINY
 from test_update import batches, float64  # noqa: F401  # a fixture
 from torch import Tensor
 
 from pipeline.common.errors import ConfigConflict
+from pipeline.common.randomness import Purpose, raw_bits
 from pipeline.config import RunConfig, load_config
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.preflight import check_settings
 from pipeline.training.step import AdversarialStep
+from pipeline.training.update.chances import draw_chances, flip
 from pipeline.training.update.penalty import gradient_penalty, leaf
+
+
+def mirrored(image: NDArray[np.uint8], index: int) -> NDArray[np.uint8]:
+    """Return image `index` of a run (size, size, channels), mirrored when the first bit of its block is 0."""
+    return image if raw_bits(0, Purpose.FLIP, index, 1)[0] >> 63 else image[:, ::-1]
 
 
 def plain_updates(config: RunConfig, count: int) -> dict[str, Tensor]:
@@ -27,7 +36,10 @@ def plain_updates(config: RunConfig, count: int) -> dict[str, Tensor]:
         torch.optim.Adam(network.parameters(), 2e-4, (0.5, 0.999), foreach=False)
         for network in (generator, discriminator)
     )
-    for index, (reals, z) in enumerate(batches(config, count)):
+    for index, (pixels, z) in enumerate(batches(config, count)):
+        reals = pixels
+        if recipe.flips:
+            reals = np.stack([mirrored(image, index * len(z) + row) for row, image in enumerate(pixels)])
         real = torch.from_numpy(reals).permute(0, 3, 1, 2).double() / 127.5 - 1
         fake = generator(torch.from_numpy(z).double())
         adam_d.zero_grad()
@@ -61,7 +73,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("options", [[], ["r1=2"], ["r2=3", "penalty_interval=2"]], ids=str)
+@pytest.mark.parametrize("options", [[], ["r1=2"], ["r2=3", "penalty_interval=2"], ["flips=true"]], ids=str)
 def test_updates_equal_plain_ones(options: list[str]) -> None:
     config = load_config(overrides=[*TINY, "loss=relativistic", *options])
     assert_close(our_updates(config, 3), plain_updates(config, 3))
@@ -108,3 +120,14 @@ def test_where_penalties_cannot_be_they_are_refused(precision: str, options: lis
     accelerator = SimpleNamespace(num_processes=1, mixed_precision=precision)
     with pytest.raises(ConfigConflict, match=f"recipe.r1 and recipe.r2 need second derivatives .*{words}"):
         check_settings(config, None, accelerator)  # type: ignore[arg-type]
+
+
+def test_half_of_the_images_are_mirrored_anew_in_every_epoch() -> None:
+    recipe = load_config(overrides=["flips=true", "batch=4096"]).recipe
+    first, second = (draw_chances(recipe, position, 0, 1)[:, 0] < 0 for position in (0, 4096))
+    assert abs(first.mean() - 0.5) < 0.03
+    assert abs((first == second).mean() - 0.5) < 0.03
+    pixels = torch.arange(24, dtype=torch.uint8).reshape(2, 2, 3, 2)
+    found = flip(pixels, torch.tensor([-0.5, 0.5]))
+    assert found[0].tolist() == pixels[0].numpy()[:, ::-1].tolist()
+    assert torch.equal(found[1], pixels[1])

@@ -19,6 +19,7 @@ from pipeline.config import RunConfig, load_config
 from pipeline.model.latents import latents
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.step import STATISTICS, AdversarialStep
+from pipeline.training.update.chances import draw_chances
 
 FORBIDDEN = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "lift_fresh"}
 """Operations that read the device, or whose result's size depends on its values, or that copy a host's number to it."""
@@ -94,7 +95,8 @@ def same_each_time(config: RunConfig, accelerator: Accelerator) -> None:
             step.update(reals, z)
             continue
         before = {name: tensor.clone() for name, tensor in memory_of(step).items()}
-        step.inputs.feed(reals, z)  # by copies, before what a graph holds
+        chances = draw_chances(config.recipe, index * len(z), 0, 1) if config.recipe.flips else None
+        step.inputs.feed(reals, z, chances)  # by copies, before what a graph holds
         with Recorder(memory_of(step)) as recorder:
             (step._run_penalized if config.recipe.r1 else step._run)()
         recorded.append(recorder.operations)

@@ -41,6 +41,18 @@ def one_of(table: dict[str, str]) -> Any:
     return Annotated[str, AfterValidator(check), Field(json_schema_extra={"enum": list(table)})]
 
 
+AUGMENTATIONS = ("color", "translation", "cutout")
+"""The kinds in `recipe.augment`, in the order in which they are applied."""
+
+
+def _kinds(value: Any) -> str:
+    """Return a list of kinds, or their names between commas, in the one order that they are stored in."""
+    names = [str(name).strip() for name in (value if isinstance(value, list) else str(value or "").split(","))]
+    if unknown := [name for name in names if name not in (*AUGMENTATIONS, "")]:
+        raise ValueError(f"no such kind {unknown[0]!r}; expected some of {', '.join(AUGMENTATIONS)}")
+    return ",".join(kind for kind in AUGMENTATIONS if kind in names)
+
+
 SWITCH = {True: "on", False: "off"}
 """What YAML makes of `on` and `off`."""
 
@@ -103,14 +115,16 @@ class RecipeConfig(Section):
     """Compute BatchNorm statistics over all processes (CUDA only). Wanted when a rank has fewer than 16 images."""
     tf32: bool = True
     """In float32 on CUDA, convolutions round their inputs to TF32 (10 bits), which tensor cores need."""
-    r1: float = Field(0, ge=0)
+    r1: float = Field(0.0, ge=0)
     """gamma of the gradient penalty on real images (R1); 0 is off, and the paper's."""
-    r2: float = Field(0, ge=0)
+    r2: float = Field(0.0, ge=0)
     """gamma of the gradient penalty on fake images (R2); 0 is off, and the paper's."""
     penalty_interval: int = Field(1, ge=1)
     """Updates from one with gradient penalties to the next. They weigh as many times more."""
     flips: bool = False
     """Mirror half of the real images, left to right; an image may be mirrored in one epoch and not in the next."""
+    augment: Annotated[str, BeforeValidator(_kinds)] = ""
+    """What D sees changed at random, real or fake (DiffAugment): some of color,translation,cutout; none by default."""
 
 
 class ScheduleConfig(Section):

@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     ANALYSIS = 12
     DEDUP = 13
     FLIP = 14
+    AUGMENT = 15
 
 
 def raw_bits(seed: int, purpose: int, start_block: int, count: int, *, lane: int = 0) -> NDArray[np.uint64]:

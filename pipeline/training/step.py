@@ -15,7 +15,8 @@ from pipeline.model.losses import load_loss, needs_real_logits
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.model.sampling import to_float
 from pipeline.training.accelerator import reduce_gradients, set_kernels
-from pipeline.training.update.chances import draw_chances, flip, values_of
+from pipeline.training.update.augment import VALUES, augment
+from pipeline.training.update.chances import Use, draw_chances, flip, values_of
 from pipeline.training.update.graph import Repeated, on_stream, use_graph
 from pipeline.training.update.inputs import Inputs
 from pipeline.training.update.penalty import gradient_penalty, leaf
@@ -144,7 +145,8 @@ class AdversarialStep:
                 with self._autocast:  # left before the backward pass; inside it, each weight is cast once
                     fake = self._fake(z)  # (n / micro_batches, channels, size, size) in [-1, 1]
                     images = [leaf(one, self.dtype) if any(gammas) else one for one in (real, fake.detach())]
-                    logits = [self._ddp_d(one).to(self.dtype) for one in images]
+                    seen = [self._seen(one, index, use) for one, use in zip(images, (Use.REAL, Use.FAKE), strict=True)]
+                    logits = [self._ddp_d(one).to(self.dtype) for one in seen]
                 terms = [gradient_penalty(*each) for each in zip(logits, images, gammas, strict=True) if each[-1]]
                 losses_d.append(self._backward(self.loss.discriminator_loss(*logits), *terms))
             fakes.append(fake)
@@ -157,8 +159,10 @@ class AdversarialStep:
             with self._reduce_only_last(self._ddp_g, index):
                 with self._autocast:
                     fake = fakes[0] if self.micro_batches == 1 else self._ddp_g(z)
-                    images = (fake, real) if self._pairs else (fake,)
-                    logits_g = [self._pass_d(one).to(self.dtype) for one in images]  # without D's reducer
+                    seen = [self._seen(fake, index, Use.FAKE_OF_GENERATOR)]
+                    if self._pairs:
+                        seen.append(self._seen(real, index, Use.REAL_OF_GENERATOR))
+                    logits_g = [self._pass_d(one).to(self.dtype) for one in seen]  # without D's reducer
                 losses_g.append(self._backward(self.loss.generator_loss(*logits_g)))
         self._weights_d.require_gradients(True)
         norm_g = self._weights_g.apply()
@@ -176,6 +180,14 @@ class AdversarialStep:
         """Return the real images of each micro-batch, (n / micro_batches, channels, size, size) in [-1, 1]."""
         pixels = flip(self.inputs.reals, self.inputs.chances[:, 0]) if self.recipe.flips else self.inputs.reals
         return to_float(pixels, self.dtype, self.memory_format).chunk(self.micro_batches)
+
+    def _seen(self, images: Tensor, index: int, use: Use) -> Tensor:
+        """Return what D sees of the images of micro-batch `index`."""
+        if not self.recipe.augment:
+            return images
+        first = int(self.recipe.flips) + use * VALUES
+        chances = self.inputs.chances[:, first : first + VALUES].chunk(self.micro_batches)[index]
+        return augment(images, chances, self.recipe.augment)
 
     @torch.no_grad()
     def examine(self, *, images: bool = False) -> Tensor:

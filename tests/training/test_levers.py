@@ -1,6 +1,11 @@
 """Options of an update beyond the paper: each equals a plain update in float64, and adds nothing where it is off."""
 
+import os
+import signal
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +15,19 @@ from numpy.typing import NDArray
 from test_step import BEYOND, TINY
 from test_update import batches, float64  # noqa: F401  # a fixture
 from torch import Tensor
+from training_cases import hashes
 
-from pipeline.common.errors import ConfigConflict
+from pipeline.common.errors import ConfigConflict, Stopped, UsageError
 from pipeline.common.randomness import Purpose, raw_bits
-from pipeline.config import RunConfig, load_config
+from pipeline.config import AUGMENTATIONS, RunConfig, load_config
+from pipeline.model.latents import latents
 from pipeline.model.networks import build_discriminator, build_generator, initialize
+from pipeline.training import schedule
+from pipeline.training.identity import check_identity
+from pipeline.training.loop import train
 from pipeline.training.preflight import check_settings
 from pipeline.training.step import AdversarialStep
+from pipeline.training.update.augment import _choose, augment
 from pipeline.training.update.chances import draw_chances, flip
 from pipeline.training.update.penalty import gradient_penalty, leaf
 
@@ -24,6 +35,27 @@ from pipeline.training.update.penalty import gradient_penalty, leaf
 def mirrored(image: NDArray[np.uint8], index: int) -> NDArray[np.uint8]:
     """Return image `index` of a run (size, size, channels), mirrored when the first bit of its block is 0."""
     return image if raw_bits(0, Purpose.FLIP, index, 1)[0] >> 63 else image[:, ::-1]
+
+
+def changed(images: Tensor, start: int, use: int, kinds: str) -> Tensor:
+    """Return images `start` to `start + n` of a run, (n, 3, 32, 32), as DiffAugment's paper changes each of them."""
+    if not kinds:
+        return images
+    result = []
+    for index, plain in enumerate(images):
+        chance = latents(0, Purpose.AUGMENT, start + index, 1, 28)[0, 7 * use : 7 * use + 7].astype(float)
+        bright = plain + chance[0] / 2
+        gray = bright.sum(0) / 3
+        saturated = torch.stack([gray + (1 + chance[1]) * (plane - gray) for plane in bright])
+        colored = saturated.mean() + (1 + chance[2] / 2) * (saturated - saturated.mean())
+        down, right = (int(np.floor((value + 1) / 2 * 9)) - 4 for value in chance[3:5])
+        shifted = torch.zeros(3, 40, 40, dtype=plain.dtype)
+        shifted[:, 4 - down : 36 - down, 4 - right : 36 - right] = colored
+        row, column = (int(np.floor((value + 1) / 2 * 33)) for value in chance[5:7])
+        hole = torch.ones(32, 32, dtype=plain.dtype)
+        hole[max(row - 8, 0) : row + 8, max(column - 8, 0) : column + 8] = 0
+        result.append(shifted[:, 4:36, 4:36] * hole)
+    return torch.stack(result)
 
 
 def plain_updates(config: RunConfig, count: int) -> dict[str, Tensor]:
@@ -42,17 +74,20 @@ def plain_updates(config: RunConfig, count: int) -> dict[str, Tensor]:
             reals = np.stack([mirrored(image, index * len(z) + row) for row, image in enumerate(pixels)])
         real = torch.from_numpy(reals).permute(0, 3, 1, 2).double() / 127.5 - 1
         fake = generator(torch.from_numpy(z).double())
+        see = partial(changed, start=index * len(z), kinds=recipe.augment)
         adam_d.zero_grad()
-        (-(discriminator(real) - discriminator(fake.detach())).sigmoid().log().mean()).backward()
+        (
+            -(discriminator(see(real, use=0)) - discriminator(see(fake.detach(), use=1))).sigmoid().log().mean()
+        ).backward()
         if index % recipe.penalty_interval == 0:
-            for batch, gamma in ((real, recipe.r1), (fake, recipe.r2)):
+            for use, (batch, gamma) in enumerate(((real, recipe.r1), (fake, recipe.r2))):
                 images = batch.detach().clone().requires_grad_()
-                (gradients,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
+                (gradients,) = torch.autograd.grad(discriminator(see(images, use=use)).sum(), images, create_graph=True)
                 penalty = torch.stack([gamma / 2 * gradient.norm() ** 2 for gradient in gradients]).mean()
-                (penalty * recipe.penalty_interval).backward()
+                (penalty * recipe.penalty_interval).backward()  # type: ignore[no-untyped-call]
         adam_d.step()
         adam_g.zero_grad()
-        (-(discriminator(fake) - discriminator(real)).sigmoid().log().mean()).backward()
+        (-(discriminator(see(fake, use=2)) - discriminator(see(real, use=3))).sigmoid().log().mean()).backward()
         adam_g.step()
     return {**generator.state_dict(prefix="g."), **discriminator.state_dict(prefix="d.")}
 
@@ -73,7 +108,17 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("options", [[], ["r1=2"], ["r2=3", "penalty_interval=2"], ["flips=true"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["r1=2"],
+        ["r2=3", "penalty_interval=2"],
+        ["flips=true"],
+        ["r1=2", "flips=true", "augment=[cutout, translation, color]"],
+    ],
+    ids=str,
+)
 def test_updates_equal_plain_ones(options: list[str]) -> None:
     config = load_config(overrides=[*TINY, "loss=relativistic", *options])
     assert_close(our_updates(config, 3), plain_updates(config, 3))
@@ -131,3 +176,61 @@ def test_half_of_the_images_are_mirrored_anew_in_every_epoch() -> None:
     found = flip(pixels, torch.tensor([-0.5, 0.5]))
     assert found[0].tolist() == pixels[0].numpy()[:, ::-1].tolist()
     assert torch.equal(found[1], pixels[1])
+
+
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
+def test_each_kind_of_augmentation_alone(kind: str) -> None:
+    """Of an image of ones: its level, its edge, a hole."""
+    chances = torch.tensor([[1.0, -0.3, 0.4, 1.0, -1.0, 0.0, 0.0]])
+    found = augment(torch.ones(1, 3, 32, 32), chances, kind)[0]
+    assert found.shape == (3, 32, 32)
+    expected = torch.ones(32, 32)
+    if kind == "color":
+        expected += 0.5
+    elif kind == "translation":
+        expected[-4:] = expected[:, :4] = 0
+    else:
+        expected[8:24, 8:24] = 0
+    torch.testing.assert_close(found, expected.expand(3, -1, -1))
+
+
+def test_shifts_and_holes_are_equally_likely_everywhere() -> None:
+    counts = torch.bincount(_choose(torch.linspace(-1, 1, 9001), 9))
+    assert counts.shape == (9,)
+    assert (counts - 1000).abs().max() <= 2
+
+
+def test_augmentation_has_two_names_for_nothing_and_one_order() -> None:
+    for text, kinds in {"": "", "[]": "", "cutout, color": "color,cutout", "[translation]": "translation"}.items():
+        assert load_config(overrides=[f"recipe.augment={text}"]).recipe.augment == kinds
+    with pytest.raises(UsageError, match=r"recipe\.augment='colors': no such kind 'colors'; expected some of color, "):
+        load_config(overrides=["augment=colors"])
+
+
+def test_a_checkpoint_that_does_not_know_the_options_is_of_the_same_run() -> None:
+    def described(*overrides: str) -> dict[str, Any]:
+        return {"config": load_config(overrides=list(overrides)).model_dump(), "dataset": {"fingerprint": "0"}}
+
+    saved = described()
+    for key in ("r1", "r2", "penalty_interval", "flips", "augment"):
+        del saved["config"]["recipe"][key]
+    assert check_identity(saved, described(), [], "run") == []
+    with pytest.raises(ConfigConflict, match=r"recipe\.r1 0\.0 -> 1\.0"):
+        check_identity(saved, described("r1=1"), [], "run")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_stopped_run_ends_with_the_same_bits(faces32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "AGREEMENT_SECONDS", 0.0)  # at every step
+    lengths = ["total_images=64", "log_every_images=64", "evaluate_samples=64"]
+    config = load_config(overrides=[*TINY, *BEYOND, *lengths])
+    train(config, data=str(faces32), out=tmp_path / "whole")
+
+    def stop(at: int, *_: object) -> None:
+        if at == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="at image 32, "):
+        train(config, data=str(faces32), out=tmp_path / "run", on_batch=stop)
+    train(config, data=str(faces32), out=tmp_path / "run")
+    assert hashes(tmp_path / "run", 64) == hashes(tmp_path / "whole", 64)

@@ -22,7 +22,8 @@ from pipeline.model.latents import latents
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.step import deviation
 
-BEYOND = ["loss=relativistic", "r1=2", "r2=3", "penalty_interval=2", "flips=true"]
+PENALIZED = ["loss=relativistic", "r1=2", "r2=3", "penalty_interval=2"]
+BEYOND = [*PENALIZED, "flips=true", "augment=color,translation,cutout"]
 """Options beyond the paper, together."""
 TINY = ["image_size=32", "width=4", "latent_dim=8", "batch=16", "streams=8"]
 
@@ -135,12 +136,12 @@ def test_levers_equal_the_tutorial_in_float64(tmp_path: Path) -> None:
 def test_two_processes_equal_one(tmp_path: Path, lever: str) -> None:
     """BatchNorm's statistics are those of each process, which one process does as those of each micro-batch."""
     fixed, own = case(batchnorm=False), case("accumulate=2", in_ranks=True)
-    beyond, beyond_own = case(*BEYOND, batchnorm=False), case(*BEYOND, "flips=false", "accumulate=2", in_ranks=True)
+    beyond, beyond_own = case(*BEYOND, batchnorm=False), case(*PENALIZED, "accumulate=2", in_ranks=True)
     (one,) = updates(tmp_path, fixed, fixed, own, beyond, beyond, beyond_own)
     accumulated = case(lever, "accumulate=2", batchnorm=False)
     cases = [case(lever, batchnorm=False), accumulated, case(lever)]
     accumulated = case(*BEYOND, "accumulate=2", batchnorm=False)
-    cases += [case(*BEYOND, batchnorm=False), accumulated, case(*BEYOND, "flips=false")]
+    cases += [case(*BEYOND, batchnorm=False), accumulated, case(*PENALIZED)]
     ranks = updates(tmp_path, *cases, processes=2)
     for number, state in enumerate(one):
         expected = {name: value for name, value in state.items() if "running" not in name}

@@ -95,7 +95,7 @@ def same_each_time(config: RunConfig, accelerator: Accelerator) -> None:
             step.update(reals, z)
             continue
         before = {name: tensor.clone() for name, tensor in memory_of(step).items()}
-        chances = draw_chances(config.recipe, index * len(z), 0, 1) if config.recipe.flips else None
+        chances = draw_chances(config.recipe, index * len(z), 0, 1) if step.inputs.chances.numel() else None
         step.inputs.feed(reals, z, chances)  # by copies, before what a graph holds
         with Recorder(memory_of(step)) as recorder:
             (step._run_penalized if config.recipe.r1 else step._run)()

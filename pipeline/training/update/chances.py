@@ -1,5 +1,6 @@
-"""The random numbers of an update beyond z, from position: what flips each image."""
+"""The random numbers of an update beyond z, from position: what flips and augments each image."""
 
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,14 +10,25 @@ from torch import Tensor
 
 from pipeline.common.randomness import Purpose
 from pipeline.model.latents import latents
+from pipeline.training.update.augment import VALUES
 
 if TYPE_CHECKING:
     from pipeline.config import RecipeConfig
 
 
+class Use(IntEnum):
+    """For which pass through D an image is augmented. Each has numbers of its own. Never renumber."""
+
+    REAL = 0
+    FAKE = 1
+    FAKE_OF_GENERATOR = 2
+    REAL_OF_GENERATOR = 3
+
+
 def values_of(recipe: "RecipeConfig") -> dict[Purpose, int]:
     """Return how many random numbers an image needs for each purpose, in the order of their columns."""
-    return {Purpose.FLIP: 1} if recipe.flips else {}
+    wanted = {Purpose.FLIP: int(recipe.flips), Purpose.AUGMENT: len(Use) * VALUES if recipe.augment else 0}
+    return {purpose: values for purpose, values in wanted.items() if values}
 
 
 def draw_chances(recipe: "RecipeConfig", position: int, rank: int, world_size: int) -> NDArray[np.float32]:

@@ -101,7 +101,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(update: Update, device: torch.device, updates: int) -> float:
+def timed(update: Callable[[], object], device: torch.device, updates: int) -> float:
     """Return the seconds of some updates, all of their device work included."""
     synchronize(device)
     start = time.perf_counter()
@@ -133,7 +133,7 @@ def profile(update: Update, device: torch.device, updates: int = 10) -> dict[str
 
     with record(activities=[ProfilerActivity.CUDA]) as recorded:
         seconds = timed(update, device, updates)
-    kernels = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in recorded.events() if event.device_type.name == "CUDA"]
     busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
     return {"kernels_an_update": round(len(kernels) / updates, 1), "gpu_busy_share": round(busy / seconds, 3)}
 
@@ -143,7 +143,7 @@ def ceilings(device: torch.device, size: int) -> dict[str, float]:
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(size * size, device=device)
     target = torch.empty_like(source)
-    work: dict[str, tuple[Update, float]] = {
+    work: dict[str, tuple[Callable[[], object], float]] = {
         "bf16_tflops": (lambda: torch.mm(a, b), 2 * size**3 / 1e12),
         "copy_gb_per_second": (lambda: target.copy_(source), 2 * source.nbytes / 1e9),
     }

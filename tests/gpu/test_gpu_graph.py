@@ -44,7 +44,7 @@ def train(
         reals = np.random.Generator(np.random.Philox(index)).integers(0, 256, (16, 32, 32, 3), np.uint8)
         z = next(latents)
         if index >= start:
-            step.update(convert(reals), z)
+            step.update(convert(reals), z, index * len(z))
     step.examine(images=True)
     torch.cuda.synchronize()
     found = {**step.generator.state_dict(prefix="g."), **step.discriminator.state_dict(prefix="d.")}
@@ -64,6 +64,17 @@ def test_a_graph_equals_its_kernels(precision: str, override: str) -> None:
     assert (eager.graphed, graphed.graphed) == (False, True)
     assert_same(train(graphed), train(eager), 1e-4 if precision == "no" else 2e-2)
     assert graphed._run._graph is not None, "it was replayed"
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_options_beyond_the_paper_are_graphs_too(precision: str) -> None:
+    """Updates with penalties are one, and those between them another."""
+    penalties = ["r1=1", "r2=1", "penalty_interval=2"]
+    options = ["loss=relativistic", *penalties, "flips=true", "augment=color,translation,cutout"]
+    eager, graphed = (new_step(f"graph={graph}", *options, precision=precision) for graph in ("off", "on"))
+    assert_same(train(graphed), train(eager), 1e-4 if precision == "no" else 2e-2)
+    assert graphed._run._graph is not None, "it was replayed"
+    assert graphed._run_penalized._graph is not None, "it was replayed"
 
 
 def test_auto_is_a_graph_except_in_fp16() -> None:

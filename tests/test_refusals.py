@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,7 @@ REFUSED: list[tuple[str, int]] = [
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the commands are pointed at."""
+    forkserver.ensure_running()  # it is this process's, and has files until this process ends
     root = tmp_path_factory.mktemp("inputs")
     make_folder(root / "pictures", 12)
     (root / "texts").mkdir()

@@ -193,9 +193,11 @@ def index(
 ) -> None:
     """Make a data set of WebDataset tars where they lie: no pixel is copied. Run it again to resume."""
     from pipeline.data.build.process_pool import start_server
+    from pipeline.data.specification import expand
 
+    tars = expand(spec)
     if workers != 1:
-        start_server("pipeline.data.index.indexer")
+        start_server("pipeline.data.index.indexer")  # which imports while this process does
 
     from pipeline.data.index.command import IndexOptions
     from pipeline.data.index.command import index as index_tars
@@ -203,6 +205,7 @@ def index(
     index_tars(
         IndexOptions(
             spec=spec,
+            tars=tars,
             out=out,
             size=size,
             channels=channels,

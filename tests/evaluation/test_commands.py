@@ -16,7 +16,7 @@ COMMANDS = {
     "ms-ssim": "ms-ssim --ckpt {run} --data {data} --count 65",
     "fid": "fid --ckpt {run} --data {data} --count 65",
     "kid": "kid --ckpt {run} --data {data} --count 65",
-    "is": "is --ckpt {run} --count 65 --extractor {classifier}",
+    "is": "is --ckpt {run} --count 129 --extractor {classifier}",
     "precision-recall": "precision-recall --ckpt {run} --data {data} --count 65",
     "classifier": "classifier --data {data} --epochs 1",
     "probe": "probe --ckpt {run} --data {data} --label kind --labels 20 --draws 2",

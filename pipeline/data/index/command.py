@@ -20,6 +20,8 @@ class IndexOptions:
     """The command line of `dcgan-data index`; its help says what each option does."""
 
     spec: str
+    tars: list[str]
+    """What `spec` names."""
     out: str
     size: int
     channels: int
@@ -38,12 +40,11 @@ def index(options: IndexOptions) -> None:
     if options.channels == 2:
         raise UsageError("--channels 2: expected 1 (gray) or 3 (RGB)")
     part = parse_partition(options.part)
-    tars = expand(options.spec)
     with Telemetry("build", run=options.out, part=str(part)) as telemetry:
         telemetry.start(options.metrics_port, options.metrics_address, options.push_gateway)
         require_writable(options.out)
         dataset = indexer.make_index(
-            tars,
+            options.tars,
             options.out,
             spec=options.spec,
             size=options.size,

@@ -113,17 +113,22 @@ def inception_score(probabilities: NDArray[np.float32], splits: int = IS_SPLITS)
     `probabilities` (N, classes). The splits are consecutive, hold all images, and differ by one at most.
     Raises UsageError for fewer than IS_SMALLEST_SPLIT images a split.
     """
-    if len(probabilities) < splits * IS_SMALLEST_SPLIT:
-        raise UsageError(
-            f"an Inception score of {len(probabilities)} images says nothing: expected at least "
-            f"{splits * IS_SMALLEST_SPLIT} ({splits} splits); 50,000 are customary (--count)"
-        )
+    require_enough(len(probabilities), splits)
     scores = []
     for part in np.array_split(probabilities.astype(np.float64), splits):
         known = np.maximum(part, np.finfo(np.float64).tiny)  # 0 log 0 = 0
         marginal = np.maximum(part.mean(0), np.finfo(np.float64).tiny)
         scores.append(np.exp((part * (np.log(known) - np.log(marginal))).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
+
+
+def require_enough(images: int, splits: int = IS_SPLITS) -> None:
+    """Raise UsageError when an Inception score of so few images would say nothing."""
+    if images < splits * IS_SMALLEST_SPLIT:
+        raise UsageError(
+            f"an Inception score of {images} images says nothing: expected at least {splits * IS_SMALLEST_SPLIT} "
+            f"({splits} splits); 50,000 are customary (--count)"
+        )
 
 
 @dataclass(frozen=True)

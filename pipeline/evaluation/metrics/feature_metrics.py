@@ -27,6 +27,7 @@ from pipeline.evaluation.metrics.feature_distances import (
     inception_score,
     kernel_distance,
     overlap,
+    require_enough,
 )
 from pipeline.evaluation.metrics.feature_extraction import (
     cached,
@@ -109,6 +110,7 @@ class Measurement:
 
     def probabilities(self) -> NDArray[np.float32]:
         """Return class probabilities of the samples. Raises UsageError when the extractor has no classes."""
+        require_enough(self.fakes.count)
         one = np.zeros((1, *self.fakes.shape), np.uint8)
         if self.extractor.extract(one).probabilities is None:  # refused before all samples are made
             raise UsageError(

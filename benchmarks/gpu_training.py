@@ -15,7 +15,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from hardware import describe  # benchmarks/hardware.py
-from torch import nn
+from training import Update, tutorial  # benchmarks/training.py
 
 from pipeline.common.errors import UserError
 from pipeline.config import RunConfig, load_config
 from pipeline.model.latents import latent_batches
-from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.step import AdversarialStep
 
 SETTINGS = ((64, 128), (64, 1024), (128, 128))
@@ -37,51 +35,6 @@ WARM_UP = 15
 """Updates before the first round: cuDNN chooses, networks are compiled, the graph is captured after eleven."""
 ROUNDS = 15
 ROUND_SECONDS = 0.25
-
-Update = Callable[[], None]
-
-
-def tutorial(config: RunConfig, device: torch.device, *, bf16: bool) -> Update:
-    """The loop of the PyTorch DCGAN tutorial on our networks, on a batch that is in the device's memory."""
-    networks = build_generator(config.network).to(device), build_discriminator(config.network).to(device)
-    for lane, network in enumerate(networks):
-        initialize(network, 0, lane=lane)
-    generator, discriminator = networks
-    optimizer_g, optimizer_d = (torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.5, 0.999)) for n in networks)
-    criterion = nn.BCEWithLogitsLoss()
-    batch, shape = config.recipe.batch, config.network
-    real = torch.rand(batch, shape.channels, shape.image_size, shape.image_size, device=device) * 2 - 1
-
-    def forward(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            output: torch.Tensor = network(images)
-        return output
-
-    def update() -> None:
-        discriminator.zero_grad()
-        label = torch.ones(batch, device=device)
-        output = forward(discriminator, real).float()
-        loss_real = criterion(output, label)
-        loss_real.backward()
-        output.mean().item()
-        fake = forward(generator, torch.randn(batch, shape.latent_dim, device=device))
-        label.fill_(0.0)
-        output = forward(discriminator, fake.detach()).float()
-        loss_fake = criterion(output, label)
-        loss_fake.backward()
-        output.mean().item()
-        optimizer_d.step()
-        generator.zero_grad()
-        label.fill_(1.0)
-        output = forward(discriminator, fake).float()
-        loss = criterion(output, label)
-        loss.backward()
-        output.mean().item()
-        optimizer_g.step()
-        (loss_real + loss_fake).item()
-        loss.item()
-
-    return update
 
 
 def ours(config: RunConfig, accelerator: Accelerator, *overrides: str) -> Update:

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -32,35 +33,42 @@ from pipeline.training.step import AdversarialStep
 
 Update = Callable[[], None]
 
+CPU = torch.device("cpu")
 
-def tutorial(config: RunConfig) -> Update:
+
+def tutorial(config: RunConfig, device: torch.device = CPU, *, bf16: bool = False) -> Update:
     """The loop of the PyTorch DCGAN tutorial on our networks: default memory order, Adam, five reads a step."""
-    generator, discriminator = build_generator(config.network), build_discriminator(config.network)
-    initialize(generator, 0, lane=0)
-    initialize(discriminator, 0, lane=1)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
-    optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    networks = build_generator(config.network).to(device), build_discriminator(config.network).to(device)
+    for lane, network in enumerate(networks):
+        initialize(network, 0, lane=lane)
+    generator, discriminator = networks
+    optimizer_g, optimizer_d = (torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.5, 0.999)) for n in networks)
     criterion = nn.BCEWithLogitsLoss()
-    batch, network = config.recipe.batch, config.network
-    real = torch.rand(batch, network.channels, network.image_size, network.image_size) * 2 - 1
+    batch, shape = config.recipe.batch, config.network
+    real = torch.rand(batch, shape.channels, shape.image_size, shape.image_size, device=device) * 2 - 1
+
+    def forward(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            output: torch.Tensor = network(images)
+        return output
 
     def update() -> None:
         discriminator.zero_grad()
-        label = torch.full((batch,), 1.0)
-        output = discriminator(real)
+        label = torch.ones(batch, device=device)
+        output = forward(discriminator, real).float()
         loss_real = criterion(output, label)
         loss_real.backward()
         output.mean().item()
-        fake = generator(torch.randn(batch, network.latent_dim))
+        fake = forward(generator, torch.randn(batch, shape.latent_dim, device=device))
         label.fill_(0.0)
-        output = discriminator(fake.detach())
+        output = forward(discriminator, fake.detach()).float()
         loss_fake = criterion(output, label)
         loss_fake.backward()
         output.mean().item()
         optimizer_d.step()
         generator.zero_grad()
         label.fill_(1.0)
-        output = discriminator(fake)
+        output = forward(discriminator, fake).float()
         loss = criterion(output, label)
         loss.backward()
         output.mean().item()

@@ -109,7 +109,7 @@ def updates(tmp_path: Path, *cases: dict[str, Any], processes: int = 1) -> list[
     trainer's; return each rank's weights and statistics of each case.
     """
     worker, out = tmp_path / "worker.py", tmp_path / f"{processes}."
-    worker.write_text(WORKER.format(tests=[str(folder) for folder in list(Path(__file__).parents)[:3]]))
+    worker.write_text(WORKER.format(tests=[str(folder) for folder in list(Path(__file__).parents)[:2]]))
     options = {"cases": cases, "processes": processes, "out": str(out)}
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     warm_start.run_ranks([sys.executable, worker, json.dumps(options)], processes, env=environment)

@@ -96,14 +96,13 @@ def kernel_distance(a: NDArray[np.float32], b: NDArray[np.float32], seed: int) -
     return float(mean), float(deviation)
 
 
-def extrapolated_distance(reals: Moments, samples: Sequence[Moments]) -> float:
+def extrapolate(counts: Sequence[int], distances: Sequence[float]) -> float:
     """Return the Fréchet distance that infinitely many samples would have, from those of growing numbers of them.
 
     The bias falls with 1/N, so it is the intercept of a line through the distances over 1/N (Chong and Forsyth 2020,
-    "Effectively Unbiased FID and Inception Score"). `samples` are moments of nested sets, at least two.
+    "Effectively Unbiased FID and Inception Score"). At least two.
     """
-    inverse = [1 / moments.count for moments in samples]
-    _, intercept = np.polyfit(inverse, [frechet_distance(reals, moments) for moments in samples], 1)
+    _, intercept = np.polyfit([1 / count for count in counts], distances, 1)
     return float(intercept)
 
 

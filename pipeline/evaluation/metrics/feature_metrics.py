@@ -22,7 +22,7 @@ from pipeline.evaluation.metrics.feature_distances import (
     KID_SUBSETS,
     NEIGHBORS,
     Moments,
-    extrapolated_distance,
+    extrapolate,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -232,19 +232,20 @@ def measure(name: str, request: Request, ranks: Ranks = ALONE) -> dict[str, floa
 def _fid(measurement: Measurement) -> dict[str, float]:
     """Write the Fréchet distance, and how it depends on the number of samples."""
     reals, samples = measurement.moments()
-    value = frechet_distance(reals, samples[-1])
+    counts = [moments.count for moments in samples]
+    value, features, fewest = frechet_distance(reals, samples[-1]), len(reals.total), min(counts[-1], reals.count)
     numbers, remarks = {"fid": value}, ""
     table: list[list[Any]] = []
-    summary = f"Fréchet distance {value:.3f} of {samples[-1].count:,} samples"
-    features = len(reals.total)
-    if min(moments.count for moments in samples) > features and len(samples) > 1:
-        numbers["fid_infinity"] = extrapolated_distance(reals, samples)
+    summary = f"Fréchet distance {value:.3f} of {counts[-1]:,} samples"
+    if counts[0] > features and len(counts) > 1:
+        distances = [*(frechet_distance(reals, moments) for moments in samples[:-1]), value]
+        numbers["fid_infinity"] = extrapolate(counts, distances)
         summary += f", {numbers['fid_infinity']:.3f} extrapolated to infinitely many"
-        distances = [(moments.count, frechet_distance(reals, moments)) for moments in samples]
-        table = [["samples", "Fréchet distance"], *([count, round(distance, 3)] for count, distance in distances)]
-    elif min(samples[-1].count, reals.count) <= features:
+        rows = ([count, round(distance, 3)] for count, distance in zip(counts, distances, strict=True))
+        table = [["samples", "Fréchet distance"], *rows]
+    elif fewest <= features:
         remarks = (
-            f"Warning: {min(samples[-1].count, reals.count):,} images cannot fill the covariance of {features:,} "
+            f"Warning: {fewest:,} images cannot fill the covariance of {features:,} "
             "features: the distance is far too large, and says more of their number than of their quality."
         )
     return measurement.write(numbers, f"{summary}, by {measurement.extractor.name}.", remarks=remarks, table=table)

@@ -28,7 +28,7 @@ from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics.extractors import FALLBACK, FallbackExtractor, load_extractor
 from pipeline.evaluation.metrics.feature_distances import (
     Moments,
-    extrapolated_distance,
+    extrapolate,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -152,9 +152,9 @@ def test_the_distance_of_infinitely_many_samples_is_that_of_the_distributions() 
     reals = Moments.of(draw.normal(size=(100_000, 16)).astype(np.float32))
     samples = draw.normal(size=(4_000, 16)).astype(np.float32)
     nested = [Moments.of(samples[: 800 * number]) for number in range(1, 6)]
-    biased = frechet_distance(reals, nested[-1])
-    assert biased > 0.015
-    assert abs(extrapolated_distance(reals, nested)) < biased / 3
+    distances = [frechet_distance(reals, moments) for moments in nested]
+    assert distances[-1] > 0.015
+    assert abs(extrapolate([moments.count for moments in nested], distances)) < distances[-1] / 3
 
 
 def test_distances_order_a_split_a_blur_noise_and_another_set() -> None:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -61,6 +62,16 @@ class Section(BaseModel):
     """A group of settings. Unknown keys are refused. Values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def class_titles(label: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
+    """Return the classes as people name them: `male+eyeglasses`, `none`; `smiling`, `not smiling`; else the values."""
+    if len(label) > 1:
+        chosen = ([name for name, bit in zip(label, bits, strict=True) if bit == "1"] for bits in classes)
+        return tuple("+".join(names) or "none" for names in chosen)
+    if label and {*classes} <= {"false", "true"}:
+        return tuple(label[0] if value == "true" else f"not {label[0]}" for value in classes)
+    return tuple(classes)
 
 
 class NetworkConfig(Section):

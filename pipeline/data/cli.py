@@ -307,6 +307,10 @@ def show(
         typer.Option("--out", "--sheet", help="Path of the contact sheet; default: DATA/sheet.png, of tars sheet.png."),
     ] = None,
     images: Annotated[int, typer.Option(min=1, max=10_000, help="Images on the sheet.")] = 96,
+    label: Annotated[
+        str | None,
+        typer.Option(help="Count the images of each class of this label, or of each combination of male,eyeglasses."),
+    ] = None,
 ) -> None:
     """Print a data set's numbers and write a contact sheet."""
     from pipeline.data.index.command import data_set
@@ -316,7 +320,7 @@ def show(
     if sheet is None and is_specification(data):
         sheet = Path("sheet.png")
     with data_set(data) as dataset:
-        present(dataset, sheet, images)
+        present(dataset, sheet, images, tuple(label.split(",")) if label else ())
 
 
 def main() -> None:

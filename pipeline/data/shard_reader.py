@@ -1,6 +1,7 @@
 """Reads shards: their members, images and labels, checked against dataset.json."""
 
 from collections.abc import Iterator
+from mmap import mmap
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -29,7 +30,7 @@ class DamagedTar(DataError):
         self.what, self.offset = what, offset
 
 
-def members(data: bytes | memoryview, where: str) -> Iterator[tuple[str, int, int]]:
+def members(data: bytes | memoryview | mmap, where: str) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset of the data, size) of the files in a tar of ours. Raises DamagedTar."""
     position = 0
     while position + RECORD <= len(data):
@@ -106,7 +107,7 @@ def tar_columns(dataset: Dataset, rows: NDArray[np.int64]) -> Columns:
     return {"key": dataset.columns.key.take(rows), **{name: label.take(rows) for name, label in labels}}
 
 
-def shard_columns(dataset: Dataset, shard: Shard, data: bytes) -> Columns:
+def shard_columns(dataset: Dataset, shard: Shard, data: bytes | mmap) -> Columns:
     """Return the labels in a shard's file `data`, in the images' order, and the images' names. Raises DataError."""
     where = dataset.store.path(shard.name)
     columns: Columns = {name: [] for name in ["key", *dataset.labels]}

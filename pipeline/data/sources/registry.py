@@ -29,6 +29,7 @@ SOURCES = {
     "celeba": Entry("celeba", "CelebA", frozenset({"split"})),
     "cifar10": Entry("cifar10", "Cifar10", frozenset({"split"})),
     "svhn": Entry("svhn", "Svhn", frozenset({"split"})),
+    "mnist": Entry("mnist", "Mnist", frozenset({"split"})),
     "imagenet": Entry("imagenet", "ImageNet"),
     "ffhq": Entry("ffhq", "Ffhq", frozenset({"split"})),
     "webdataset": Entry("tars", "Tars"),

@@ -1,6 +1,7 @@
 """Fixtures that several rooms' tests share."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,14 @@ import warm_start
 from support import Trainer, train_command, write_dataset
 
 LONGEST = ("tests/docs/test_readme.py", "tests/training/", "tests/export/")
+
+
+def pytest_configure() -> None:
+    """`nohup make test &` ignores signals that tests send, and a process that is started inherits that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

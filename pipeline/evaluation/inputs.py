@@ -12,9 +12,10 @@ from pipeline.common.storage import public_name
 from pipeline.config import NetworkConfig
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.index.indexer import make_index
-from pipeline.data.specification import expand, is_specification
+from pipeline.data.specification import expand, is_dataset, is_specification
 from pipeline.evaluation.device import device
 from pipeline.evaluation.images import GeneratedImages, Images, ShardImages
+from pipeline.evaluation.pictures import FILTER, open_pictures
 
 
 def generator(ckpt: str) -> tuple[LoadedGenerator, dict[str, Any]]:
@@ -40,13 +41,23 @@ def _describe(loaded: LoadedGenerator | LoadedDiscriminator) -> dict[str, Any]:
     }
 
 
-def data_set(location: str, shape: tuple[int, int, int] | None = None) -> Dataset:
-    """Return the data set that --data or --samples names.
+def data_set(location: str, shape: tuple[int, int, int] | None = None, limit: int | None = None) -> Dataset:
+    """Return the data set that --data or --samples names: ours, anyone's tars, or pictures in a folder.
 
-    The images of a shard specification become (height, width, channels) `shape`, or stay as they are. Raises UsageError
-    when they are not all of one size and there is no `shape`.
+    The images of tars and folders become (height, width, channels) `shape`, or stay as they are. Of a folder, at least
+    the first `limit` are there. Raises UsageError when they are not all of one size and there is no `shape`.
     """
-    return _index(location, shape) if is_specification(location) else open_dataset(location)
+    if is_specification(location):
+        return _index(location, shape)
+    return open_dataset(location) if is_dataset(location) else open_pictures(location, shape, limit)
+
+
+def preparation(dataset: Dataset) -> str:
+    """Return what was done to the pictures before they are measured, as far as this process did it."""
+    if dataset.encoding == "tar":
+        size = f"{dataset.image_size}x{dataset.image_size}"
+        return f"pictures of other sizes cropped to their central square and resized to {size} by {FILTER}"
+    return str(dataset.source.get("preparation", "as the data set stores them"))
 
 
 @functools.cache
@@ -68,20 +79,31 @@ def _index(spec: str, shape: tuple[int, int, int] | None) -> Dataset:
     return dataset.model_copy(update={"image_size": sides.pop()})
 
 
+def preparations(samples: dict[str, Any], data: dict[str, Any] | None) -> dict[str, str]:
+    """Return what a protocol says of the images themselves, from the descriptions of `fakes` and `reals`."""
+    told = {"samples": samples.get("preparation", "as the generator makes them")}
+    return told | ({"real_images": data["preparation"]} if data else {})
+
+
 def fakes(ckpt: str | None, samples: str | None, count: int, seed: int) -> tuple[Images, dict[str, Any]]:
-    """Return the images to evaluate: `count` fresh samples of a checkpoint, or the first `count` of sample shards.
+    """Return the images to evaluate: `count` fresh samples of a checkpoint, or the first `count` of samples as files.
 
     Raises UsageError unless exactly one of the two is named.
     """
     if (ckpt is None) == (samples is None):
-        raise UsageError("give either --ckpt (a checkpoint) or --samples (sample shards), and not both")
+        raise UsageError("give either --ckpt (a checkpoint) or --samples (images), and not both")
     if ckpt is not None:
         loaded, description = generator(ckpt)
         return GeneratedImages(loaded.generator, count, seed), description
     assert samples is not None
-    images = ShardImages(data_set(samples), count)
-    _check_set(images)
-    return images, {"kind": "samples", "source": public_name(samples), "sha256": images.dataset.fingerprint()}
+    images = ShardImages(data_set(samples, limit=count), count)
+    _check_set(images, samples)
+    return images, {
+        "kind": "samples",
+        "source": public_name(samples),
+        "sha256": images.dataset.fingerprint(),
+        "preparation": preparation(images.dataset),
+    }
 
 
 def reals(
@@ -89,21 +111,22 @@ def reals(
 ) -> tuple[ShardImages, dict[str, Any]]:
     """Return the first `count` images of a data set (all, when it has fewer), with its description.
 
-    Images that tars of others hold become (height, width, channels) `shape`.
+    Images of tars and folders become (height, width, channels) `shape`.
     """
-    images = ShardImages(data_set(data, shape), count)
-    _check_set(images)
+    images = ShardImages(data_set(data, shape, count), count)
+    _check_set(images, data)
     return images, {
-        "location": public_name(data if is_specification(data) else images.dataset.location),
+        "location": public_name(data),
         "fingerprint": images.dataset.fingerprint(),
-        "images": images.dataset.images,
+        "images": images.dataset.source.get("listed", images.dataset.images),
         "used": images.count,
+        "preparation": preparation(images.dataset),
     }
 
 
-def _check_set(images: ShardImages) -> None:
+def _check_set(images: ShardImages, location: str) -> None:
     if images.count < 2:
-        raise DataError(f"{images.dataset.location}: {images.count} image, too few to measure; expected at least 2")
+        raise DataError(f"{location}: {images.count} image, too few to measure; expected at least 2")
 
 
 def check_same_shape(fakes: Images, reals: Images) -> None:

@@ -10,10 +10,12 @@ from pipeline.common.errors import UsageError
 Ckpt = Annotated[str, typer.Option(help="A run, a checkpoint, or a weights file; path or URL.", show_default=False)]
 OptionalCkpt = Annotated[str | None, typer.Option(help="A run, a checkpoint, or a weights file; path or URL.")]
 Samples = Annotated[
-    str | None, typer.Option(help="Evaluate these samples (dcgan-generate's, or anyone's tars), not a --ckpt.")
+    str | None,
+    typer.Option(help="Evaluate these samples, not a --ckpt: dcgan-generate's, or anyone's tars or pictures."),
 ]
-Data = Annotated[str, typer.Option(help="Shards of real images: a folder, a URL, anyone's tars.", show_default=False)]
-OptionalData = Annotated[str | None, typer.Option(help="Shards of real images: a folder, a URL, anyone's tars.")]
+REAL_IMAGES = "Real images: a data set, anyone's tars, or a folder of pictures; path or URL."
+Data = Annotated[str, typer.Option(help=REAL_IMAGES, show_default=False)]
+OptionalData = Annotated[str | None, typer.Option(help=REAL_IMAGES)]
 ClassifierFile = Annotated[
     str | None, typer.Option(help="A classifier.safetensors; by default one is trained on --data and kept in --out.")
 ]

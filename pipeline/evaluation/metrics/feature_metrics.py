@@ -142,6 +142,7 @@ class Measurement:
             obstacle = why_not_comparable(self.extractor.sha256, self.request.resize, self.fakes.count)
             network = published(self.extractor.sha256)
             self.result.protocol = {
+                **inputs.preparations(self.result.subject, self.result.data),
                 "extractor": self.extractor.name,
                 "extractor_sha256": self.extractor.sha256,
                 "resize": None

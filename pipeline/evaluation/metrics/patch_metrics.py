@@ -22,6 +22,7 @@ def measure_swd(
     inputs.check_same_shape(fakes, reals)
     settings = {**asdict(sampling), "images": fakes.count, "images_real": reals.count}
     result = Result("swd", out, subject, data_description, settings)
+    result.protocol = inputs.preparations(subject, data_description)
 
     def side(images: Images, what: str, *, real: bool = False) -> Projections:
         return project(WithProgress(images, f"SWD, {what}"), sampling, real=real, device=device())
@@ -67,6 +68,7 @@ def measure_ms_ssim(
     if data is not None:
         reals, result.data = inputs.reals(data, count, fakes.shape)
         numbers["ms_ssim_real"] = ms_ssim(WithProgress(reals, "MS-SSIM, real images"), device=device())
+    result.protocol = inputs.preparations(subject, result.data)
     _, first = next(iter(fakes.blocks()))
     result.picture(charts.sheet([("the first pairs of samples, side by side", first[:24])], 12), "The first pairs")
     result.write(

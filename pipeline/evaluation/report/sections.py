@@ -128,6 +128,7 @@ def quality_table(metrics: Entries, results: dict[str, dict[str, Any]]) -> list[
                 "rows": [(label, [number(values.get(key)) for key in columns]) for label, values in rows],
                 "note": result.get("note", ""),
                 "measured": measured_on(settings),
+                "protocol": protocol(result.get("protocol", {})),
             }
         )
     for earlier, later in reversed(list(pairwise(blocks))):
@@ -144,9 +145,16 @@ def quality_table(metrics: Entries, results: dict[str, dict[str, Any]]) -> list[
                 "rows": [(f"after {last['images']:,} images", [number(last[key]) for key in columns])],
                 "note": "These use fewer patches and images than published numbers: compare them within this run only.",
                 "measured": "",
+                "protocol": "",
             }
         )
     return blocks
+
+
+def protocol(told: dict[str, Any]) -> str:
+    """Return what was done to the images, such as `samples as the generator makes them`, and whose protocol it is."""
+    names = {"samples": "samples", "real_images": "real images", "resize": "resize", "published": "the network is"}
+    return "; ".join(f"{name} {told[key]}" for key, name in names.items() if told.get(key))
 
 
 def measured_on(settings: dict[str, Any]) -> str:

@@ -23,6 +23,9 @@ NETWORKS = {
 }
 """`network.architecture`: the module that holds its `Generator` and `Discriminator`, imported when one is built."""
 
+CONDITIONAL = "pipeline.model.conditional"
+"""The module of the networks that read a label, which are built when `network.label` names one."""
+
 LOSSES = {
     "non_saturating": "pipeline.model.losses.non_saturating",
     "hinge": "pipeline.model.losses.hinge",
@@ -52,6 +55,15 @@ def _kinds(value: Any) -> str:
     if unknown := [name for name in names if name not in (*AUGMENTATIONS, "")]:
         raise ValueError(f"no such kind {unknown[0]!r}; expected some of {', '.join(AUGMENTATIONS)}")
     return ",".join(kind for kind in AUGMENTATIONS if kind in names)
+
+
+def _names(value: Any) -> Any:
+    """Return a name, or names between commas, as a list."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+LARGEST_CLASSES = 1000
+"""Classes, or combinations of true-or-false labels, that a network can be conditioned on."""
 
 
 SWITCH = {True: "on", False: "off"}
@@ -95,6 +107,38 @@ class NetworkConfig(Section):
     """Values in z."""
     latent_distribution: Literal["uniform", "normal"] = "uniform"
     """U(-1, 1) (the paper's), or N(0, 1) (the tutorials')."""
+    label: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field((), exclude_if=lambda names: not names)
+    """Label of the data set that G and D are conditioned on, or several that are true or false; none by default."""
+    conditioning: Literal["projection", "concat"] = Field("projection", exclude_if=lambda kind: kind == "projection")
+    """How the networks read the label: a class's own BatchNorm and a projection, or beside every layer's input."""
+    classes: tuple[str, ...] = Field((), max_length=LARGEST_CLASSES, exclude_if=lambda names: not names)
+    """The label's values in the order in which the networks have them. A run takes them from its data set."""
+    class_images: tuple[int, ...] = Field((), max_length=LARGEST_CLASSES, exclude_if=lambda counts: not counts)
+    """Images of each class in the training set. A run counts them."""
+
+    @model_validator(mode="after")
+    def _classes_belong_to_the_label(self) -> "NetworkConfig":
+        if not self.label:
+            if self.classes or self.class_images or self.conditioning != "projection":
+                raise ValueError("classes and conditioning belong to network.label, which is not set")
+            return self
+        if len({*self.label}) < len(self.label) or len({*self.classes}) < len(self.classes):
+            raise ValueError("a name in network.label or network.classes stands there twice")
+        if len(self.label) > 1 and any(len(c) != len(self.label) or {*c} - {*"01"} for c in self.classes):
+            raise ValueError(f"network.classes: expected a 0 or 1 for each of the {len(self.label)} labels")
+        if self.class_images and (len(self.class_images) != len(self.classes) or min(self.class_images) < 1):
+            raise ValueError("network.class_images: expected a number above 0 for each of network.classes")
+        return self
+
+    @property
+    def label_dim(self) -> int:
+        """Values that the networks read of a label: one for each class, or for each of several labels."""
+        return len(self.label) if len(self.label) > 1 else len(self.classes)
+
+    @property
+    def class_titles(self) -> tuple[str, ...]:
+        """The classes as people name them."""
+        return class_titles(self.label, self.classes)
 
 
 class RecipeConfig(Section):
@@ -219,7 +263,10 @@ class RunConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide what is learned, as {"section.key": value}."""
-        return {f"{s}.{k}": v for s in self.IDENTITY for k, v in getattr(self, s).model_dump().items()}
+        sections = {name: getattr(self, name) for name in self.IDENTITY}
+        settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
+        del settings["network.class_images"]  # it follows from the data, which has a fingerprint
+        return settings
 
     def check_processes(self, num_processes: int) -> None:
         """Raise ConfigConflict unless batch, streams and accumulation divide over `num_processes` ranks."""

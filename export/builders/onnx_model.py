@@ -18,13 +18,14 @@ from export.format.onnx_file import check_network, load_checked, metadata
 from export.samplers.base import Sampler
 from export.samplers.onnx import create_session, open_onnx
 from export.samplers.open import cpu_onnx_backends
-from pipeline.checkpoints.reference import LoadedGenerator, load_generator
+from pipeline.checkpoints.reference import LoadedGenerator, load_generator, require_unconditional
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.machine import available_threads, versions
 from pipeline.common.storage import require_writable, sha256_bytes
 from pipeline.model.networks import Generator
 
 OPSET = 20
+NO_LABELS = "exported models read z alone"
 
 
 def export_onnx(
@@ -48,6 +49,7 @@ def export_onnx(
         raise UsageError(f"--name {name}: expected a name that ends in .onnx")
     require_writable(folder)  # before the work
     loaded = load_generator(reference)
+    require_unconditional(loaded, NO_LABELS)
     data = build(loaded, precision, output, max_batch)
     z, image = ports(loaded.config, output)
     card = Card(

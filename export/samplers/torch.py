@@ -13,7 +13,7 @@ from export.format.driver import driver_version
 from export.format.graph import DeployedGenerator
 from export.samplers.base import BATCH_ON_CPU, BATCH_ON_GPU, Sampler
 from export.samplers.cuda import CudaSampler, memory_errors
-from pipeline.checkpoints.reference import LoadedGenerator, load_generator
+from pipeline.checkpoints.reference import LoadedGenerator, load_generator, require_unconditional
 from pipeline.common.errors import UnavailableError
 from pipeline.model.sampling import to_uint8
 
@@ -31,6 +31,7 @@ def open_checkpoint(
     if precision == "fp16" and not cuda:
         raise UnavailableError("fp16 arithmetic in PyTorch needs an NVIDIA GPU; on the CPU use fp32")
     loaded = load_generator(reference)
+    require_unconditional(loaded, "samplers read z alone")
     if cuda:
         chosen = "cuda-graphs" if backend == "auto" else backend
         with memory_errors(batch or BATCH_ON_GPU):

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pipeline.checkpoints.examples import read_examples
 from pipeline.checkpoints.store import CHECKPOINTS, STATE, CheckpointStore
 from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize
-from pipeline.common.errors import DataError
+from pipeline.common.errors import DataError, UsageError
 from pipeline.common.records import LARGEST, first_problem
 from pipeline.common.storage import Store, is_url, locate, public_name, sha256_bytes
 from pipeline.config import NetworkConfig
@@ -61,6 +61,12 @@ class LoadedDiscriminator:
     def reference(self) -> str:
         """The file as results name it."""
         return public_reference(self.source)
+
+
+def require_unconditional(loaded: LoadedGenerator | LoadedDiscriminator, what: str) -> None:
+    """Raise UsageError for a network that reads a label, which `what` does not give it."""
+    if loaded.config.label:
+        raise UsageError(f"{loaded.source}: is conditioned on {', '.join(loaded.config.label)}, and {what}")
 
 
 def public_reference(source: str) -> str:
@@ -149,9 +155,12 @@ def _resolve(reference: str, kind: Kind) -> tuple[Store, str]:
 
 def _network_config(card: dict[str, Any], source: str) -> NetworkConfig:
     try:
-        return NetworkConfig.model_validate(card.get("network"))
+        config = NetworkConfig.model_validate(card.get("network"))
     except ValidationError as error:
         raise DataError(f"{source}: its network is of another version: {first_problem(error)}") from None
+    if config.label and not config.class_images:
+        raise DataError(f"{source}: is conditioned on {', '.join(config.label)}, but does not say on which classes")
+    return config
 
 
 def _images_seen(card: dict[str, Any], source: str) -> int | None:

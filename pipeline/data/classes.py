@@ -11,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import ConfigConflict, DataError, UsageError
+from pipeline.config import LARGEST_CLASSES
 from pipeline.data.dataset import Dataset, Shard
 from pipeline.data.loading.shard_cache import open_cache
 from pipeline.data.shard_reader import shard_columns, tar_columns
-
-LARGEST_CLASSES = 1000
-"""Classes, or combinations of true-or-false labels, that a network can be conditioned on."""
 
 
 @dataclass(frozen=True)

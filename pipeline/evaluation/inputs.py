@@ -6,7 +6,13 @@ import shutil
 import tempfile
 from typing import Any
 
-from pipeline.checkpoints.reference import LoadedDiscriminator, LoadedGenerator, load_discriminator, load_generator
+from pipeline.checkpoints.reference import (
+    LoadedDiscriminator,
+    LoadedGenerator,
+    load_discriminator,
+    load_generator,
+    require_unconditional,
+)
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.storage import public_name
 from pipeline.config import NetworkConfig
@@ -21,6 +27,11 @@ from pipeline.evaluation.pictures import FILTER, open_pictures
 def generator(ckpt: str) -> tuple[LoadedGenerator, dict[str, Any]]:
     """Return the generator that `--ckpt` names, on the device, with its description for the results."""
     loaded = load_generator(ckpt)
+    require_unconditional(loaded, "this command makes images of z alone; ask for swd, ms-ssim, fid or kid")
+    return _on_device(loaded)
+
+
+def _on_device(loaded: LoadedGenerator) -> tuple[LoadedGenerator, dict[str, Any]]:
     loaded.generator.to(device()).requires_grad_(False)
     return loaded, {"kind": f"generator ({loaded.kind})", **_describe(loaded)}
 
@@ -93,7 +104,7 @@ def fakes(ckpt: str | None, samples: str | None, count: int, seed: int) -> tuple
     if (ckpt is None) == (samples is None):
         raise UsageError("give either --ckpt (a checkpoint) or --samples (images), and not both")
     if ckpt is not None:
-        loaded, description = generator(ckpt)
+        loaded, description = _on_device(load_generator(ckpt))
         return GeneratedImages(loaded.generator, count, seed), description
     assert samples is not None
     images = ShardImages(data_set(samples, limit=count), count)

@@ -27,10 +27,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 @torch.no_grad()
-def measure_statistics(network: Network, batches: Iterable[Tensor]) -> Network:
+def measure_statistics(network: Network, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> Network:
     """Replace the running BatchNorm statistics of `network` by their averages over `batches`; return it in eval mode.
 
-    Every batch weighs the same, so give batches of one size. A network without BatchNorm reads none of them.
+    A batch is the network's input, or a tuple of its inputs. Every batch weighs the same, so give batches of one size.
+    A network without BatchNorm reads none of them.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -40,7 +41,7 @@ def measure_statistics(network: Network, batches: Iterable[Tensor]) -> Network:
     if norms:
         network.train()
         for batch in batches:
-            network(batch)
+            network(*batch) if isinstance(batch, tuple) else network(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return network.eval()

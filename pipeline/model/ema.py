@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.common.randomness import Purpose
 from pipeline.model.batchnorm import measure_statistics
-from pipeline.model.latents import latents
+from pipeline.model.labels import generator_inputs
 from pipeline.model.networks import Generator
 
 BATCHNORM_IMAGES = 1_024
@@ -59,7 +59,9 @@ def estimate_batchnorm(generator: Generator, seed: int, images: int = BATCHNORM_
     config = generator.config
     device = next(generator.parameters()).device
     batches = (
-        latents(seed, Purpose.BATCHNORM, start, BATCHNORM_BATCH, config.latent_dim, config.latent_distribution)
+        generator_inputs(config, seed, Purpose.BATCHNORM, start, BATCHNORM_BATCH)
         for start in range(0, images, BATCHNORM_BATCH)
     )
-    return measure_statistics(generator, (torch.from_numpy(z).to(device) for z in batches))
+    return measure_statistics(
+        generator, (tuple(torch.from_numpy(values).to(device) for values in batch) for batch in batches)
+    )

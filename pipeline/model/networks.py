@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.common.randomness import Purpose, raw_bits
-from pipeline.config import NETWORKS
+from pipeline.config import CONDITIONAL, NETWORKS
 
 if TYPE_CHECKING:
     from pipeline.config import NetworkConfig
@@ -88,27 +88,27 @@ class Discriminator(nn.Module):
 
 def build_generator(config: "NetworkConfig") -> Generator:
     """Return the generator that `config.architecture` names, with PyTorch's initial weights."""
-    network = import_module(NETWORKS[config.architecture]).Generator(config)
+    network = import_module(CONDITIONAL if config.label else NETWORKS[config.architecture]).Generator(config)
     assert isinstance(network, Generator)
     return network
 
 
 def build_discriminator(config: "NetworkConfig") -> Discriminator:
     """Return the discriminator that `config.architecture` names, with PyTorch's initial weights."""
-    network = import_module(NETWORKS[config.architecture]).Discriminator(config)
+    network = import_module(CONDITIONAL if config.label else NETWORKS[config.architecture]).Discriminator(config)
     assert isinstance(network, Discriminator)
     return network
 
 
 def initialize(network: nn.Module, seed: int, *, lane: int) -> None:
-    """Draw the paper's initial weights in place: convolutions N(0, 0.02), BN scale N(1, 0.02), shifts 0.
+    """Draw the paper's initial weights in place: convolutions and embeddings N(0, 0.02), BN scale N(1, 0.02), shifts 0.
 
     A pure function of (seed, lane); give G and D different lanes.
     """
     word = int(raw_bits(seed, Purpose.INITIALIZE, 0, 1, lane=lane)[0] >> 1)
     generator = torch.Generator().manual_seed(word)
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             nn.init.normal_(module.weight, 0.0, 0.02, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

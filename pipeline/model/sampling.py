@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.common.imaging import PIXEL_OFFSET, PIXEL_SCALE, Pixels
 from pipeline.common.randomness import Purpose
+from pipeline.model.labels import generator_inputs, label_values
 from pipeline.model.latents import latents
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 """Images that the generator makes at once."""
+GRID_CLASSES, GRID_COLUMNS = 16, 8
+"""Rows and columns of the grid of a conditional generator."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -36,17 +39,37 @@ def to_float(
 
 
 @torch.no_grad()
-def images_of(generator: "Generator", z: NDArray[np.float32]) -> Pixels:
-    """Return the images of z (N, latent_dim) by a generator in eval mode: uint8 (N, size, size, channels)."""
+def images_of(generator: "Generator", z: NDArray[np.float32], *label: NDArray[np.float32]) -> Pixels:
+    """Return the images of z (N, latent_dim) by a generator in eval mode: uint8 (N, size, size, channels).
+
+    One that reads a label needs it too, (N, label_dim).
+    """
     config, device = generator.config, next(generator.parameters()).device
     images = [torch.empty(0, config.image_size, config.image_size, config.channels, dtype=torch.uint8)]
     for start in range(0, len(z), BLOCK):
-        block = torch.from_numpy(np.ascontiguousarray(z[start : start + BLOCK], np.float32))
-        images.append(to_uint8(generator(block.to(device))).cpu())
+        blocks = [np.ascontiguousarray(values[start : start + BLOCK], np.float32) for values in (z, *label)]
+        images.append(to_uint8(generator(*(torch.from_numpy(block).to(device) for block in blocks))).cpu())
     return torch.cat(images).numpy()
 
 
 def sample(generator: "Generator", seed: int, purpose: Purpose, start: int, count: int) -> Pixels:
-    """Return samples `start` to `start + count` of an eval-mode generator, uint8 (count, size, size, channels)."""
+    """Return samples `start` to `start + count` of an eval-mode generator, uint8 (count, size, size, channels).
+
+    Their labels are drawn as in training.
+    """
+    return images_of(generator, *generator_inputs(generator.config, seed, purpose, start, count))
+
+
+def class_grid(generator: "Generator", seed: int) -> list[tuple[str, Pixels]]:
+    """Return rows of (class, samples of it) of an eval-mode generator, which share their z from row to row.
+
+    Of more than GRID_CLASSES classes, those with the most training images.
+    """
     config = generator.config
-    return images_of(generator, latents(seed, purpose, start, count, config.latent_dim, config.latent_distribution))
+    order = np.argsort(-np.asarray(config.class_images, np.int64), kind="stable")
+    shown = np.sort(order[:GRID_CLASSES])
+    z = latents(seed, Purpose.GRID, 0, GRID_COLUMNS, config.latent_dim, config.latent_distribution)
+    labels = label_values(config, np.repeat(shown, GRID_COLUMNS))
+    images = images_of(generator, np.tile(z, (len(shown), 1)), labels)
+    rows = np.split(images, len(shown))
+    return [(config.class_titles[index], row) for index, row in zip(shown.tolist(), rows, strict=True)]

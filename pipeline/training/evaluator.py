@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline.common.imaging import Pixels, grid, save_png
+from pipeline.common.imaging import Pixels, grid, labeled_sheet, save_png
 from pipeline.common.randomness import Purpose
 from pipeline.common.ranks import ranks_of
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset
 from pipeline.data.loading.loader import run_loader
 from pipeline.model.networks import Generator
-from pipeline.model.sampling import sample
+from pipeline.model.sampling import class_grid, sample
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,10 +46,16 @@ class Evaluator:
             self._features = FeatureMeter(schedule.extractor, sha256, self.seed, ranks_of(accelerator))
 
     def draw_grid(self, generator: Generator, images_seen: int) -> None:
-        """Write FOLDER/IMAGES_SEEN.png, a grid of the fixed samples of `generator`; the main process writes."""
+        """Write FOLDER/IMAGES_SEEN.png, a grid of the fixed samples of `generator`; the main process writes.
+
+        Of a conditional generator, a row for each class, of the same z.
+        """
         if self.accelerator.is_main_process:
-            samples = sample(generator, self.seed, Purpose.GRID, 0, GRID_SIDE**2)
-            save_png(self.folder / f"{images_seen:09d}.png", grid(samples, GRID_SIDE))
+            if generator.config.label:
+                picture = labeled_sheet(class_grid(generator, self.seed))
+            else:
+                picture = grid(sample(generator, self.seed, Purpose.GRID, 0, GRID_SIDE**2), GRID_SIDE)
+            save_png(self.folder / f"{images_seen:09d}.png", picture)
 
     def measure(self, generator: Generator) -> dict[str, float]:
         """Return the numbers that `pipeline.evaluation.metrics.quality.quality` describes, equal on all ranks.

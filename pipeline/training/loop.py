@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.common.ranks import ranks_of
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import RunConfig
+from pipeline.data.classes import Classes
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.loading.device_set import AnyLoader, open_loader
 from pipeline.model.latents import latent_batches
@@ -27,6 +28,7 @@ from pipeline.training.run_log import RunLog
 from pipeline.training.schedule import Due, Schedule
 from pipeline.training.step import AdversarialStep
 from pipeline.training.stop_requests import StopRequests, stopped
+from pipeline.training.update.labels import label_batches, with_classes
 from pipeline.training.watchdog import Watchdog
 from pipeline.training.window import Window
 
@@ -61,14 +63,15 @@ def train(
         requests = resources.enter_context(StopRequests())  # not earlier: until here there is nothing to save
 
         # The data; the run directory, in which only the main process writes; the networks, and where the run stands.
-        def open_run() -> tuple[Dataset, RunDirectory | None, CheckpointManager]:
+        def open_run() -> tuple[Dataset, RunConfig, Classes | None, RunDirectory | None, CheckpointManager]:
             dataset = open_dataset(data)
             check_settings(config, dataset, accelerator)
+            settled, classes = with_classes(config, dataset)
             run = resources.enter_context(RunDirectory(out, dataset.location)) if main else None
-            manager = CheckpointManager(config, describe_run(config, dataset), accelerator, out, mirror)
-            return dataset, run, manager
+            manager = CheckpointManager(settled, describe_run(settled, dataset), accelerator, out, mirror)
+            return dataset, settled, classes, run, manager
 
-        dataset, run, manager = together(accelerator, open_run)
+        dataset, config, classes, run, manager = together(accelerator, open_run)
         check_ranks_agree(config, dataset, accelerator)
         checkpoint = manager.find(resume, allow_change)
         step = AdversarialStep(config, accelerator)
@@ -97,6 +100,7 @@ def train(
         window = Window(accelerator, requests, step.statistics, seen, checkpoint)
         schedule, stop = Schedule(config.schedule, window.begin, recipe.batch), 0
         latents = latent_batches(config, start=seen, rank=rank, world_size=world_size)
+        labels = label_batches(config, dataset, classes, start=seen, rank=rank, world_size=world_size)
         resources.callback(lambda: manager.close(hurry=bool(stop)))
         resources.callback(watchdog.close)  # before the mirror is waited for
         boundary = Boundary(accelerator, step, window, evaluator, manager, schedule, run_log)
@@ -110,7 +114,7 @@ def train(
             z = next(latents)
             if on_batch is not None:
                 on_batch(seen, reals, z)
-            step.update(reals, z, seen)
+            step.update(reals, z, seen, next(labels))
             seen += recipe.batch
             window.add(recipe.batch, seconds := time.perf_counter() - start)
             run_log.step(seconds)

@@ -55,7 +55,10 @@ def check_ranks_agree(config: RunConfig, dataset: Dataset, accelerator: Accelera
     mine["data"] = dataset.fingerprint()[:12]
     first, *others = gather_object([mine])
     for rank, other in enumerate(others, 1):
-        if different := [f"{key} {first[key]} and {other[key]}" for key in first if first[key] != other[key]]:
+        keys = sorted(first.keys() | other.keys())
+        if different := [
+            f"{key} {first.get(key)} and {other.get(key)}" for key in keys if first.get(key) != other.get(key)
+        ]:
             raise ConfigConflict(
                 f"ranks 0 and {rank} have different settings: {'; '.join(different)}. "
                 "Start all of them with the same options and data (without --preset, each reads its own --out)"

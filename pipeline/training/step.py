@@ -60,7 +60,9 @@ class AdversarialStep:
         self._rank = accelerator.process_index, accelerator.num_processes
         self._values = sum(values_of(recipe).values())
         z_dtype = self.precision or self.dtype
-        self.inputs = Inputs(shape, network.latent_dim, z_dtype, self.device, self._values, self.dtype)
+        self._labeled = bool(network.label)
+        sizes = network.latent_dim, z_dtype, self.device, self._values, self.dtype, network.label_dim
+        self.inputs = Inputs(shape, *sizes)
         self.statistics = torch.zeros(len(STATISTICS), device=self.device, dtype=torch.float32)
         """The sums over updates of this rank's means: float32 (len(STATISTICS),). Who reads them sets them to 0."""
         self._sums, self._deviations = self.statistics[: len(SUMMED)], self.statistics[len(SUMMED) :]
@@ -111,18 +113,25 @@ class AdversarialStep:
             reduce_gradients(network, self.accelerator, compress=runtime.compress_gradients) for network in passes
         )
 
-    def update(self, reals: NDArray[np.uint8] | Tensor, z: NDArray[np.float32], position: int = 0) -> None:
+    def update(
+        self,
+        reals: NDArray[np.uint8] | Tensor,
+        z: NDArray[np.float32],
+        position: int = 0,
+        labels: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    ) -> None:
         """Update D, then G, then the average, on this rank's share of a global batch.
 
         reals (n, size, size, channels) uint8, an array or a tensor, which may be the device's; z (n, latent_dim)
-        float32. `position`, the images seen before, decides what options beyond the paper do. The means over this
-        rank's share are added to `statistics`; one that is not finite counts as 0.
+        float32. `position`, the images seen before, decides what options beyond the paper do. `labels` are those of
+        the reals and of the fakes of a conditional network, each (n, label_dim). The means over this rank's share are
+        added to `statistics`; one that is not finite counts as 0.
         """
         recipe, chances = self.recipe, None
         if self._values:
             chances = draw_chances(recipe, position, *self._rank)
         with on_stream(self._stream):
-            self.inputs.feed(reals, z, chances)
+            self.inputs.feed(reals, z, chances, None if labels is None else np.concatenate(labels, axis=1))
             penalized = any(self._gammas) and position // recipe.batch % recipe.penalty_interval == 0
             self._fakes = self._run_penalized() if penalized else self._run()
 
@@ -133,6 +142,7 @@ class AdversarialStep:
         """
         reals = self._reals()
         latents = self.inputs.z.chunk(self.micro_batches)
+        real_labels, fake_labels = self._labels()
         fakes: list[Tensor] = []
         losses_d: list[Tensor] = []
         losses_g: list[Tensor] = []
@@ -141,12 +151,13 @@ class AdversarialStep:
         self._weights_d.cast()
 
         for index, (real, z) in enumerate(zip(reals, latents, strict=True)):
+            labels = real_labels[index], fake_labels[index]
             with self._reduce_only_last(self._ddp_d, index):
                 with self._autocast:  # left before the backward pass; inside it, each weight is cast once
-                    fake = self._fake(z)  # (n / micro_batches, channels, size, size) in [-1, 1]
+                    fake = self._fake(z, *labels[1])  # (n / micro_batches, channels, size, size) in [-1, 1]
                     images = [leaf(one, self.dtype) if any(gammas) else one for one in (real, fake.detach())]
                     seen = [self._seen(one, index, use) for one, use in zip(images, (Use.REAL, Use.FAKE), strict=True)]
-                    logits = [self._ddp_d(one).to(self.dtype) for one in seen]
+                    logits = [self._ddp_d(one, *label).to(self.dtype) for one, label in zip(seen, labels, strict=True)]
                 terms = [gradient_penalty(*each) for each in zip(logits, images, gammas, strict=True) if each[-1]]
                 losses_d.append(self._backward(self.loss.discriminator_loss(*logits), *terms))
             fakes.append(fake)
@@ -158,11 +169,11 @@ class AdversarialStep:
         for index, (real, z) in enumerate(zip(reals, latents, strict=True)):
             with self._reduce_only_last(self._ddp_g, index):
                 with self._autocast:
-                    fake = fakes[0] if self.micro_batches == 1 else self._ddp_g(z)
-                    seen = [self._seen(fake, index, Use.FAKE_OF_GENERATOR)]
+                    fake = fakes[0] if self.micro_batches == 1 else self._ddp_g(z, *fake_labels[index])
+                    inputs = [(self._seen(fake, index, Use.FAKE_OF_GENERATOR), *fake_labels[index])]
                     if self._pairs:
-                        seen.append(self._seen(real, index, Use.REAL_OF_GENERATOR))
-                    logits_g = [self._pass_d(one).to(self.dtype) for one in seen]  # without D's reducer
+                        inputs.append((self._seen(real, index, Use.REAL_OF_GENERATOR), *real_labels[index]))
+                    logits_g = [self._pass_d(*each).to(self.dtype) for each in inputs]  # without D's reducer
                 losses_g.append(self._backward(self.loss.generator_loss(*logits_g)))
         self._weights_d.require_gradients(True)
         norm_g = self._weights_g.apply()
@@ -180,6 +191,12 @@ class AdversarialStep:
         """Return the real images of each micro-batch, (n / micro_batches, channels, size, size) in [-1, 1]."""
         pixels = flip(self.inputs.reals, self.inputs.chances[:, 0]) if self.recipe.flips else self.inputs.reals
         return to_float(pixels, self.dtype, self.memory_format).chunk(self.micro_batches)
+
+    def _labels(self) -> list[list[tuple[Tensor, ...]]]:
+        """Return what the networks read beside the reals, and beside the fakes, of each micro-batch: (label,) or ()."""
+        if not self._labeled:
+            return [[()] * self.micro_batches] * 2
+        return [[(part,) for part in half.chunk(self.micro_batches)] for half in self.inputs.labels.chunk(2, 1)]
 
     def _seen(self, images: Tensor, index: int, use: Use) -> Tensor:
         """Return what D sees of the images of micro-batch `index`."""
@@ -213,16 +230,16 @@ class AdversarialStep:
         scaled.backward(self._share)
         return loss.detach()
 
-    def _fake(self, z: Tensor) -> Tensor:
+    def _fake(self, z: Tensor, *label: Tensor) -> Tensor:
         """Return the fake batch that both updates share, as in dcgan.torch and the tutorials.
 
         Accumulation keeps no graphs: micro-batches are made again for G's update, from the same z and weights.
         """
         if self.micro_batches == 1:
-            shared: Tensor = self._ddp_g(z)
+            shared: Tensor = self._ddp_g(z, *label)
             return shared
         with torch.no_grad():
-            images: Tensor = self._pass_g(z)
+            images: Tensor = self._pass_g(z, *label)
             return images
 
     def _reduce_only_last(self, network: nn.Module, index: int) -> AbstractContextManager[object]:

@@ -49,7 +49,9 @@ def network_of_presets() -> list[tuple[str, NetworkConfig]]:
     """Return each architecture among the presets once, under the name of the first that has it."""
     found: dict[NetworkConfig, str] = {}
     for preset in preset_names():
-        found.setdefault(load_config(preset).network, preset)
+        network = load_config(preset).network
+        if not network.label:  # its classes are those of a data set
+            found.setdefault(network, preset)
     return [(name, config) for config, name in found.items()]
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from pipeline.common.randomness import Purpose
 from pipeline.config import RunConfig, load_config
 from pipeline.model.ema import EMA
+from pipeline.model.labels import draw_labels
 from pipeline.model.latents import latents
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.step import deviation
@@ -25,6 +26,8 @@ from pipeline.training.step import deviation
 PENALIZED = ["loss=relativistic", "r1=2", "r2=3", "penalty_interval=2"]
 BEYOND = [*PENALIZED, "flips=true", "augment=color,translation,cutout"]
 """Options beyond the paper, together."""
+LABELED = ["label=digit", "classes=['0','1','2']", "class_images=[5,1,4]"]
+"""A network that reads a label, by projection."""
 TINY = ["image_size=32", "width=4", "latent_dim=8", "batch=16", "streams=8"]
 
 
@@ -33,6 +36,14 @@ def batch_of(config: RunConfig) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, A
     size = network.image_size
     reals = np.random.Generator(np.random.Philox(1)).integers(0, 256, (count, size, size, network.channels), np.uint8)
     return reals, latents(0, Purpose.TRAIN, 0, count, network.latent_dim)
+
+
+def labels_of(config: RunConfig) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+    """Return labels of reals and of fakes for `batch_of`; None for a network without a label."""
+    network, count = config.network, config.recipe.batch
+    if not network.label:
+        return None
+    return draw_labels(network, 1, Purpose.TRAIN, 0, count), draw_labels(network, 0, Purpose.TRAIN, 0, count)
 
 
 def plain_updates(config: RunConfig, count: int) -> dict[str, torch.Tensor]:
@@ -44,16 +55,18 @@ def plain_updates(config: RunConfig, count: int) -> dict[str, torch.Tensor]:
     optimizer_g, optimizer_d = adam(generator.parameters()), adam(discriminator.parameters())
     reals, z = batch_of(config)
     real = torch.from_numpy(reals).permute(0, 3, 1, 2).double() / 127.5 - 1
+    labels = [[torch.from_numpy(half).double()] for half in labels_of(config) or ()]
+    of_reals, of_fakes = labels or ([], [])
     bce = nn.BCEWithLogitsLoss()
     ones, zeros = torch.ones(len(z)).double(), torch.zeros(len(z)).double()
     for _ in range(count):
         discriminator.zero_grad()
-        fake = generator(torch.from_numpy(z).double())
-        bce(discriminator(real), ones).backward()
-        bce(discriminator(fake.detach()), zeros).backward()
+        fake = generator(torch.from_numpy(z).double(), *of_fakes)
+        bce(discriminator(real, *of_reals), ones).backward()
+        bce(discriminator(fake.detach(), *of_fakes), zeros).backward()
         optimizer_d.step()
         generator.zero_grad()
-        bce(discriminator(fake), ones).backward()
+        bce(discriminator(fake, *of_fakes), ones).backward()
         optimizer_g.step()
     return {**generator.state_dict(prefix="g."), **discriminator.state_dict(prefix="d.")}
 
@@ -66,7 +79,7 @@ sys.path[:0] = {tests!r}
 from pipeline.config import load_config
 from pipeline.training.accelerator import make_accelerator
 from pipeline.training.step import AdversarialStep
-from test_step import batch_of
+from test_step import batch_of, labels_of
 options = json.loads(sys.argv[1])
 accelerator = make_accelerator()
 rank, world = accelerator.process_index, accelerator.num_processes
@@ -80,10 +93,11 @@ for case in options["cases"]:
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
     reals, z = batch_of(config)
+    labels = labels_of(config)
     rows = [*range(0, len(z), 2), *range(1, len(z), 2)] if case["in_ranks"] else [*range(rank, len(z), world)]
     for index in range(3):
         step.statistics.zero_()
-        step.update(reals[rows], z[rows], index * len(z))
+        step.update(reals[rows], z[rows], index * len(z), labels and tuple(half[rows] for half in labels))
     step.examine(images=True)
     found.append({{**step.generator.state_dict(prefix="g."), **step.discriminator.state_dict(prefix="d."),
                   **step.ema.generator.state_dict(prefix="e."), "statistics": step.statistics, "flags": [
@@ -125,11 +139,12 @@ def assert_equal_weights(found: dict[str, Any], expected: dict[str, Any], tolera
 
 def test_levers_equal_the_tutorial_in_float64(tmp_path: Path) -> None:
     plain, fast = ["channels_last=false", "fused_optimizer=false"], ["channels_last=true", "fused_optimizer=true"]
-    (one,) = updates(tmp_path, case(*plain), case(*fast), case(*fast, "compile=true"))
-    expected = plain_updates(load_config(overrides=TINY), 3)
-    for found in one:
+    concat = [*LABELED, "conditioning=concat"]
+    (one,) = updates(tmp_path, case(*plain), case(*fast), case(*fast, "compile=true"), case(*LABELED), case(*concat))
+    expected = [plain_updates(load_config(overrides=[*TINY, *more]), 3) for more in ([], LABELED, concat)]
+    for found, number in zip(one, (0, 0, 0, 1, 2), strict=True):
         # Adam divides by the root of tiny second moments, which magnifies rounding: 1e-10 of weights of 1e-2.
-        assert_equal_weights(found, expected, 1e-9)
+        assert_equal_weights(found, expected[number], 1e-9)
 
 
 @pytest.mark.parametrize("lever", ["compile=false", pytest.param("compile=true", marks=pytest.mark.slow)])
@@ -137,11 +152,13 @@ def test_two_processes_equal_one(tmp_path: Path, lever: str) -> None:
     """BatchNorm's statistics are those of each process, which one process does as those of each micro-batch."""
     fixed, own = case(batchnorm=False), case("accumulate=2", in_ranks=True)
     beyond, beyond_own = case(*BEYOND, batchnorm=False), case(*PENALIZED, "accumulate=2", in_ranks=True)
-    (one,) = updates(tmp_path, fixed, fixed, own, beyond, beyond, beyond_own)
+    labeled, labeled_own = case(*LABELED, batchnorm=False), case(*LABELED, "accumulate=2", in_ranks=True)
+    (one,) = updates(tmp_path, fixed, fixed, own, beyond, beyond, beyond_own, labeled, labeled_own)
     accumulated = case(lever, "accumulate=2", batchnorm=False)
     cases = [case(lever, batchnorm=False), accumulated, case(lever)]
     accumulated = case(*BEYOND, "accumulate=2", batchnorm=False)
     cases += [case(*BEYOND, batchnorm=False), accumulated, case(*PENALIZED)]
+    cases += [case(*LABELED, "accumulate=2", batchnorm=False), case(*LABELED)]
     ranks = updates(tmp_path, *cases, processes=2)
     for number, state in enumerate(one):
         expected = {name: value for name, value in state.items() if "running" not in name}

@@ -16,7 +16,8 @@ class Inputs:
     """One rank's share of a batch, always at the same place of the device.
 
     `reals` are uint8 (n, size, size, channels); `z` is (n, latent_dim) in the dtype that the networks take, `chances`
-    (n, values) in that of their weights.
+    (n, values) in that of their weights. `labels` are (n, 2 * label_dim) in the dtype of z: of the real images, then
+    of the fakes.
     """
 
     def __init__(
@@ -27,24 +28,28 @@ class Inputs:
         device: torch.device,
         values: int = 0,
         values_dtype: torch.dtype = torch.float32,
+        label_dim: int = 0,
     ) -> None:
         self.reals = torch.zeros(reals_shape, dtype=torch.uint8, device=device)
         self.z = torch.zeros((reals_shape[0], latent_dim), dtype=dtype, device=device)
         self.chances = torch.zeros((reals_shape[0], values), dtype=values_dtype, device=device)
+        self.labels = torch.zeros((reals_shape[0], 2 * label_dim), dtype=dtype, device=device)
         self._slots = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._slots = cycle([_Slot(self.reals), _Slot(self.reals)])
             self._z_slots = cycle([_Slot(self.z), _Slot(self.z)])
             self._chance_slots = cycle([_Slot(self.chances), _Slot(self.chances)] if values else ())
+            self._label_slots = cycle([_Slot(self.labels), _Slot(self.labels)] if label_dim else ())
 
     def feed(
         self,
         reals: NDArray[np.uint8] | Tensor,
         z: NDArray[np.float32] | Tensor,
         chances: NDArray[np.float32] | None = None,
+        labels: NDArray[np.float32] | None = None,
     ) -> None:
-        """Replace what is there; `chances` are left out where there are none.
+        """Replace what is there; `chances` and `labels` are left out where there are none.
 
         The host waits only for a copy that it began two batches ago. Called on the stream of the update, which then
         waits for the copies. Tensors of the device are copied there.
@@ -53,6 +58,8 @@ class Inputs:
         self._feed(self.z, z, self._z_slots if self._slots else None)
         if chances is not None:
             self._feed(self.chances, chances, self._chance_slots if self._slots else None)
+        if labels is not None:
+            self._feed(self.labels, labels, self._label_slots if self._slots else None)
 
     def _feed(self, buffer: Tensor, values: NDArray[Any] | Tensor, slots: Any) -> None:
         tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))

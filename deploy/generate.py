@@ -2,31 +2,40 @@
 
     dcgan-generate --model model.onnx --count 1000000 --out samples/
     dcgan-generate --model model.onnx --count 1000000 --out s3://bucket/samples --part 3/20
+    dcgan-generate --model model.onnx --count 64 --out pictures/ --format png --layout folder --sheet 8x8
     dcgan-generate merge s3://bucket/samples
 
 Image i depends on the model, the seed and i alone. An interrupted command resumes when it is run again.
 """
 
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.common.command_line import Version, plain_app, run_command
-from pipeline.common.errors import DataError, Stopped, UnavailableError, UsageError
+from pipeline.common.errors import DataError, Stopped, TryAgainError, UnavailableError, UsageError
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 
 if TYPE_CHECKING:
-    from deploy.generation.plan import Plan
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from deploy.generation.plan import Plan, ShardRange
     from export.samplers.base import Sampler
+    from pipeline.common.progress import Progress
     from pipeline.common.storage import Store
     from pipeline.common.telemetry import Telemetry
+
+MOST_SHEET_IMAGES = 10_000
+SHEET = "sheet.png"
 
 app = plain_app()
 
@@ -40,6 +49,13 @@ class Format(StrEnum):
     packed = "packed"
 
 
+class Layout(StrEnum):
+    """Choices of --layout."""
+
+    shards = "shards"
+    folder = "folder"
+
+
 @app.callback(invoke_without_command=True)
 def generate(
     context: typer.Context,
@@ -50,6 +66,15 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the latents.")] = 0,
     format: Annotated[Format, typer.Option(help="Encoding; packed is uncompressed uint8.")] = Format.webp,
     quality: Annotated[int, typer.Option(help="Quality of jpg and webp, 1 to 100; webp is lossless at 100.")] = 90,
+    layout: Annotated[
+        Layout, typer.Option(help="shards, which programs read; folder: plain files, 000000.png and so on.")
+    ] = Layout.shards,
+    sheet: Annotated[
+        str | None, typer.Option(help="ROWSxCOLUMNS: also one contact sheet of the first images, OUT/sheet.png.")
+    ] = None,
+    latents: Annotated[
+        str | None, typer.Option(help="The z of the images: a .npy of float32 (images, latent_dim); path or URL.")
+    ] = None,
     part: Annotated[
         str | None, typer.Option(help="i/N makes part i of N, from 0; N alone takes i from JOB_COMPLETION_INDEX.")
     ] = None,
@@ -72,6 +97,9 @@ def generate(
     """Sample images START to START + COUNT - 1 from a model. `merge` joins the parts of several runs."""
     if context.invoked_subcommand is not None:
         return
+    rows, columns = _sheet_of(sheet)
+    given = None if latents is None else _read_latents(latents, start)
+    count = count or (rows * columns if given is None else len(given))
     for name, value in (("--model", model), ("--count", count), ("--out", out)):
         if not value:
             raise UsageError(f"{name} is missing; see dcgan-generate --help")
@@ -87,6 +115,12 @@ def generate(
     ):
         if number is not None and not low <= number <= high:
             raise UsageError(f"{name} {number}: expected {low} to {high}")
+    if given is not None and count > len(given):
+        raise UsageError(f"--count {count}: --latents {latents} holds {len(given)} z")
+    if rows * columns > count:
+        raise UsageError(f"--sheet {sheet}: {rows * columns} images, but --count is {count}")
+    if layout is Layout.folder and format is Format.packed:
+        raise UsageError("--layout folder: packed images have no files of their own; choose --format png, jpg or webp")
     from pipeline.common.machine import available_cores
     from pipeline.common.partition import parse_partition
     from pipeline.common.telemetry import Telemetry
@@ -107,7 +141,10 @@ def generate(
                 encoders=encoders or available_cores(),
                 stop=stop,
                 telemetry=telemetry,
+                given=None if given is None else given[:count],
+                sheet=(rows, columns),
                 choices={
+                    "layout": None if layout is Layout.shards else layout.value,
                     "seed": seed,
                     "start": start,
                     "count": count,
@@ -129,10 +166,15 @@ def merge(
 
     The part that finishes last has written both files already. Run this when no part runs any more, to verify them.
     """
+    from deploy.generation.folder import is_folder, merge_folder
     from deploy.generation.manifest import MANIFEST, merge
     from pipeline.common.storage import Store
 
     store = Store(out)
+    if is_folder(store):
+        pictures = merge_folder(store, verify=not quick, tidy=True)
+        print(f"{pictures.images:,} pictures, {pictures.bytes:,} bytes: {store.path(MANIFEST)}")
+        return
     manifest = merge(store, verify=not quick, tidy=True)
     print(
         f"{manifest.images:,} images in {len(manifest.shards):,} shards, {manifest.bytes:,} bytes, "
@@ -157,11 +199,13 @@ def _generate(
     encoders: int,
     stop: threading.Event,
     telemetry: "Telemetry",
+    given: "NDArray[np.float32] | None",
+    sheet: tuple[int, int],
     choices: dict[str, Any],
 ) -> None:
-    """Make the shards of this part, and merge if no shard of another part is missing."""
-    from deploy.generation.manifest import begin, finish_shard, merge, missing, unfinished
-    from deploy.generation.pipeline import generate_shards
+    """Make the shards or pictures of this part, and merge if none of another part is missing."""
+    from deploy.generation.folder import begin_folder, merge_folder, unfinished_pictures
+    from deploy.generation.manifest import begin, merge, missing, unfinished
     from export.samplers.open import open_sampler
     from pipeline.common.progress import Progress
     from pipeline.common.storage import Store, require_writable
@@ -178,56 +222,173 @@ def _generate(
         telemetry.set("dcgan_generate_model_refused", 1)
         raise
     with sampler:
-        plan = _plan(sampler, choices)
-        if begin(store, plan):
+        plan = _plan(sampler, choices, given)
+        folder = plan.layout == "folder"
+        finished_before = (begin_folder if folder else begin)(store, plan)
+        if part.index == 0:
+            _write_sheet(store, sampler, plan, given, *sheet)
+        if finished_before:
             return _report(store, plan, 0, 0.0)
         shards = plan.shards()
         mine = [shards[position] for position in part.slice(len(shards))]
-        todo = unfinished(store, plan, mine)
+        todo = (unfinished_pictures if folder else unfinished)(store, plan, mine)
         total, left = sum(shard.images for shard in mine), sum(shard.images for shard in todo)
         telemetry.set("dcgan_generate_info", 1, backend=sampler.backend, provider=sampler.provider, format=plan.format)
         telemetry.set("dcgan_generate_target_images", total)
         telemetry.add("dcgan_generate_skipped_images_total", total - left)
         telemetry.set("dcgan_generate_last_shard_timestamp_seconds", time.time())
-        provenance = _provenance(sampler)
-        finished: list[int] = []
-
-        def finish(shard: Any, writer: Any) -> None:
-            record = finish_shard(store, plan, shard, writer, provenance)
-            finished.append(shard.images)
-            telemetry.add("dcgan_generate_written_bytes_total", record.shard.bytes)
-            telemetry.set("dcgan_generate_last_shard_timestamp_seconds", time.time())
-
-        def report_time(phase: str, seconds: float) -> None:
-            telemetry.add("dcgan_generate_phase_seconds_total", seconds, phase=phase)
-
-        def report_images(images: int) -> None:
-            progress.advance(images)
-            telemetry.add("dcgan_generate_images_total", images)
-
-        what = f"part {part}" if part.count > 1 else "generating"
         began = time.monotonic()
-        with Progress(what, total, done=total - left) as progress:
-            generate_shards(
-                sampler,
-                plan,
-                todo,
-                finish,
-                encoders=encoders,
-                stop=stop,
-                report_time=report_time,
-                report_images=report_images,
-            )
-    if sum(finished) < left:
-        raise Stopped(f"{store.location}: finished shards are kept; run the same command again to resume")
-    if missing(store, plan)[1] is None:
+        with Progress(f"part {part}" if part.count > 1 else "generating", total, done=total - left) as progress:
+            make = _make_pictures if folder else _make_shards
+            made = make(sampler, store, plan, todo, given, encoders, stop, telemetry, progress)
+    if made < left:
+        what = "pictures" if folder else "shards"
+        raise Stopped(f"{store.location}: finished {what} are kept; run the same command again to resume")
+    if folder:
+        with suppress(TryAgainError):  # other parts have not made theirs yet
+            merge_folder(store, tidy=part.count == 1)
+    elif missing(store, plan)[1] is None:
         merge(store)  # does not tidy: a retry of the same part may still be writing
     _report(store, plan, left, time.monotonic() - began)
 
 
-def _plan(sampler: "Sampler", choices: dict[str, Any]) -> "Plan":
-    """Return the plan that `sampler` and the options make."""
+def _make_shards(
+    sampler: "Sampler",
+    store: "Store",
+    plan: "Plan",
+    todo: "list[ShardRange]",
+    given: "NDArray[np.float32] | None",
+    encoders: int,
+    stop: threading.Event,
+    telemetry: "Telemetry",
+    progress: "Progress",
+) -> int:
+    """Make the shards `todo` and return how many images they hold, fewer when it was stopped."""
+    from deploy.generation.manifest import finish_shard
+    from deploy.generation.pipeline import generate_shards
+
+    provenance = _provenance(sampler)
+    finished: list[int] = []
+
+    def finish(shard: Any, writer: Any) -> None:
+        record = finish_shard(store, plan, shard, writer, provenance)
+        finished.append(shard.images)
+        telemetry.add("dcgan_generate_written_bytes_total", record.shard.bytes)
+        telemetry.set("dcgan_generate_last_shard_timestamp_seconds", time.time())
+
+    def report_time(phase: str, seconds: float) -> None:
+        telemetry.add("dcgan_generate_phase_seconds_total", seconds, phase=phase)
+
+    def report_images(images: int) -> None:
+        progress.advance(images)
+        telemetry.add("dcgan_generate_images_total", images)
+
+    generate_shards(
+        sampler,
+        plan,
+        todo,
+        finish,
+        encoders=encoders,
+        stop=stop,
+        given=given,
+        report_time=report_time,
+        report_images=report_images,
+    )
+    return sum(finished)
+
+
+def _make_pictures(
+    sampler: "Sampler",
+    store: "Store",
+    plan: "Plan",
+    todo: "list[ShardRange]",
+    given: "NDArray[np.float32] | None",
+    encoders: int,
+    stop: threading.Event,
+    telemetry: "Telemetry",
+    progress: "Progress",
+) -> int:
+    """Make the pictures `todo` and return how many, fewer when it was stopped."""
+    from deploy.generation.folder import generate_pictures
+
+    def report_images(images: int) -> None:
+        progress.advance(images)
+        telemetry.add("dcgan_generate_images_total", images)
+        telemetry.set("dcgan_generate_last_shard_timestamp_seconds", time.time())
+
+    return generate_pictures(
+        sampler,
+        plan,
+        todo,
+        store,
+        _provenance(sampler),
+        given=given,
+        threads=encoders,
+        stop=stop,
+        report_images=report_images,
+    )
+
+
+def _sheet_of(text: str | None) -> tuple[int, int]:
+    """Return the rows and columns of `--sheet ROWSxCOLUMNS`, or 0, 0 without it."""
+    if text is None:
+        return 0, 0
+    match = re.fullmatch(r"([0-9]{1,5})[x×]([0-9]{1,5})", text)
+    rows, columns = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= rows * columns <= MOST_SHEET_IMAGES:
+        raise UsageError(f"--sheet {text}: expected ROWSxCOLUMNS such as 8x8, at most {MOST_SHEET_IMAGES:,} images")
+    return rows, columns
+
+
+def _read_latents(location: str, start: int) -> "NDArray[np.float32]":
+    """Return the z in a .npy file. Raises UsageError for --start, DataError when the file holds something else."""
+    import io
+
+    import numpy as np
+
+    from pipeline.common.storage import locate
+
+    if start:
+        raise UsageError(f"--start {start}: with --latents the images are those of the file, from 0 on")
+    store, name = locate(location)
+    expected = "expected a .npy of float32 (images, latent_dim), all finite"
+    try:
+        z = np.load(io.BytesIO(store.read(name)), allow_pickle=False)
+    except (ValueError, EOFError, MemoryError):
+        raise DataError(f"--latents {location}: not a .npy file of numbers; {expected}") from None
+    if not isinstance(z, np.ndarray) or z.ndim != 2 or not z.size or z.dtype != np.float32 or not np.isfinite(z).all():
+        found = f"{z.dtype} {z.shape}" if isinstance(z, np.ndarray) else "several arrays"
+        raise DataError(f"--latents {location}: {found}; {expected}")
+    return np.ascontiguousarray(z)
+
+
+def _write_sheet(
+    store: "Store", sampler: "Sampler", plan: "Plan", given: "NDArray[np.float32] | None", rows: int, columns: int
+) -> None:
+    """Write the first `rows` times `columns` images of the generation as one picture; nothing for none."""
+    import numpy as np
+
+    from deploy.generation.pipeline import block_latents, cut, needed_blocks
+    from deploy.generation.plan import ShardRange
+    from pipeline.common.imaging import encode, grid
+
+    if not rows * columns:
+        return
+    wanted = [ShardRange(plan.start, plan.start + rows * columns)]
+    firsts = [block * plan.block_images for block in needed_blocks(wanted, plan.block_images)]
+    blocks = sampler.stream(block_latents(plan, first, given) for first in firsts)
+    parts = [part for first, images in zip(firsts, blocks, strict=True) for _, part in cut(wanted, first, images)]
+    store.write(SHEET, encode(grid(np.concatenate(parts), columns), "png"))
+    print(f"written: {store.path(SHEET)}")
+
+
+def _plan(sampler: "Sampler", choices: dict[str, Any], given: "NDArray[np.float32] | None") -> "Plan":
+    """Return the plan that `sampler` and the options make. Raises UsageError for z of another width."""
     from deploy.generation.plan import Plan, default_shard_images
+    from pipeline.common.storage import sha256_bytes
+
+    if given is not None and given.shape[1] != sampler.latent_dim:
+        raise UsageError(f"--latents: z of {given.shape[1]} values, but the model takes {sampler.latent_dim}")
 
     image_bytes = sampler.image_size**2 * sampler.channels
     shard_images = choices["shard_images"] or default_shard_images(image_bytes, choices["format"])
@@ -235,6 +396,7 @@ def _plan(sampler: "Sampler", choices: dict[str, Any]) -> "Plan":
         choices
         | {
             "shard_images": shard_images,
+            "latents_sha256": None if given is None else sha256_bytes(given.tobytes()),
             "model_sha256": sampler.model_sha256,
             "backend": sampler.backend,
             "block_images": sampler.batch,
@@ -260,12 +422,14 @@ def _provenance(sampler: "Sampler") -> Any:
 
 def _report(store: "Store", plan: "Plan", images: int, seconds: float) -> None:
     """Print what this process made and whether the generation is finished."""
+    from deploy.generation.folder import read_folder_manifest
     from deploy.generation.manifest import MANIFEST, read_manifest
 
+    finished = (read_folder_manifest if plan.layout == "folder" else read_manifest)(store) is not None
     made = (
         f"{images:,} images in {seconds:.1f} s ({images / seconds:,.0f} a second)" if images else "nothing left to do"
     )
-    if read_manifest(store) is not None:
+    if finished:
         print(f"{made}; all {plan.count:,} images are finished: {store.path(MANIFEST)}")
     else:
         print(f"{made}; other parts are not finished yet: {store.location}")

@@ -102,20 +102,29 @@ def begin(store: Store, plan: Plan) -> bool:
     # Looked for first, as a generation's is written last: another writer may finish it while we look.
     holds_dataset = store.exists(DATASET_FILE)
     manifest = read_manifest(store)
-    found = manifest.plan if manifest else read_plan(store)
+    claim(store, plan, manifest.plan if manifest else None, holds_dataset=holds_dataset)
+    return manifest is not None
+
+
+def claim(store: Store, plan: Plan, finished: Plan | None, *, holds_dataset: bool | None = None) -> None:
+    """Write `plan` into a folder without one; `finished` is that of its manifest. Else as `begin`."""
+    found = finished or read_plan(store)
     if found is None:
+        holds_dataset = store.exists(DATASET_FILE) if holds_dataset is None else holds_dataset
         if holds_dataset:
             raise ConfigConflict(f"{store.path(DATASET_FILE)}: --out already holds a data set; choose an empty folder")
+        if store.exists(MANIFEST):
+            raise ConfigConflict(f"{store.path(MANIFEST)}: --out already holds a generation; choose an empty folder")
         store.write(PLAN, _json(plan, 1))
     elif found != plan:
         ours, theirs = plan.model_dump(), found.model_dump()
-        difference = ", ".join(f"{key} {theirs[key]} != {ours[key]}" for key in ours if ours[key] != theirs[key])
+        keys = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+        difference = ", ".join(f"{key} {theirs.get(key)} != {ours.get(key)}" for key in keys)
         raise ConfigConflict(
             f"{store.location}: holds another generation ({difference}); use the same options, or choose another --out"
         )
     for folder in ("", RECORDS):
         store.remove_abandoned(folder)
-    return manifest is not None
 
 
 def read_plan(store: Store) -> Plan | None:

@@ -54,11 +54,13 @@ def generate_shards(
     *,
     encoders: int,
     stop: threading.Event,
+    given: NDArray[np.float32] | None = None,
     report_time: ReportTime = lambda phase, seconds: None,
     report_images: ReportImages = lambda images: None,
 ) -> None:
     """Make the images of `shards` (ascending) and hand each full shard to `finish`, which runs in a thread.
 
+    `given` are the z (count, latent_dim) of the whole generation, where they are not those of the plan's seed.
     Once `stop` is set, this drops the unfinished shard, finishes those that are being written, and returns.
     `report_time` is called from several threads. The first error of sampling, encoding or writing is raised.
     """
@@ -67,7 +69,7 @@ def generate_shards(
     in_turns = sampler.device == "cpu"
     with _ShardAssembler(plan, finish, encoders, in_turns, report_time, report_images) as assembler:
         firsts = [block * plan.block_images for block in needed_blocks(shards, plan.block_images)]
-        blocks = sampler.stream(block_latents(plan, first) for first in firsts)
+        blocks = sampler.stream(block_latents(plan, first, given) for first in firsts)
         began = time.perf_counter()
         for first, images in zip(firsts, blocks, strict=True):
             report_time("sample", time.perf_counter() - began)
@@ -175,11 +177,16 @@ class _ShardAssembler:
         self._report_time("write", time.perf_counter() - began)
 
 
-def block_latents(plan: Plan, first: int) -> NDArray[np.float32]:
-    """Return z of the whole block that begins at image `first`.
+def block_latents(plan: Plan, first: int, given: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Return z of the whole block that begins at image `first`: those of the seed, or the `given`, then zeros.
 
     Blocks are always whole, so an image does not depend on the range that it was made in.
     """
+    if given is not None:
+        block = np.zeros((plan.block_images, plan.latent_dim), np.float32)
+        rows = given[first : first + plan.block_images]
+        block[: len(rows)] = rows
+        return block
     return latents(plan.seed, Purpose.SAMPLE, first, plan.block_images, plan.latent_dim, plan.latent_distribution)
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from pipeline.common.imaging import Format
 from pipeline.common.records import LARGEST, Record
 from pipeline.common.storage import sha256_bytes
 from pipeline.data.dataset import LARGEST_IMAGE, Encoding
@@ -16,6 +17,9 @@ SHARD_BYTES = 32_000_000
 # because 32 MB is a limit.
 _ENCODED_SHARE = {"packed": 1.0, "png": 1.0, "webp": 0.3, "jpg": 0.3}
 _OVERHEAD_BYTES = {"packed": 24, "png": 2048, "webp": 2048, "jpg": 2048}
+
+LATER = ("layout", "latents_sha256")
+"""Fields that plans did not always have."""
 
 
 class Plan(Record):
@@ -43,7 +47,28 @@ class Plan(Record):
     quality: int | None
     """Quality of jpg and webp; null for packed and png."""
     shard_images: int = Field(ge=1, le=LARGEST)
-    """Images in a full shard. Shards begin at multiples of it."""
+    """Images in a full shard. Shards begin at multiples of it. Of plain pictures: the unit that parts share."""
+    layout: Literal["folder"] | None = None
+    """`folder`: a file for each image; null: shards."""
+    latents_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    """Hash of the z that were given, float32 (count, latent_dim); null: those of `seed`."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the later fields where they are null: plans of before keep their text and hash."""
+        values: dict[str, Any] = dump(self)
+        return {key: value for key, value in values.items() if value is not None or key not in LATER}
+
+    @property
+    def file_format(self) -> Format:
+        """The format of the pictures' files."""
+        assert self.format != "packed"
+        return self.format
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.image_size, self.image_size, self.channels
 
     def sha256(self) -> str:
         """Return the hash that all parts of one generation share."""

@@ -64,7 +64,9 @@ $(DEMO)/samples/manifest.json: $(DEMO)/model/model.json
 	$(BIN)/dcgan-generate --model $(DEMO)/model/model.onnx --count 1000 --out $(DEMO)/samples
 
 $(DEMO)/report.html: $(DEMO)/bench/bench.json $(DEMO)/samples/manifest.json
-	@echo "== 6/6 report"
+	@echo "== 6/6 animations, report"
+	$(BIN)/dcgan-eval progress $(DEMO)/run
+	$(BIN)/dcgan-eval walk --ckpt $(DEMO)/run
 	$(BIN)/dcgan-eval report $(DEMO)/run --bench $(DEMO)/bench/bench.json --out $@
 
 clean-demo: ## delete the demo's results

@@ -1,5 +1,6 @@
 """The commands of dcgan-eval that analyze a generator and its discriminator, mostly as the paper does."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -80,6 +81,63 @@ def interpolate(
 
     numbers = run_interpolate(folder, ckpt=ckpt, rows=rows, steps=steps, seed=seed)
     show({f"unevenness, {name}": value for name, value in numbers.items()}, folder, "interpolate")
+
+
+class Animated(StrEnum):
+    """Formats of moving pictures."""
+
+    webp = "webp"
+    gif = "gif"
+
+
+FramesPerSecond = Annotated[float, typer.Option("--fps", help="Frames a second.", min=0.1, max=60)]
+Moving = Annotated[Animated, typer.Option(help="webp is smaller and has all colors; gif is shown everywhere.")]
+
+
+@commands.command()
+def walk(
+    ckpt: Ckpt,
+    out: Out = None,
+    format: Moving = Animated.webp,
+    rows: Annotated[int, typer.Option(help="Rows of walks in a frame.", min=1, max=32)] = 2,
+    columns: Annotated[int, typer.Option(help="Walks in a row.", min=1, max=32)] = 4,
+    stops: Annotated[int, typer.Option(help="Random z of a walk.", min=2)] = 4,
+    steps: Annotated[int, typer.Option(help="Frames from one z to the next.", min=1)] = 12,
+    fps: FramesPerSecond = 12,
+    scale: Annotated[int, typer.Option(help="Enlarge the images so many times.", min=1, max=8)] = 2,
+    seed: Seed = 0,
+) -> None:
+    """Write an animation: walks along the sphere through random z, without an end (as Figure 4, moving)."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.animation import run_walk
+
+    numbers = run_walk(
+        folder,
+        ckpt=ckpt,
+        format=format.value,
+        rows=rows,
+        columns=columns,
+        stops=stops,
+        steps=steps,
+        frames_per_second=fps,
+        scale=scale,
+        seed=seed,
+    )
+    show(dict(numbers), folder, "walk")
+
+
+@commands.command()
+def progress(
+    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    out: Out = None,
+    format: Moving = Animated.webp,
+    fps: FramesPerSecond = 3,
+) -> None:
+    """Write an animation of the same 64 samples over the training of a run."""
+    folder = output_folder(out, str(run))
+    from pipeline.evaluation.animation import run_progress
+
+    show(dict(run_progress(folder, run=run, format=format.value, frames_per_second=fps)), folder, "progress")
 
 
 @commands.command()

@@ -50,7 +50,7 @@ class _Stored(BaseModel):
 
 @dataclass
 class Result:
-    """The result of one command: OUT/NAME.json and OUT/NAME*.png, which `write` writes, and nothing before it."""
+    """The result of one command: OUT/NAME.json and its pictures, which `write` writes, and nothing before it."""
 
     name: str
     out: Path
@@ -76,10 +76,14 @@ class Result:
         chart.savefig(buffer, format="png", dpi=110)
         self._add(buffer.getvalue(), caption, suffix)
 
-    def _add(self, png: bytes, caption: str, suffix: str) -> None:
-        name = f"{self.name}{suffix}.png"
+    def animation(self, data: bytes, format: str, caption: str) -> None:
+        """Add a moving picture, an encoded file of this format."""
+        self._add(data, caption, "", format)
+
+    def _add(self, data: bytes, caption: str, suffix: str, format: str = "png") -> None:
+        name = f"{self.name}{suffix}.{format}"
         self.pictures.append({"file": name, "caption": caption})
-        self._files[name] = png
+        self._files[name] = data
 
     def write(
         self,

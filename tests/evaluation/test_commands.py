@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import typer
 from evaluation_cases import Outcome
+from picture_files import make_picture
 
+from pipeline.common.imaging import save_png
 from pipeline.evaluation.cli import app
 from pipeline.evaluation.paper import arithmetic, features, forget, memorization, probe, turn
 
@@ -21,6 +23,8 @@ COMMANDS = {
     "classifier": "classifier --data {data} --epochs 1",
     "probe": "probe --ckpt {run} --data {data} --label kind --labels 20 --draws 2",
     "interpolate": "interpolate --ckpt {run} --rows 2 --steps 3",
+    "walk": "walk --ckpt {legible} --rows 1 --columns 4 --stops 2 --steps 3",
+    "progress": "progress {graded} --format gif",
     "arithmetic": "arithmetic --ckpt {legible} --expression '#3,7,9 - #1,2,4 + #5,6,8'",
     "turn": "turn --ckpt {legible} --classifier {classifier} --attribute bright --rows 2 --steps 3 --extreme 8",
     "neighbors": "neighbors --ckpt {run} --data {data} --count 13 --limit 200",
@@ -64,7 +68,18 @@ def line(
     def split(text: str) -> list[str]:
         import shlex
 
-        places = {"run": run, "legible": legible_run, "data": labeled, "gappy": gappy, "classifier": classifier_file}
+        graded = tmp_path / "graded"
+        for step in range(3):
+            (graded / "samples").mkdir(parents=True, exist_ok=True)
+            save_png(graded / f"samples/{step:09d}.png", make_picture(step, 32, 32))
+        places = {
+            "graded": graded,
+            "run": run,
+            "legible": legible_run,
+            "data": labeled,
+            "gappy": gappy,
+            "classifier": classifier_file,
+        }
         return [*shlex.split(text.format(**places, tmp=tmp_path)), "--out", str(tmp_path)]
 
     return split
@@ -126,6 +141,8 @@ def test_less_common_ways_end_well_too(command: str, evaluate: Evaluate, line: C
             "but only 139 are True among the 308 images to draw from; expected at most 278",
         ),
         ("probe --ckpt {run} --data {gappy} --label hat", "no such label"),
+        ("walk --ckpt {run} --stops 100 --steps 100", "10000 frames; expected at most 600"),
+        ("progress {run}", "samples: 0 grids; expected at least 2"),
         ("features --ckpt {run} --data {data} --layer 4", "layers 1 to 3"),
         (f"{FORGET} 0,0,32,32", "the boxes cover whole images"),
         (f"{FORGET} 8,8,240,24", "--region 8,8,240,24: not inside an image of 32x32 pixels"),

@@ -18,7 +18,7 @@ from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import BadImage, open_image, upright
 from pipeline.common.records import LARGEST, parse_json
 from pipeline.common.storage import Store, write_atomic
-from pipeline.evaluation.report import curves, sections
+from pipeline.evaluation.report import curves, sections, verdict
 from pipeline.evaluation.results import FOLDER, read_results
 
 LIMIT_BYTES = 5_000_000
@@ -26,6 +26,9 @@ STRIP = 6
 """Grids to show, from the beginning to the end of training."""
 QUALITIES = ((88, 1400), (75, 1100), (60, 800), (45, 560))
 """WebP quality and largest width of the pictures, tried in turn until the page is small enough."""
+
+MOST_ANIMATED = 1_500_000
+"""Bytes of the largest moving picture that the page shows as it is; of others it shows the first frame."""
 
 
 def write_report(
@@ -56,7 +59,7 @@ def write_report(
                     f"move some results out of {folder}")  # fmt: skip
 
 
-def _collect(run: Path, results: dict[str, dict[str, Any]], folder: Path, bench: Sequence[Path]) -> dict[str, Any]:
+def _collect(run: Path, read: dict[str, dict[str, Any]], folder: Path, bench: Sequence[Path]) -> dict[str, Any]:
     """Return everything that the template shows, with pictures as paths."""
     config = _read_run(run / "config.json")
     metrics, timing = read_lines(run / "metrics.jsonl"), read_lines(run / "timing.jsonl")
@@ -66,11 +69,13 @@ def _collect(run: Path, results: dict[str, dict[str, Any]], folder: Path, bench:
     return {
         "facts": sections.facts(config, metrics, timing),
         "summary": sections.summary(config, metrics),
+        "verdict": verdict.verdict(metrics, read),
+        "warning": verdict.discriminator_wins(metrics),
         "grids": _spread(grids),
         "last_grid": grids[-1] if grids else None,
         "charts": curves.charts(metrics, timing),
-        "quality": sections.quality_table(metrics, results),
-        "analyses": sections.analyses(results, folder),
+        "quality": sections.quality_table(metrics, read),
+        "analyses": sections.analyses(read, folder),
         "benches": [sections.bench_table(_read_json(path), path.stem) for path in bench],
         "settings": sections.settings(config),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -99,8 +104,13 @@ def _render(content: dict[str, Any], quality: int, width: int) -> bytes:
 
 def picture(path: Path, quality: int, width: int) -> dict[str, Any]:
     """Return {"src": data URL, "width", "height"} of a picture, scaled down to `width` if it is wider."""
+    data = path.read_bytes()
     try:
-        image = upright(open_image(path.read_bytes()), 3)
+        opened = open_image(data)
+        if len(data) <= MOST_ANIMATED and quality > QUALITIES[-1][0] and getattr(opened, "is_animated", False):
+            source = f"data:image/{str(opened.format).lower()};base64," + base64.b64encode(data).decode()
+            return {"src": source, "width": opened.width, "height": opened.height}
+        image = upright(opened, 3)
     except (BadImage, OSError) as error:
         raise DataError(f"{path}: not a readable picture ({error}); remove it or write it again") from None
     if image.width > width:

@@ -1,5 +1,6 @@
 """The page is whole, shows its pictures in a real browser without a network, and lacks only what the run lacks."""
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.svg import Line, line_chart, ticks
+from pipeline.evaluation.animation import animate
 from pipeline.evaluation.charts import bars
 from pipeline.evaluation.cli import app
 from pipeline.evaluation.report.report import write_report
@@ -46,6 +48,9 @@ def shown_run(tmp_path_factory: pytest.TempPathFactory, pictures: NDArray[np.uin
     walk = Result("interpolate", folder / "evaluation", {"source": "x"})
     walk.picture(pictures[:9].transpose(1, 0, 2, 3).reshape(64, -1, 3), "Nine steps <b>between</b> two samples")
     walk.write({"steps": 9}, summary="The walk is smooth.", table=[["pair", "roughness"], ["1", 0.25]])
+    moving = Result("progress", folder / "evaluation", {"source": "x"})
+    moving.animation(animate([*pictures[:3].repeat(2, 1).repeat(2, 2)], "webp", [0.2] * 3), "webp", "Three moments")
+    moving.write({"frames": 3}, summary="It moves.")
     bench = {"hardware": {"cpu": "a CPU"}, "rows": [{"backend": "eager", "batch": 1, "images_per_second": 250.5}]}
     (folder / "bench.json").write_text(json.dumps(bench))
     return folder
@@ -66,7 +71,9 @@ def test_a_browser_without_network_shows_the_whole_page(
     assert seen.errors == []
     assert seen.requests == [page.as_uri()]
     pictures: list[Any] = seen.values["pictures"]
-    assert len(pictures) == 1 + 6 + 1  # the newest grid, grids over time, the walk
+    assert len(pictures) == 1 + 6 + 1 + 1  # the newest grid, grids over time, an animation, the walk
+    moving = (shown_run / "evaluation/progress.webp").read_bytes()
+    assert base64.b64encode(moving).decode() in page.read_text()  # all its frames
     for complete, natural_width, shown_width, alt in pictures:
         assert complete
         assert natural_width > 100
@@ -77,7 +84,8 @@ def test_a_browser_without_network_shows_the_whole_page(
     assert seen.values["overflow"] <= 0
     text = seen.values["text"]
     for expected in ("5,000 images", "64,000 images", "23.26", "8.93", "real against real", "Compare with care.",
-                     "The walk is smooth.", "Nine steps <b>between</b>", "250.5", "a CPU"):  # fmt: skip
+                     "The walk is smooth.", "It moves.", "SWD × 1000 was 23.1 at its best",
+                     "Nine steps <b>between</b>", "250.5", "a CPU"):  # fmt: skip
         assert expected in text, expected
     brightness = [sum(map(int, seen.values[key][4:-1].split(","))) for key in ("background", "ink")]
     assert (brightness[0] < brightness[1]) is dark

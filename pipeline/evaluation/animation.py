@@ -1,0 +1,106 @@
+"""`dcgan-eval walk` and `progress`: moving pictures of a way through latent space, and of a run over its training."""
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from pipeline.common.errors import DataError, UsageError
+from pipeline.common.imaging import BadImage, Pixels, decode, grid
+from pipeline.common.storage import Store
+from pipeline.evaluation import inputs
+from pipeline.evaluation.paper.sample_pool import images_with_progress
+from pipeline.evaluation.paper.walks import Z, draw, spherical
+from pipeline.evaluation.results import Result
+
+Format = Literal["webp", "gif"]
+
+MOST_FRAMES = 600
+QUALITY = 80
+LAST_SECONDS = 2.0
+"""How long the last grid of a run stays before the animation begins anew."""
+
+
+def animate(frames: Sequence[Pixels], format: Format, seconds: Sequence[float]) -> bytes:
+    """Return frames (H, W, 1 or 3), each shown for its seconds, as one file that repeats for ever."""
+    pictures = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).convert("RGB") for frame in frames]
+    options: dict[str, Any] = {"quality": QUALITY, "method": 4} if format == "webp" else {"optimize": False}
+    buffer = io.BytesIO()
+    pictures[0].save(
+        buffer,
+        format.upper(),
+        save_all=True,
+        append_images=pictures[1:],
+        duration=[round(1000 * each) for each in seconds],
+        loop=0,
+        **options,
+    )
+    return buffer.getvalue()
+
+
+def closed_walk(stops: Z, steps: int) -> Z:
+    """Return the points (stops * steps, dim) of a walk along the sphere from stop to stop, and back to the first."""
+    legs = zip(stops, np.roll(stops, -1, axis=0), strict=True)
+    return np.concatenate([spherical(a, b, steps + 1)[:-1] for a, b in legs])
+
+
+def run_walk(
+    out: Path,
+    *,
+    ckpt: str,
+    format: Format,
+    rows: int,
+    columns: int,
+    stops: int,
+    steps: int,
+    frames_per_second: float,
+    scale: int,
+    seed: int,
+) -> dict[str, float]:
+    """Write walk.json and walk.FORMAT: `rows` times `columns` walks at once, each through `stops` random z and back."""
+    frames = stops * steps
+    if frames > MOST_FRAMES:
+        raise UsageError(f"--stops {stops} --steps {steps}: {frames} frames; expected at most {MOST_FRAMES}")
+    loaded, subject = inputs.generator(ckpt)
+    settings = {"walks": rows * columns, "stops": stops, "steps": steps, "seed": seed}
+    result = Result("walk", out, subject, settings=settings)
+    ends = draw(loaded.config, seed, 0, rows * columns * stops).reshape(rows * columns, stops, -1)
+    ways = np.stack([closed_walk(each, steps) for each in ends], 1)  # (frames, walks, dim)
+    images = images_with_progress(loaded.generator, ways.reshape(-1, ways.shape[-1]), "walking")
+    images = images.reshape(frames, rows * columns, *images.shape[1:]).repeat(scale, 2).repeat(scale, 3)
+    sheets = [grid(frame, columns, gap=2) for frame in images]
+    caption = f"{rows * columns} walks along the sphere, each through {stops} random z and back to the first"
+    result.animation(animate(sheets, format, [1 / frames_per_second] * frames), format, caption)
+    result.write({"frames": frames}, summary=f"{caption}: {frames} frames.")
+    return {"frames": frames}
+
+
+def run_progress(out: Path, *, run: Path, format: Format, frames_per_second: float) -> dict[str, float]:
+    """Write progress.json and progress.FORMAT: the grids that a run left in RUN/samples, in their order.
+
+    Raises DataError when there are fewer than two, or one cannot be read.
+    """
+    store = Store(run)
+    names = [name for name in store.names("samples") if re.fullmatch(r"[0-9]{1,15}\.png", name)]
+    if len(names) < 2:
+        raise DataError(f"{run / 'samples'}: {len(names)} grids; expected at least 2 (schedule.grid_every_images)")
+    names = [names[place] for place in np.unique(np.linspace(0, len(names) - 1, MOST_FRAMES).round().astype(int))]
+    frames = []
+    for name in names:
+        try:
+            frames.append(decode(store.read(store.inside(f"samples/{name}"))))
+        except BadImage as error:
+            raise DataError(f"{run / 'samples' / name}: {error}; remove it") from None
+        if frames[-1].shape != frames[0].shape:
+            raise DataError(f"{run / 'samples' / name}: of another size than the first grid; remove it")
+    seconds = [1 / frames_per_second] * (len(frames) - 1) + [LAST_SECONDS]
+    first, last = int(names[0][:-4]), int(names[-1][:-4])
+    result = Result("progress", out, {"kind": "run", "source": run.resolve().name})
+    caption = f"The same 64 samples, from {first:,} to {last:,} images of training"
+    result.animation(animate(frames, format, seconds), format, caption)
+    result.write({"frames": len(frames), "first": first, "last": last}, summary=f"{caption}: {len(frames)} grids.")
+    return {"frames": len(frames)}

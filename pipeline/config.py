@@ -162,6 +162,8 @@ class RecipeConfig(Section):
     """Adam's decay of the first moment (section 3.1 of the paper)."""
     beta2: float = Field(0.999, ge=0, lt=1)
     """Adam's decay of the second moment."""
+    weight_decay: float = Field(0.0, ge=0)
+    """What of each weight Adam adds to its gradient (L2); 1e-5 in the code of the paper's authors, for all weights."""
     ema_half_life_images: int = Field(10_000, ge=1)
     """Half-life of G's exponential moving average, in images."""
     ema_ramp_up: float = Field(0.05, gt=0)

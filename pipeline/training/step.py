@@ -101,7 +101,10 @@ class AdversarialStep:
 
         def adam(network: nn.Module, rate: float) -> torch.optim.Adam:
             betas, fused = (recipe.beta1, recipe.beta2), runtime.fused_optimizer
-            return torch.optim.Adam(network.parameters(), rate, betas, fused=fused, capturable=self.graphed)
+            decay = recipe.weight_decay
+            return torch.optim.Adam(
+                network.parameters(), rate, betas, weight_decay=decay, fused=fused, capturable=self.graphed
+            )
 
         self.optimizer_g = adam(self.generator, recipe.learning_rate_g)
         self.optimizer_d = adam(self.discriminator, recipe.learning_rate_d)

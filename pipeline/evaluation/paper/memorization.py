@@ -7,7 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from pipeline.common.imaging import Pixels
 from pipeline.common.progress import Progress
+from pipeline.data.dedup.hash_recall import SAMPLE, measure
 from pipeline.data.dedup.semantic_hash import THRESHOLD_IMAGES, SemanticHash
 from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.confidence import wilson
@@ -27,6 +29,11 @@ HASHED = 4_096
 """Samples, and training images, whose semantic hash is looked for among the training images."""
 HASH_STEPS = 1_000
 """Training steps of the semantic hash."""
+
+LARGEST_RADIUS = 8
+"""Bits in which the code of a near copy may differ from its original's, at most."""
+FALSE_ALARMS = 0.01
+"""Share of pairs of training images that only look alike which the radius may take for copies."""
 
 
 def run_memorization(
@@ -83,7 +90,11 @@ def run_memorization(
         f"{collided['samples_that_collide']:.2%} of {HASHED:,} samples have the semantic hash of a training image "
         f"(95 % interval {low:.2%} to {high:.2%}); {collided['reals_that_collide']:.2%} of the training images have "
         f"the hash of another training image. The nearest hash is {collided['bits_from_samples']:.1f} bits away on "
-        f"average, for training images {collided['bits_between_reals']:.1f}."
+        f"average, for training images {collided['bits_between_reals']:.1f}. Within {collided['radius']} bits of a "
+        f"training image are {collided['samples_within_radius']:.2%} of the samples and "
+        f"{collided['reals_within_radius']:.2%} of the training images. That radius finds "
+        f"{collided['planted_copies_found']:.0%} of near copies planted in the training set (shifted by a pixel, 2 % "
+        f"brighter or darker, JPEG at 90 to 50), equal codes {collided['planted_copies_equal']:.0%}."
     )
     result.write(numbers, summary=f"{distances} {walks} {hashes}")
     return numbers
@@ -134,16 +145,16 @@ def walk_unevenness(generator: Generator, seed: int) -> list[float]:
 
 
 def collisions(known: Images, generator: Generator, seed: int) -> dict[str, float]:
-    """Return how often samples have the 128-bit hash of a training image, and training images that of another one.
+    """Return how often samples have, or nearly have, the 128-bit hash of a training image; training images likewise.
 
     The hash is learned from the first 16,384 images at most (their order is random). Memory holds those, and 16 bytes
     of every image.
     """
     hasher = SemanticHash(seed=seed, steps=HASH_STEPS)
+    some = np.concatenate(list(first((block for _, block in known.blocks()), THRESHOLD_IMAGES)))
     with Progress("learning the semantic hash", hasher.steps, "steps") as progress:
-        hasher.fit(
-            np.concatenate(list(first((block for _, block in known.blocks()), THRESHOLD_IMAGES))), progress=progress
-        )
+        hasher.fit(some, progress=progress)
+    radius, found, equal = calibrate(hasher, some[:SAMPLE])
     codes = np.concatenate([hasher.codes(block) for _, block in WithProgress(known, "hashing").blocks()])
     sampled = [hasher.codes(pixels) for _, pixels in GeneratedImages(generator, HASHED, seed).blocks()]
     bits = nearest_code(np.concatenate(sampled), codes)
@@ -153,7 +164,25 @@ def collisions(known: Images, generator: Generator, seed: int) -> dict[str, floa
         "reals_that_collide": float((own == 0).mean()),
         "bits_from_samples": float(bits.mean()),
         "bits_between_reals": float(own.mean()),
+        "radius": radius,
+        "samples_within_radius": float((bits <= radius).mean()),
+        "reals_within_radius": float((own <= radius).mean()),
+        "planted_copies_found": found,
+        "planted_copies_equal": equal,
     }
+
+
+def calibrate(hasher: SemanticHash, images: Pixels) -> tuple[int, float, float]:
+    """Return the radius in bits for near copies, and the shares of planted ones that it and equal codes find.
+
+    The planted copies are imperfect ones of `images`. The radius is the largest, up to LARGEST_RADIUS, that takes at
+    most FALSE_ALARMS of the pairs that only look alike for copies; 0 when none does.
+    """
+    measured = measure(hasher, images)
+    alarms = measured["false_alarms"]["hard pairs"]
+    radius = max((r for r in range(LARGEST_RADIUS + 1) if alarms[r] <= FALSE_ALARMS), default=0)
+    recall = np.mean([values for name, values in measured["recall"].items() if name != "exact copy"], axis=0)
+    return radius, float(recall[radius]), float(recall[0])
 
 
 def nearest_code(

@@ -11,11 +11,18 @@ from evaluation_cases import Unheld
 from planted import legible_generator, planted
 
 from pipeline.data.dataset import open_dataset
+from pipeline.data.dedup.semantic_hash import SemanticHash
 from pipeline.data.labeled import load_labeled
 from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.images import ArrayImages, GeneratedImages
 from pipeline.evaluation.paper import memorization, neighbors
-from pipeline.evaluation.paper.memorization import collisions, distance_curves, nearest_code, run_memorization
+from pipeline.evaluation.paper.memorization import (
+    calibrate,
+    collisions,
+    distance_curves,
+    nearest_code,
+    run_memorization,
+)
 from pipeline.evaluation.paper.nearest import Nearest, flat
 from pipeline.evaluation.paper.neighbors import run_neighbors
 
@@ -128,3 +135,19 @@ def test_both_commands_write_numbers_and_pictures(run: Path, labeled: Path, tmp_
         written = json.loads((tmp_path / f"{name}.json").read_text())
         assert written["summary"]
         assert all((tmp_path / picture["file"]).is_file() for picture in written["pictures"])
+
+
+def test_a_radius_sees_planted_near_copies_that_equal_codes_miss(
+    monkeypatch: pytest.MonkeyPatch, make_scenes: Callable[..., Any]
+) -> None:
+    images = make_scenes(300, seed=5, size=32)
+    hasher = SemanticHash(seed=0, steps=60)
+    hasher.fit(images)
+    radius, found, equal = calibrate(hasher, images)
+    assert 0 < radius <= 8
+    assert found > equal
+    copies = np.clip(images.astype(np.float32) * 1.02 + 0.5, 0, 255).astype(np.uint8)
+    bits = nearest_code(hasher.codes(copies), hasher.codes(images))
+    assert (bits <= radius).mean() > (bits == 0).mean()
+    monkeypatch.setattr(memorization, "FALSE_ALARMS", -1)
+    assert calibrate(hasher, images)[0] == 0

@@ -58,6 +58,13 @@ def changed(images: Tensor, start: int, use: int, kinds: str) -> Tensor:
     return torch.stack(result)
 
 
+def decay(network: torch.nn.Module, share: float) -> None:
+    """Add the gradient of share / 2 times the sum of the squared weights."""
+    for weight in network.parameters():
+        assert weight.grad is not None
+        weight.grad += share * weight.detach()
+
+
 def plain_updates(config: RunConfig, count: int) -> dict[str, Tensor]:
     """Do updates as the papers of the options write them; return the weights."""
     recipe = config.recipe
@@ -85,9 +92,11 @@ def plain_updates(config: RunConfig, count: int) -> dict[str, Tensor]:
                 (gradients,) = torch.autograd.grad(discriminator(see(images, use=use)).sum(), images, create_graph=True)
                 penalty = torch.stack([gamma / 2 * gradient.norm() ** 2 for gradient in gradients]).mean()
                 (penalty * recipe.penalty_interval).backward()  # type: ignore[no-untyped-call]
+        decay(discriminator, recipe.weight_decay)
         adam_d.step()
         adam_g.zero_grad()
         (-(discriminator(see(fake, use=2)) - discriminator(see(real, use=3))).sigmoid().log().mean()).backward()
+        decay(generator, recipe.weight_decay)
         adam_g.step()
     return {**generator.state_dict(prefix="g."), **discriminator.state_dict(prefix="d.")}
 
@@ -113,6 +122,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     [
         [],
         ["r1=2"],
+        ["weight_decay=0.1"],
         ["r2=3", "penalty_interval=2"],
         ["flips=true"],
         ["r1=2", "flips=true", "augment=[cutout, translation, color]"],

@@ -23,7 +23,7 @@ from pipeline.model.latents import latents
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.step import deviation
 
-PENALIZED = ["loss=relativistic", "r1=2", "r2=3", "penalty_interval=2"]
+PENALIZED = ["loss=relativistic", "r1=2", "r2=3", "penalty_interval=2", "weight_decay=0.01"]
 BEYOND = [*PENALIZED, "flips=true", "augment=color,translation,cutout"]
 """Options beyond the paper, together."""
 LABELED = ["label=digit", "classes=['0','1','2']", "class_images=[5,1,4]"]

@@ -72,6 +72,14 @@ def main(
     allow_change: Annotated[
         str, typer.Option(help="Settings of the run's identity that may differ from its checkpoint, with commas.")
     ] = "",
+    init_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REF",
+            help="Weights that a new run begins from: a run (RUN, RUN@best, RUN@128000), a checkpoint, or the "
+            ".safetensors, netG or netD of one network; name it twice for two.",
+        ),
+    ] = None,
     mirror: Annotated[str | None, typer.Option(help="Object store URL that gets a copy of every checkpoint.")] = None,
     metrics_port: MetricsPort = None,
     metrics_address: MetricsAddress = "127.0.0.1",
@@ -105,6 +113,7 @@ def main(
             data=data,
             out=out,
             resume=resume.value,
+            init_from=init_from or [],
             allow_change=[name for name in allow_change.split(",") if name],
             mirror=mirror,
             metrics_port=metrics_port,

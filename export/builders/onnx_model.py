@@ -98,7 +98,9 @@ def build(loaded: LoadedGenerator, precision: ComputePrecision, output: Output, 
 
 def source_of(loaded: LoadedGenerator) -> Source:
     """Return the weights as the card describes them."""
-    return Source(reference=loaded.reference, sha256=loaded.sha256, kind=loaded.kind, images_seen=loaded.images_seen)
+    began = loaded.init_from or None
+    source = {"reference": loaded.reference, "sha256": loaded.sha256, "kind": loaded.kind}
+    return Source.model_validate({**source, "images_seen": loaded.images_seen, "init_from": began})
 
 
 class _quiet:

@@ -48,6 +48,8 @@ class Source(Record):
     kind: Literal["ema", "raw", "netG", "discriminator"]
     images_seen: int | None = Field(None, ge=0, le=LARGEST)
     """Real images seen in training; null if the file does not say."""
+    init_from: list[Annotated[str, Field(pattern=SHA256)]] | None = Field(None, exclude_if=lambda value: value is None)
+    """Hashes of the weights files that training began from; absent if it began from noise."""
 
 
 class Parity(Record):

@@ -3,15 +3,15 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from pipeline.checkpoints.examples import read_examples
+from pipeline.checkpoints.examples import SUFFIXES, read_examples
 from pipeline.checkpoints.store import CHECKPOINTS, STATE, CheckpointStore
-from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize
+from pipeline.checkpoints.weights import FILE_OF_KIND, INIT_FROM, Kind, deserialize
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.records import LARGEST, first_problem
 from pipeline.common.storage import Store, is_url, locate, public_name, sha256_bytes
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.model.networks import Discriminator, Generator
 
 N = TypeVar("N", bound="nn.Module")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class LoadedGenerator:
     images_seen: int | None
     """Real images seen in training, where the file tells."""
     kind: Kind
+    init_from: list[str] = field(default_factory=list)
+    """SHA-256 of the files whose weights its training began from, where it did not begin from noise."""
 
     @property
     def reference(self) -> str:
@@ -92,41 +95,42 @@ def load_generator(reference: str) -> LoadedGenerator:
     """
     from pipeline.model.networks import build_generator
 
-    source, data = _read(reference, "ema")
-    if source.lower().endswith((".pth", ".pt")):
+    source, data = read_weights(reference, "ema")
+    if source.lower().endswith(SUFFIXES):
         config, tensors = read_examples(data, source)
         generator = _filled(build_generator, config, tensors, source)
         return LoadedGenerator(generator, config, source, sha256_bytes(data), None, "netG")
     tensors, card = deserialize(data, source)
     if card.get("kind") not in ("ema", "raw"):
         raise DataError(f"{source}: holds {card.get('kind', 'weights of another project')}, expected a generator")
-    config = _network_config(card, source)
+    config = network_config(card, source)
     generator = _filled(build_generator, config, tensors, source)
     kind: Kind = "ema" if card["kind"] == "ema" else "raw"
-    return LoadedGenerator(generator, config, source, sha256_bytes(data), _images_seen(card, source), kind)
+    began = _init_from(card, source)
+    return LoadedGenerator(generator, config, source, sha256_bytes(data), _images_seen(card, source), kind, began)
 
 
 def load_discriminator(reference: str) -> LoadedDiscriminator:
     """Return the discriminator that `reference` names: a run, a checkpoint, or a discriminator's `.safetensors`."""
-    source, data = _read(reference, "discriminator")
+    source, data = read_weights(reference, "discriminator")
     tensors, card = deserialize(data, source)
     if card.get("kind") != "discriminator":
         raise DataError(f"{source}: holds {card.get('kind', 'weights of another project')}, expected a discriminator")
     from pipeline.model.networks import build_discriminator
 
-    config = _network_config(card, source)
+    config = network_config(card, source)
     discriminator = _filled(build_discriminator, config, tensors, source)
     return LoadedDiscriminator(discriminator, config, source, sha256_bytes(data), _images_seen(card, source))
 
 
-def _read(reference: str, kind: Kind) -> tuple[str, bytes]:
-    """Return the URL or absolute path of the weights of `kind` that a `--ckpt` value means, and their bytes."""
-    store, name = _resolve(reference, kind)
+def read_weights(reference: str, kind: Kind, *, option: str = "--ckpt") -> tuple[str, bytes]:
+    """Return the URL or absolute path of the weights of `kind` that the value of `option` means, and their bytes."""
+    store, name = _resolve(reference, kind, option)
     return store.path(name) if store.remote else os.path.abspath(store.path(name)), store.read(name)
 
 
-def _resolve(reference: str, kind: Kind) -> tuple[Store, str]:
-    """Return the store and file name of the weights of `kind` that a `--ckpt` value means."""
+def _resolve(reference: str, kind: Kind, option: str) -> tuple[Store, str]:
+    """Return the store and file name of the weights of `kind` that the value of `option` means."""
     if re.search(r"\.(safetensors|pth|pt)$", reference, re.IGNORECASE):
         return locate(reference)
     location, _, choice = (
@@ -134,10 +138,10 @@ def _resolve(reference: str, kind: Kind) -> tuple[Store, str]:
     )
     store = Store(location)
     if not store.remote and not Path(store.location).exists():
-        raise DataError(f"--ckpt {reference}: nothing there; expected a run, a checkpoint, or a weights file")
+        raise DataError(f"{option} {reference}: nothing there; expected a run, a checkpoint, or a weights file")
     if not store.remote and not Path(store.location).is_dir():
         raise DataError(
-            f"--ckpt {reference}: a file, and its name does not say what it holds; expected a run, a checkpoint, "
+            f"{option} {reference}: a file, and its name does not say what it holds; expected a run, a checkpoint, "
             "a .safetensors, or a .pth or .pt of pytorch/examples: rename it if it is one of these"
         )
     if store.exists(STATE):
@@ -148,12 +152,13 @@ def _resolve(reference: str, kind: Kind) -> tuple[Store, str]:
     if chosen is None:
         what = f"no checkpoint {choice!r} in it" if choice and checkpoints.names() else "no finished checkpoint in it"
         have = ", ".join(checkpoints.names()) or "none"
-        raise DataError(f"--ckpt {reference}: {what} (finished: {have}); expected a run that has saved at least once")
+        raise DataError(f"{option} {reference}: {what} (finished: {have}); expected a run that has saved at least once")
     checkpoints.verify(chosen, FILE_OF_KIND[kind])
     return store, f"{checkpoints.folder}/{chosen}/{FILE_OF_KIND[kind]}"
 
 
-def _network_config(card: dict[str, Any], source: str) -> NetworkConfig:
+def network_config(card: dict[str, Any], source: str) -> NetworkConfig:
+    """Return the network that the metadata of a weights file name. Raises DataError for one of another version."""
     try:
         config = NetworkConfig.model_validate(card.get("network"))
     except ValidationError as error:
@@ -168,6 +173,13 @@ def _images_seen(card: dict[str, Any], source: str) -> int | None:
     if seen is not None and (type(seen) is not int or not 0 <= seen <= LARGEST):
         raise DataError(f"{source}: says that {seen!r} images were seen in training; expected a number")
     return seen
+
+
+def _init_from(card: dict[str, Any], source: str) -> list[str]:
+    began = card.get(INIT_FROM, [])
+    if not isinstance(began, list) or not all(isinstance(one, str) and _SHA256.fullmatch(one) for one in began):
+        raise DataError(f"{source}: says that training began from {began!r:.80}; expected SHA-256 of weights files")
+    return began
 
 
 def _filled(build: Callable[[NetworkConfig], N], config: NetworkConfig, tensors: dict[str, "Tensor"], source: str) -> N:

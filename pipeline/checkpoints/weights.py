@@ -8,7 +8,7 @@ from pipeline.common.records import parse_json
 from pipeline.config import NetworkConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -22,6 +22,8 @@ FILE_OF_KIND = {
 
 
 METADATA_KEY = "dcgan"
+INIT_FROM = "init_from"
+"""The entry of a weights file, a state.json and a config.json of what the run began from, if not from noise."""
 
 
 def serialize(network: "nn.Module", config: NetworkConfig, kind: Kind, images_seen: int) -> bytes:
@@ -29,12 +31,22 @@ def serialize(network: "nn.Module", config: NetworkConfig, kind: Kind, images_se
     return serialize_state(network.state_dict(), config, kind, images_seen)
 
 
-def serialize_state(tensors: "Mapping[str, Tensor]", config: NetworkConfig, kind: Kind, images_seen: int) -> bytes:
-    """Return the tensors of a network's state as `serialize` does."""
+def serialize_state(
+    tensors: "Mapping[str, Tensor]",
+    config: NetworkConfig,
+    kind: Kind,
+    images_seen: int,
+    init_from: "Sequence[str]" = (),
+) -> bytes:
+    """Return the tensors of a network's state as `serialize` does.
+
+    `init_from` are the SHA-256 of the files whose weights the training began from.
+    """
     from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    card = {"network": config.model_dump(), "kind": kind, "images_seen": images_seen}
+    card: dict[str, Any] = {"network": config.model_dump(), "kind": kind, "images_seen": images_seen}
+    card |= {INIT_FROM: list(init_from)} if init_from else {}
     # One key: safetensors writes several in random order, and equal weights shall be equal files.
     return save(state, {METADATA_KEY: json.dumps(card)})
 

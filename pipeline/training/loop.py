@@ -41,6 +41,7 @@ def train(
     data: str,  # a data set, or the tars of one
     out: Path,  # the run directory
     resume: Literal["auto", "never"] = "auto",  # continue a run that is there, or insist on a new one
+    init_from: Sequence[str] = (),  # weights of other networks that a new run begins from
     allow_change: Sequence[str] = (),  # parts of the run's identity that may differ from its checkpoint
     mirror: str | None = None,  # object store that gets a copy of every finished checkpoint
     metrics_port: int | None = None,  # serve /metrics there, from local rank 0 of each node
@@ -73,7 +74,7 @@ def train(
 
         dataset, config, classes, run, manager = together(accelerator, open_run)
         check_ranks_agree(config, dataset, accelerator)
-        checkpoint = manager.find(resume, allow_change)
+        checkpoint = manager.find(resume, allow_change, init_from)
         step = AdversarialStep(config, accelerator)
         seen = together(accelerator, lambda: manager.restore(step, checkpoint, run))
 
@@ -105,7 +106,7 @@ def train(
         resources.callback(watchdog.close)  # before the mirror is waited for
         boundary = Boundary(accelerator, step, window, evaluator, manager, schedule, run_log)
         if checkpoint is None:
-            boundary.do(Due(grid=True), seen)
+            boundary.do(Due(True, *[bool(init_from)] * 2), seen)  # of weights that others made, worth to be saved
         while not (schedule.finished(seen) or stop):
             # One update on images [seen, seen + batch) of the run; this rank has every world_size-th of them.
             start = time.perf_counter()

@@ -3,8 +3,9 @@
 import io
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,16 +14,18 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from pipeline.checkpoints.initial import InitialWeights, fill, read_initial, recorded, sentences
 from pipeline.checkpoints.mirror import HURRIED_SECONDS, PATIENCE_SECONDS, Mirror
 from pipeline.checkpoints.saver import HostMemory, Saver
 from pipeline.checkpoints.store import HISTORY, PART_BYTES, Checkpoint, CheckpointStore
-from pipeline.checkpoints.weights import FILE_OF_KIND, Kind, deserialize, serialize_state
+from pipeline.checkpoints.weights import FILE_OF_KIND, INIT_FROM, Kind, deserialize, serialize_state
 from pipeline.common.errors import ConfigConflict, DataError, first_line
 from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig, RunConfig
+from pipeline.model.networks import Discriminator, Generator
 from pipeline.training.accelerator import average_batchnorm, together
 from pipeline.training.identity import check_identity, describe_process
-from pipeline.training.run_directory import RunDirectory
+from pipeline.training.run_directory import CONFIG, RunDirectory, begins_from_weights
 from pipeline.training.step import AdversarialStep
 
 if TYPE_CHECKING:
@@ -60,23 +63,35 @@ class CheckpointManager:
         self._newest_path = ""
         self._saver = Saver()
         self._memory = HostMemory()
+        self._initial: list[InitialWeights] = []
         self._history: list[str] = []  # the parts of metrics.jsonl so far, and where the last of them ends
         self._history_bytes = 0
         keep = config.schedule.keep_checkpoints
         self._mirror = Mirror(mirror, self.store, keep) if mirror and accelerator.is_main_process else None
 
-    def find(self, resume: Literal["auto", "never"], allow_change: Iterable[str]) -> Checkpoint | None:
+    def find(
+        self, resume: Literal["auto", "never"], allow_change: Iterable[str], init_from: Sequence[str] = ()
+    ) -> Checkpoint | None:
         """Return the newest undamaged checkpoint on every rank, read by the main process alone; None for a new run.
 
-        Raises ConfigConflict when the run it belongs to differs in more than `allow_change` names, or when there is
-        one and `resume` is "never".
+        A new run reads the weights that `init_from` names; one that is there does not. Raises ConfigConflict when the
+        run it belongs to differs in more than `allow_change` names or began from noise in spite of `init_from`, or
+        when there is one and `resume` is "never".
         """
         main = self.accelerator.is_main_process
-        found = [together(self.accelerator, lambda: self._newest(resume, allow_change) if main else None)]
+        read = partial(self._start, resume, allow_change, init_from)
+        found = [together(self.accelerator, lambda: read() if main else (None, []))]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(found)
-        (checkpoint,) = found
+        checkpoint, self._initial = found[0]
         if checkpoint is not None:
+            if record := recorded(checkpoint.state, checkpoint.path):
+                self.description[INIT_FROM] = record
+            elif init_from:
+                raise ConfigConflict(
+                    f"--init-from {init_from[0]}: the run in {self.out} began from noise; choose another --out, or "
+                    "leave the option out to resume it"
+                )
             changes = check_identity(checkpoint.state, self.description, allow_change, str(self.out))
             before, now = checkpoint.state.get("threads"), self.process["threads"]
             if main:
@@ -85,6 +100,18 @@ class CheckpointManager:
                 if before is not None and before != now:
                     log.info("%s threads, %s before: results may differ in the last bits", now, before)
         return checkpoint
+
+    def _start(
+        self, resume: str, allow_change: Iterable[str], init_from: Sequence[str]
+    ) -> tuple[Checkpoint | None, list[InitialWeights]]:
+        """Return the checkpoint to resume from, or what a new run begins from, if not from noise."""
+        checkpoint = self._newest(resume, allow_change)
+        if checkpoint is None and not init_from and begins_from_weights(self.out):
+            raise ConfigConflict(
+                f"{self.out / CONFIG}: this run was to begin from the weights of another, and has saved nothing yet; "
+                "name --init-from again, or choose another --out"
+            )
+        return checkpoint, read_initial(init_from) if checkpoint is None else []
 
     def _newest(self, resume: str, allow_change: Iterable[str]) -> Checkpoint | None:
         """Return the newest undamaged checkpoint of the run, brought back from the mirror if that one is newer."""
@@ -102,7 +129,10 @@ class CheckpointManager:
         return self.store.load_latest()
 
     def restore(self, step: AdversarialStep, checkpoint: Checkpoint | None, run: RunDirectory | None) -> int:
-        """Put everything back to where it was at `checkpoint`, or at the start; return the images seen by then."""
+        """Put everything back to where it was at `checkpoint`, or at the start; return the images seen by then.
+
+        Raises ConfigConflict when the weights that a new run begins from do not fit.
+        """
         images_seen = 0
         metrics: Iterable[bytes] = ()
         if checkpoint is not None:
@@ -110,6 +140,13 @@ class CheckpointManager:
             self._newest_path = checkpoint.path
             images_seen = checkpoint.images_seen
             metrics = chain(self.store.read_parts(checkpoint.history), [checkpoint.file(METRICS)])
+        elif self._initial:
+            networks: dict[str, Generator | Discriminator] = {"discriminator": step.discriminator}
+            networks |= {"generator": step.generator, "average": step.ema.generator}
+            self.description[INIT_FROM] = record = fill(networks, self._initial)
+            self._initial = []
+            for sentence in sentences(record) if run is not None else []:
+                log.info("%s", sentence)
         if run is not None:
             self.store.discard_after(images_seen)
             run.restore_metrics(metrics)
@@ -139,10 +176,13 @@ class CheckpointManager:
             self._saver.wait()  # also because the copy takes the place of the one before
             kept, lines = self._memory.copy(state_of(step)), run.metrics.stat().st_size
             state = {**self.description, **self.process, "metrics": quality, **unfinished}
+            origins = [one["sha256"] for one in self.description.get(INIT_FROM, [])]
 
             def write() -> None:
                 began = time.monotonic()
-                files = checkpoint_files(kept, averaged.config, images_seen, self._share_history(run.metrics, lines))
+                files = checkpoint_files(
+                    kept, averaged.config, images_seen, self._share_history(run.metrics, lines), origins
+                )
                 history = {HISTORY: list(self._history)} if self._history else {}
                 self.store.save(images_seen, files, {**state, **history})
                 self._written = Written(time.monotonic() - began, time.time())
@@ -218,11 +258,14 @@ def state_of(step: AdversarialStep) -> dict[str, Any]:
 
 
 def checkpoint_files(
-    state: dict[str, Any], config: NetworkConfig, images_seen: int, metrics: bytes
+    state: dict[str, Any], config: NetworkConfig, images_seen: int, metrics: bytes, init_from: Sequence[str] = ()
 ) -> dict[str, bytes]:
-    """Return the files of a checkpoint of what `state_of` returned. The EMA's BatchNorm statistics must be measured."""
+    """Return the files of a checkpoint of what `state_of` returned. The EMA's BatchNorm statistics must be measured.
+
+    `init_from` are the SHA-256 of the weights files that the run began from.
+    """
     files = {
-        FILE_OF_KIND[kind]: serialize_state(tensors, config, kind, images_seen)
+        FILE_OF_KIND[kind]: serialize_state(tensors, config, kind, images_seen, init_from)
         for kind, tensors in state["networks"].items()
     }
     buffer = io.BytesIO()

@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING, Any
 
+from pipeline.checkpoints.weights import INIT_FROM
 from pipeline.common.errors import DataError, TryAgainError
 from pipeline.common.machine import available_cores
 from pipeline.common.records import LARGEST, parse_json
@@ -44,7 +45,8 @@ INDEX = "index"
 LOCK_PATIENCE_SECONDS = 30.0
 LOCATION = ".data"
 """The file that says where the run's data set lies. It belongs to this machine: nothing copies or publishes it."""
-FILES = (LOCATION, "log.txt", "config.json", "metrics.jsonl", "timing.jsonl")
+CONFIG = "config.json"
+FILES = (LOCATION, "log.txt", CONFIG, "metrics.jsonl", "timing.jsonl")
 FOLDERS = ("samples", "tensorboard")
 """What a run writes besides its checkpoints."""
 
@@ -126,7 +128,7 @@ class RunDirectory:
 
     def write_config(self, content: dict[str, Any]) -> int:
         """Write config.json, which also counts how often the run was started; return that."""
-        path = self.path / "config.json"
+        path = self.path / CONFIG
         try:
             before = parse_json(path.read_bytes(), str(path))
         except (OSError, DataError):
@@ -196,6 +198,15 @@ class RunDirectory:
                 entry.unlink(missing_ok=True)
             else:
                 remove_empty(entry)
+
+
+def begins_from_weights(run: Path) -> bool:
+    """Return whether the config.json of a run says that it begins from weights; false where there is none to read."""
+    try:
+        content = parse_json((run / CONFIG).read_bytes(), str(run / CONFIG))
+    except (OSError, DataError):
+        return False
+    return isinstance(content, dict) and bool(content.get(INIT_FROM))
 
 
 def known_location(run: Path, config: dict[str, Any]) -> str | None:

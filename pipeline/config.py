@@ -180,6 +180,8 @@ class RecipeConfig(Section):
     """Updates from one with gradient penalties to the next. They weigh as many times more."""
     flips: bool = False
     """Mirror half of the real images, left to right; an image may be mirrored in one epoch and not in the next."""
+    freeze_d: int = Field(0, ge=0)
+    """Stages of D, from the image on, whose weights stay as they began; for --init-from with few images (FreezeD)."""
     augment: Annotated[str, BeforeValidator(_kinds)] = ""
     """What D sees changed at random, real or fake (DiffAugment): some of color,translation,cutout; none by default."""
 

@@ -75,7 +75,6 @@ def main(
     init_from: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="REF",
             help="Weights that a new run begins from: a run (RUN, RUN@best, RUN@128000), a checkpoint, or the "
             ".safetensors, netG or netD of one network; name it twice for two.",
         ),

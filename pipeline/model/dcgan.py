@@ -93,3 +93,12 @@ class Discriminator(networks.Discriminator):
             maps = layer(maps)
             if isinstance(layer, nn.LeakyReLU):
                 yield maps
+
+    @property
+    def stages(self) -> list[list[nn.Module]]:
+        stages: list[list[nn.Module]] = []
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d):
+                stages.append([])
+            stages[-1].append(layer)
+        return stages

@@ -1,6 +1,7 @@
 """What every generator and discriminator offers, whatever it is built of, and how one is built by its name."""
 
 import copy
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterator
 from importlib import import_module
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from pipeline.common.errors import ConfigConflict
 from pipeline.common.randomness import Purpose, raw_bits
 from pipeline.config import CONDITIONAL, NETWORKS
 
@@ -84,6 +86,21 @@ class Discriminator(nn.Module):
     @abstractmethod
     def activations(self, images: Tensor) -> Iterator[Tensor]:
         """Yield each stage's maps (N, channels, h, w) after their nonlinearity, the finest first."""
+
+    @property
+    def stages(self) -> list[list[nn.Module]]:
+        """The modules of each of `activations`. Raises ConfigConflict for a network that does not name them."""
+        raise ConfigConflict(f"network.architecture={self.config.architecture}: does not say what its stages are")
+
+    def freeze(self, count: int) -> None:
+        """Let the weights of the first `count` stages, from the image on, stay as they are. Raises ConfigConflict."""
+        stages = self.stages if count else []
+        if count > len(stages):
+            raise ConfigConflict(
+                f"recipe.freeze_d={count}: the discriminator has {len(stages)} stages; expected 0 to {len(stages)}"
+            )
+        for module in itertools.chain(*stages[:count]):
+            module.requires_grad_(False)
 
 
 def build_generator(config: "NetworkConfig") -> Generator:

@@ -106,6 +106,10 @@ class Discriminator(networks.Discriminator):
             maps = block(maps)
             yield maps
 
+    @property
+    def stages(self) -> list[list[nn.Module]]:
+        return [[block] for block in self.blocks]
+
 
 def _refuse_options_of_dcgan(config: "NetworkConfig") -> None:
     """Raise ConfigConflict for a setting that these networks would ignore."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.checkpoints.weights import INIT_FROM
 from pipeline.common.ranks import ranks_of
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import RunConfig
@@ -93,7 +94,7 @@ def train(
         loader, run_log, evaluator = together(accelerator, open_rest)
         run_log.begin(manager.description, seen, accelerator)
         if main:
-            warn(config, accelerator)
+            warn(config, accelerator, from_noise=INIT_FROM not in manager.description)
             log.info("%s at image %d of %d", "resuming" if seen else "beginning", seen, config.schedule.total_images)
             log.info("%d images; %s", dataset.images, loader.footprint)
 

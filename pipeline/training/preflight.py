@@ -65,8 +65,13 @@ def check_ranks_agree(config: RunConfig, dataset: Dataset, accelerator: Accelera
             )
 
 
-def warn(config: RunConfig, accelerator: Accelerator) -> None:
-    """Say what works but wastes the machine or the batch."""
+def warn(config: RunConfig, accelerator: Accelerator, *, from_noise: bool) -> None:
+    """Say what works but wastes the machine or the batch. `from_noise` says that the run began without weights."""
+    if config.recipe.freeze_d and from_noise:
+        log.warning(
+            "recipe.freeze_d=%d keeps the first stages of D at their noise; it is meant for --init-from",
+            config.recipe.freeze_d,
+        )
     _warn_about_batch(config, accelerator.num_processes)
     _warn_about_threads(accelerator, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 

@@ -84,6 +84,7 @@ class AdversarialStep:
         self.dtype = next(self.generator.parameters()).dtype
         initialize(self.generator, recipe.seed, lane=0)
         initialize(self.discriminator, recipe.seed, lane=1)
+        self.discriminator.freeze(recipe.freeze_d)  # before it is copied or wrapped
         # The order matters: the average copies plain modules, compiling wraps nothing, DDP comes last.
         for network in (self.generator, self.discriminator):
             network.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]

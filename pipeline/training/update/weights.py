@@ -24,12 +24,17 @@ class Weights:
     """What an optimizer changes, in the order of `network.parameters()`, and what the passes use in its place."""
 
     def __init__(self, network: nn.Module, passes: nn.Module, optimizer: torch.optim.Adam, scaler: Any) -> None:
-        """`passes` is `network`, or what `lowered` made of it; `scaler` fp16's `torch.amp.GradScaler`, or None."""
+        """`passes` is `network`, or what `lowered` made of it; `scaler` fp16's `torch.amp.GradScaler`, or None.
+
+        Weights that require no gradient by now are frozen: they only take part in the passes.
+        """
         self.tensors: list[Tensor] = list(network.parameters())
-        self._used: list[Tensor] = list(passes.parameters())
-        pairs = [pair for pair in zip(self.tensors, self._used, strict=True) if pair[0] is not pair[1]]
+        pairs: list[tuple[Tensor, Tensor]] = list(zip(self.tensors, passes.parameters(), strict=True))
+        self._used: list[Tensor] = [used for master, used in pairs if master.requires_grad]
+        pairs = [pair for pair in pairs if pair[0] is not pair[1]]
         self._masters, self._lowered = [master for master, _ in pairs], [low for _, low in pairs]
-        self._gradients = [torch.zeros_like(master) for master in self._masters]
+        self._trained = [pair for pair in pairs if pair[0].requires_grad]
+        self._gradients = [torch.zeros_like(master) for master, _ in self._trained]
         self._optimizer = optimizer
         self._scaler = scaler
         self.found_inf = torch.zeros((), dtype=torch.float32, device=self.tensors[0].device)
@@ -55,9 +60,9 @@ class Weights:
         An update with gradients that are not finite changes nothing, if the optimizer is fused or has a scaler.
         Gradients are equal on all ranks by now, so all ranks skip the same updates, and none has to ask.
         """
-        if self._lowered:
-            torch._foreach_copy_(self._gradients, gradients_of(self._lowered))
-            for master, gradient in zip(self._masters, self._gradients, strict=True):
+        if self._trained:
+            torch._foreach_copy_(self._gradients, gradients_of([low for _, low in self._trained]))
+            for (master, _), gradient in zip(self._trained, self._gradients, strict=True):
                 master.grad = gradient
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)

@@ -244,3 +244,18 @@ def test_a_stopped_run_ends_with_the_same_bits(faces32: Path, tmp_path: Path, mo
         train(config, data=str(faces32), out=tmp_path / "run", on_batch=stop)
     train(config, data=str(faces32), out=tmp_path / "run")
     assert hashes(tmp_path / "run", 64) == hashes(tmp_path / "whole", 64)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_frozen_stages_of_the_discriminator_stay_as_they_began(precision: str) -> None:
+    """And the passes in bf16 read them, although nothing is copied back from there."""
+    config = load_config(overrides=[*TINY, "freeze_d=2", "r1=1"])
+    network = build_discriminator(config.network)
+    initialize(network, 0, lane=1)
+    began = dict(network.named_parameters())
+    step, _ = trained(config, precision)
+    found = dict(step.discriminator.named_parameters())
+    stayed = {name for name, tensor in found.items() if torch.equal(tensor, began[name])}
+    assert stayed == {name for name in found if name.startswith(("layers.0.", "layers.2.", "layers.3."))}
+    passes = dict(step._pass_d.named_parameters())
+    assert all(torch.equal(passes[name], found[name].to(passes[name].dtype)) for name in stayed)

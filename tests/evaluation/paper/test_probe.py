@@ -143,5 +143,5 @@ def test_bad_input_is_named(run: Path, labeled: Path, tmp_path: Path) -> None:
     options = {"ckpt": str(run), "test_data": None, "protocol": Protocol(None)}
     with pytest.raises(UsageError, match="a probe needs classes"):
         run_probe(tmp_path, data=str(labeled), label="place", limit=None, **options)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="no tars and no pictures in it"):
         run_probe(tmp_path, data=str(tmp_path), label="bright", limit=None, **options)  # type: ignore[arg-type]

@@ -199,7 +199,7 @@ def _kept_codes(
             return None
         codes = np.load(coded, allow_pickle=False)
         semantic_hash = SemanticHash.load(weights)
-    except (OSError, ValueError, EOFError, MemoryError, DataError):
+    except Exception:  # numpy reads a header as Python, and raises whatever that does at damaged bytes
         return None
     whole = isinstance(codes, np.ndarray) and codes.dtype == np.uint8 and codes.shape == (images, BITS // 8)
     return (semantic_hash, codes) if whole else None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -238,8 +239,8 @@ def _block(file: Any, tar: str, offset: int, size: int) -> list[tuple[str, int, 
         version = np.lib.format.read_magic(file)
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = reader(file)
-    except (ValueError, KeyError, RecursionError, MemoryError, TypeError):  # numpy reads the header as Python
-        return None
+    except (ValueError, KeyError, RecursionError, MemoryError, TypeError, SyntaxError, TokenError):
+        return None  # numpy reads the header as Python
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] not in (1, 3):
         return None
     start, each = file.tell(), math.prod(shape[1:])  # numpy's product would overflow

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from tar_making import write_tars
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.storage import sha256_bytes
 from pipeline.data.dataset import DATASET_FILE, Dataset, dump_dataset, open_dataset
-from pipeline.data.dedup.dedup import dedup
+from pipeline.data.dedup.dedup import _kept_codes, dedup
 from pipeline.data.index.indexer import make_index
 from pipeline.data.index.sidecar import LabelColumn, Texts, read_arrays
 from pipeline.data.labeled import load_labeled
 from pipeline.data.shard_reader import iterate
+from pipeline.data.sources.tars import _block
 from pipeline.evaluation.images import ShardImages
 
 
@@ -142,3 +144,18 @@ def test_columns_of_texts() -> None:
     some = LabelColumn(np.array([1, 0, 3]), np.array([False, True, False]))
     assert some.take(np.arange(3)) == [1, None, 3]
     assert read_arrays(archive(a=[1]), "here")["a"].tolist() == [1]
+
+
+@pytest.mark.parametrize("header", [b"[[[[", b"{'a':\0", b"  x\n y", b'"""', b"(" * 3000])
+def test_a_damaged_header_of_an_array_is_damage_whatever_numpy_makes_of_it(tmp_path: Path, header: bytes) -> None:
+    array = np.lib.format.magic(2, 0) + len(header).to_bytes(4, "little") + header
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("a.npy", array)
+    with pytest.raises(DataError, match="here: damaged"):
+        read_arrays(buffer.getvalue(), "here")
+    (tmp_path / "codes.npy").write_bytes(array)
+    (tmp_path / "hash-of.txt").write_text("identity")
+    marker, weights, codes = (tmp_path / name for name in ("hash-of.txt", "hash.safetensors", "codes.npy"))
+    assert _kept_codes(marker, weights, codes, "identity", 4) is None
+    assert _block(io.BytesIO(array), "a.tar", 0, 4096) is None

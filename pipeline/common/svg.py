@@ -66,7 +66,8 @@ def line_chart(lines: Sequence[Line], *, label: str, zero: bool = False, until: 
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Return round numbers that enclose low and high, about `wanted` of them."""
+    """Return round numbers that enclose low and high, about `wanted` of them, in ascending order."""
+    low, high = min(low, high), max(low, high)
     if high - low < 1e-12 * max(abs(high), 1e-9):
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     rough = (high - low) / wanted

@@ -157,6 +157,11 @@ def test_ticks_are_round_and_enclose_the_values() -> None:
         assert 2 <= len(marks) <= 8
 
 
+def test_a_chart_survives_negative_numbers_that_a_damaged_file_states() -> None:
+    assert ticks(0, -1) == ticks(-1, 0)
+    assert line_chart([Line("x", [(-1.0, -3.0)])], label="x", zero=True).startswith("<svg")
+
+
 def test_a_chart_survives_what_a_diverging_run_writes() -> None:
     broken = [(0.0, 1.0), (1.0, float("nan")), (2.0, float("inf")), (3.0, 2.0)]
     drawn = line_chart([Line("loss <d>", broken)], label="Losses")

@@ -14,6 +14,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from pipeline.common.pictures.color import is_srgb, to_srgb
+from pipeline.common.pictures.formats import HEAD_BYTES, USUAL, advice, enable, kind_of
 from pipeline.common.storage import write_atomic
 
 Pixels = NDArray[np.uint8]
@@ -25,8 +27,6 @@ Format = Literal["jpg", "webp", "png"]
 
 MAX_PIXELS = 1 << 27
 """Larger images are refused before they are decoded: a small file can unfold to terabytes."""
-# Only these decoders ever see a file. Others run programs (EPS) or are rarely used and rarely tested.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 # 16-bit gray images scale to 8 bits; Pillow's own conversion would clip them.
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 
@@ -42,8 +42,13 @@ def open_image(data: bytes) -> Image.Image:
     """Open an encoded image without decoding its pixels yet. Raises BadImage."""
     if not data:
         raise BadImage("empty file")
+    formats: tuple[str, ...] = USUAL
+    if (kind := kind_of(data[:HEAD_BYTES])) is not None and kind not in USUAL:
+        if not enable(kind):
+            raise BadImage(f"{kind} pictures: {advice(kind)}")
+        formats = (kind,)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
         raise BadImage("not an image") from None
     except Image.DecompressionBombError:
@@ -58,12 +63,13 @@ def open_image(data: bytes) -> Image.Image:
 def upright(image: Image.Image, channels: int) -> Image.Image:
     """Decode the first frame, apply its EXIF orientation, and return it as mode RGB or L. Raises BadImage.
 
-    Transparency is composited on white; 16-bit gray is scaled to 8 bits.
+    Colors become sRGB by an embedded profile; transparency is composited on white; 16-bit gray is scaled to 8 bits,
+    and so are floating-point pixels from 0 to 1, while others are refused.
     """
     mode = "L" if channels == 1 else "RGB"
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        image = to_srgb(ImageOps.exif_transpose(image))
         if image.mode in _SIXTEEN_BIT:
             values = np.clip(np.asarray(image, np.float32) * (255 / 65535) + 0.5, 0, 255)
             image = Image.fromarray(values.astype(np.uint8))
@@ -72,13 +78,21 @@ def upright(image: Image.Image, channels: int) -> Image.Image:
             white = Image.new("RGBA", picture.size, "white")
             image = Image.alpha_composite(white, picture)
         elif image.mode == "F":
-            raise BadImage("floating-point pixels")
+            image = _from_unit(np.asarray(image))
         return image if image.mode == mode else image.convert(mode)
     except BadImage:
         raise
     except Exception as error:  # decoders meet hostile bytes here and raise whatever they like
         reason = "truncated" if "truncated" in str(error) else f"undecodable ({type(error).__name__})"
         raise BadImage(reason) from None
+
+
+def _from_unit(values: NDArray[np.float32]) -> Image.Image:
+    """Return floating-point pixels (H, W) from 0 to 1 as gray. Raises BadImage for other ranges."""
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high <= 1:  # also where one is not a number
+        raise BadImage(f"floating-point pixels from {low:.0e} to {high:.0e}, expected 0 to 1")
+    return Image.fromarray((values * 255 + 0.5).astype(np.uint8))
 
 
 def to_pixels(images: NDArray[np.float32]) -> Pixels:
@@ -116,10 +130,11 @@ def load_square(data: bytes, size: int, channels: int, *, min_side: int = 1) -> 
 def _plain_jpeg(data: bytes, size: int, min_side: int) -> Image.Image | None:
     """Decode a JPEG that nothing is special about, to the very pixels of Pillow's `draft`, in RGB or L.
 
-    None where Pillow must look at it: EXIF or XMP that may turn it, CMYK, anything that libjpeg warns of, no JPEG.
+    None where Pillow must look at it: EXIF or XMP that may turn it, colors that are not sRGB, CMYK, anything that
+    libjpeg warns of, no JPEG.
     simplejpeg needs neither Python's lock nor Pillow's parsing of headers.
     """
-    if data[:2] != b"\xff\xd8" or _may_be_turned(data):
+    if data[:2] != b"\xff\xd8" or _needs_pillow(data):
         return None
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
@@ -137,15 +152,21 @@ def _plain_jpeg(data: bytes, size: int, min_side: int) -> Image.Image | None:
     return Image.fromarray(pixels[..., 0] if colors == "Gray" else pixels)
 
 
-def _may_be_turned(jpeg: bytes) -> bool:
-    """Whether a JPEG has EXIF or XMP before its pixels, where Pillow looks for an orientation, or a broken header."""
+def _needs_pillow(jpeg: bytes) -> bool:
+    """Whether a JPEG has, before its pixels, EXIF or XMP, in which Pillow looks for an orientation, a profile of other
+    colors than sRGB, or a broken header.
+    """
     position = 2
+    profile: dict[int, bytes] = {}
     while jpeg[position : position + 1] == b"\xff" and (marker := jpeg[position + 1 : position + 2]):
         if marker == b"\xda":  # the pixels
-            return False
+            return bool(profile) and not is_srgb(b"".join(profile[number] for number in sorted(profile)))
         if marker == b"\xe1":
             return True
-        position += 2 + int.from_bytes(jpeg[position + 2 : position + 4])
+        end = position + 2 + int.from_bytes(jpeg[position + 2 : position + 4])
+        if marker == b"\xe2" and jpeg[position + 4 : position + 16] == b"ICC_PROFILE\0":
+            profile[int.from_bytes(jpeg[position + 16 : position + 17])] = jpeg[position + 18 : end]
+        position = end
     return True
 
 
@@ -162,6 +183,8 @@ def is_ready(data: bytes, format: Format, size: int, channels: int) -> bool:
     if format != "jpg":
         upright(image, channels)  # before anything asks for EXIF, which reads a PNG to its end
     if getattr(image, "n_frames", 1) > 1 or "transparency" in image.info or image.getexif().get(0x0112, 1) != 1:
+        return False
+    if isinstance(profile := image.info.get("icc_profile"), bytes) and not is_srgb(profile):
         return False
     if format == "png" and data[24] != 8:  # bits per sample: Pillow shows 16-bit RGB as 8-bit RGB
         return False

@@ -170,7 +170,7 @@ def test_other_jpegs_are_left_to_pillow(what: str) -> None:
         (bomb(30_000, 30_000), "too many pixels"),
         (bomb(12_000, 12_000), "too many pixels"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
-        (as_bytes(Image.fromarray(np.zeros((9, 9), np.float32)), "TIFF"), "floating-point"),
+        (as_bytes(Image.fromarray(np.full((9, 9), 7, np.float32)), "TIFF"), "floating-point pixels from 7"),
     ],
     ids=["empty", "text", "jpg cut", "png cut", "webp cut", "bomb", "smaller bomb", "program", "float"],
 )

@@ -1,0 +1,1 @@
+"""Picture files: their formats by content, and their colors."""

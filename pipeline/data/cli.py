@@ -58,7 +58,7 @@ def build(
         str,
         typer.Argument(
             metavar="SRC",
-            help="Folder, file or URL of the pictures. webdataset: also {000..123}, a glob, ::, @list.txt.",
+            help="Folder, archive (zip, tar), file or URL of pictures. webdataset: also {0..9}, a glob, ::, @list.txt.",
         ),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the new data set.")],
@@ -80,9 +80,17 @@ def build(
     labels: Annotated[
         str | None,
         typer.Option(
-            help="folder, faces: 'folders' (the default: a picture's first folder is its class), 'none', or a CSV file."
+            help="folder, faces: 'folders' (a picture's first folder is its class), 'none', or a table (CSV, JSON "
+            "lines, parquet). Default: folders, and metadata.csv, .jsonl or .parquet beside the pictures."
         ),
     ] = BuildOptions.labels,
+    all_files: Annotated[
+        bool,
+        typer.Option(
+            "--all-files",
+            help="folder, faces at a URL: look into files without a picture's suffix, too; a request each.",
+        ),
+    ] = BuildOptions.all_files,
     category: Annotated[list[str] | None, typer.Option(help="lsun: only this category; repeatable.")] = None,
     split: Annotated[str | None, typer.Option(help="The source's own split: for example train, val, test.")] = (
         BuildOptions.source_split
@@ -146,6 +154,7 @@ def build(
             quality=quality,
             min_side=min_side,
             labels=labels,
+            all_files=all_files,
             categories=tuple(category or ()),
             source_split=split,
             where=tuple(where or ()),

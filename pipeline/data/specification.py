@@ -30,7 +30,7 @@ from pipeline.data.dataset import DATASET_FILE
 
 MOST_TARS = 1_000_000
 """Tars that one specification may name."""
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 """What a listed file must end in to be taken for a tar. A compressed one is listed, so that it is refused by name."""
 FORMS = "a tar, a folder of tars, braces ({000..123}), a glob, @list.txt, or several of these joined by ::"
 

@@ -34,7 +34,12 @@ def build_all(options: BuildOptions) -> None:
         )
     state.refuse_overlap(options.src, options.out)
     recipe = _recipe(options)
-    given = {"labels": options.labels, "categories": options.categories or None, "split": options.source_split}
+    given: dict[str, Any] = {
+        "labels": options.labels,
+        "all_files": options.all_files or None,
+        "categories": options.categories or None,
+        "split": options.source_split,
+    }
     given = {name: value for name, value in given.items() if value is not None}
     with Telemetry("build", run=options.out, part=str(part)) as telemetry:
         telemetry.start(options.metrics_port, options.metrics_address, options.push_gateway)

@@ -31,6 +31,7 @@ class BuildOptions:
     quality: int | None = None
     min_side: int = 1
     labels: str | None = None
+    all_files: bool = False
     categories: tuple[str, ...] = ()
     source_split: str | None = None
     where: tuple[str, ...] = ()

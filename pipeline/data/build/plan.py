@@ -101,10 +101,8 @@ def select(listing: Listing, selection: Selection) -> Iterator[Item]:
     matching = (item for item in listing.items if all(test(item.labels) for test in tests))
     hashed = _hasher(selection.seed)
     rows = in_order((hashed(item.key), item.labels, item.where) for item in matching)
-    chosen: Iterator[Item] = (
-        Item(key[HASH_BYTES:].decode("utf-8", "surrogateescape"), labels, where)
-        for key, labels, where in islice(rows, selection.limit)
-    )
+    ordered = (Item(key[HASH_BYTES:].decode("utf-8", "surrogateescape"), labels, where) for key, labels, where in rows)
+    chosen: Iterator[Item] = islice(_once_each(ordered, listing), selection.limit)
     if (first := next(chosen, None)) is None:
         raise UsageError(f"--where {' '.join(selection.where)}: none of {len(listing.items):,} pictures matches")
     chosen = chain([first], chosen)
@@ -115,6 +113,17 @@ def select(listing: Listing, selection: Selection) -> Iterator[Item]:
             raise UsageError(f"--val-fraction {selection.val_fraction}: the {selection.split} set would be empty")
         chosen = chain([first], chosen)
     return chosen
+
+
+def _once_each(ordered: Iterator[Item], listing: Listing) -> Iterator[Item]:
+    """Yield the pictures without those whose key the one before has: equal keys are neighbors in the order."""
+    before = None
+    for item in ordered:
+        if item.key == before:
+            listing.refuse_repeated(item.key)
+        else:
+            yield item
+        before = item.key
 
 
 def key_hash(seed: int, key: str) -> bytes:
@@ -171,7 +180,7 @@ def plan_build(
 
 def _described(item: Item) -> str:
     """Return a picture's name, labels, and its size if the listing has it, as the identity of a build counts them."""
-    size = item.where if isinstance(item.where, int) else 0
+    size = item.where if isinstance(item.where, int) else getattr(item.where, "bytes", 0)
     # As json.dumps writes it, in a third of the time: this is done for each picture of the listing.
     labels = ", ".join([str(label) if type(label) is int else _json(label) for label in item.labels])
     return f"[{_quote(item.key if item.key.isascii() else printable(item.key))}, [{labels}], {size}]"

@@ -1,55 +1,98 @@
-"""Image folders, nested or flat, on a disk or in an object store. The first folder of a path is the class."""
+"""Image folders and archives of images, nested or flat. The first folder of a path is the class."""
 
-import os
-import stat
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.common.errors import DataError, UsageError
-from pipeline.common.imaging import BadImage
-from pipeline.common.storage import Store, is_url
+from pipeline.common.errors import DataError
 from pipeline.data.dataset import LabelType
-from pipeline.data.sources.interface import Item, Items, Listing
-from pipeline.data.sources.label_table import read_table
+from pipeline.data.sources.interface import KEY, Item, Items, Listing
+from pipeline.data.sources.label_table import LabelTable, merged_types, parse_table, read_table
+from pipeline.data.sources.places import File, Place, find_pictures, read_place, refuse_missing_formats
 
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff"}
-OTHERS, LOOPS = "files that are not images", "links that lead back to a folder above them"
-"""What is skipped in a folder."""
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Labels beside pictures, as the imagefolder of Hugging Face has them."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """All pictures below a folder. Labels: `folders` (the default), `none`, or a CSV file."""
+    """All pictures in a folder or an archive.
+
+    Labels: `folders`, `none`, or a table (CSV, JSON lines, parquet). By default the folders, and the metadata files
+    that lie beside the pictures.
+    """
 
     location: str
-    labels: str = "folders"
+    labels: str | None = None
+    all_files: bool = False
 
     def listing(self) -> Listing:
         """Return the pictures in any order. Raises UserError for a missing or empty folder."""
-        skipped = Counter[str]()
-        files = _find(self.location, skipped)
-        if self.labels not in ("folders", "none"):
-            listing = self._with_table(files)
+        listing = Listing({})
+        tables: list[File] = []
+        files = self._pictures(listing, tables)
+        if self.labels not in (None, "folders", "none"):
+            self._with_table(listing, files)
         elif self.labels == "none":
-            listing = Listing({}, Items(Item(path, (), where) for path, where in files))
+            listing.items.extend(Item(path, (), where) for path, where in files)
         else:
-            listing = Listing({"class": "str"}, Items(Item(path, (_class(path),), where) for path, where in files))
+            listing.labels = {"class": "str"}
+            listing.items.extend(Item(path, (_class(path),), where) for path, where in files)
             if not any(item.labels[0] for item in listing.items):
-                listing = Listing({}, Items(Item(item.key, (), item.where) for item in listing.items))
+                listing.labels = {}
+                listing.items = Items(Item(item.key, (), item.where) for item in listing.items)
+            if tables and self.labels is None:
+                self._with_metadata(listing, tables)
         if not listing.items:
+            refuse_missing_formats(self.location, listing)
             raise DataError(f"{self.location}: no images here; expected files such as .jpg, .png or .webp")
-        listing.notes[:0] = [f"{skipped[what]:,} {what} were skipped" for what in (OTHERS, LOOPS) if skipped[what]]
+        listing.note_passed()
         return listing
 
-    def _with_table(self, found: "Iterator[File]") -> Listing:
+    def _pictures(self, listing: Listing, tables: list[File]) -> Iterator[File]:
+        """Yield the pictures, and put the tables of labels among the other files into `tables`."""
+        return find_pictures(self.location, listing, all_files=self.all_files, others=tables.append, named=METADATA)
+
+    def _with_metadata(self, listing: Listing, tables: list[File]) -> None:
+        """Add the labels of metadata files, each of which names pictures in its folder and below."""
+        found: dict[str, LabelTable] = {}
+        for path, where in sorted(tables, key=lambda file: file[0]):
+            folder, _, name = path.rpartition("/")
+            data = read_place(self.location, path, where)
+            found[folder] = parse_table(data, name, f"{self.location}/{path}")
+            listing.notes += found[folder].notes
+        types = merged_types([table.types for table in found.values()])
+        if types.pop(KEY, None):
+            listing.notes.append(f"the label {KEY!r} was skipped: `key` is the image's own name")
+        first = [name for name in listing.labels if name not in types]
+        rows: set[tuple[str, str]] = set()
+        items = Items()
+        for item in listing.items:
+            values: dict[str, Any] = {}
+            for above in map(str, reversed(PurePosixPath(item.key).parents)):  # the nearest table decides
+                folder = "" if above == "." else above
+                if (table := found.get(folder)) is None:
+                    continue
+                inside = item.key[len(folder) + 1 :] if folder else item.key
+                if (row := table.exact(inside)) is not None:
+                    values = dict(zip(table.types, row, strict=True))
+                    rows.add((folder, inside))
+            labels = [*item.labels[: len(first)], *(_cast(values.get(name), kind) for name, kind in types.items())]
+            items.append(Item(item.key, tuple(labels), item.where))
+        listing.items = items
+        listing.labels = {**{name: listing.labels[name] for name in first}, **types}
+        names = ", ".join(sorted(path for path, _ in tables)[:3])
+        listing.notes.append(f"labels of {len(rows):,} pictures from {names}; --labels folders leaves them out")
+        if unused := sum(map(len, found.values())) - len(rows):
+            listing.notes.append(f"{unused:,} rows of {names} name no image here")
+
+    def _with_table(self, listing: Listing, found: Iterator[File]) -> None:
+        assert self.labels is not None
         if not (files := sorted(found, key=lambda file: file[0])):  # refusals are named in this order
-            return Listing({})
+            return
         table = read_table(self.labels)
-        types: dict[str, LabelType] = dict(table.types)
-        listing = Listing(types)
+        listing.labels = dict(table.types)
         for path, where in files:
             labels: tuple[Any, ...] | None = table.find(path)
             if labels is None:
@@ -60,77 +103,19 @@ class Folder:
             raise DataError(
                 f"--labels {self.labels}: none of its {len(table):,} rows names an image in {self.location}"
             )
+        listing.notes += table.notes
         if unused := len(table) - len(listing.items):
             listing.notes.append(f"{unused:,} rows of {self.labels} name no image here")
-        return listing
 
     def read(self, item: Item) -> bytes:
         """Return the file's bytes."""
-        return read_file(self.location, path_of(item))
+        where: Place = item.where
+        return read_place(self.location, item.key, where)
 
 
-File = tuple[str, int | str]
-"""A picture's path and its size in bytes. An http server states no size; then the path as the server spells it."""
-
-
-def path_of(item: Item) -> str:
-    """Return the path by which a picture of a folder is read."""
-    return item.where if isinstance(item.where, str) else item.key
-
-
-def read_file(location: str, path: str) -> bytes:
-    """Return a file below `location`. Raises BadImage when only this file cannot be read."""
-    try:
-        return Store(location).read(path) if is_url(location) else (Path(location) / path).read_bytes()
-    except PermissionError:
-        raise BadImage("no permission to read it") from None
-    except FileNotFoundError:
-        raise BadImage("a link to nothing, or removed meanwhile") from None
+def _cast(value: Any, kind: LabelType) -> Any:
+    return None if value is None else str(value) if kind == "str" else float(value) if kind == "float" else value
 
 
 def _class(path: str) -> str | None:
     return path.partition("/")[0] if "/" in path else None
-
-
-def _find(location: str, skipped: Counter[str]) -> Iterator[File]:
-    """Yield the pictures below `location`, in any order, and count in `skipped` what else is there."""
-    found: Iterable[File]
-    if is_url(location):
-        store = Store(location)
-        listed = ((store.shown(path), path, size) for path, size in store.find())
-        found = ((shown, size if shown == path else path) for shown, path, size in listed)
-    elif not Path(location).is_dir():
-        raise UsageError(f"{location}: no such folder; SRC is the folder that holds the images")
-    else:
-        found = _walk(Path(location), skipped)
-    for path, where in found:
-        if PurePosixPath(path).suffix.lower() in SUFFIXES:
-            yield path, where
-        else:
-            skipped[OTHERS] += 1
-
-
-def _walk(root: Path, skipped: Counter[str]) -> Iterator[tuple[str, int]]:
-    """Yield (path below root, bytes) of all files that are not hidden, through links; count the links in a circle."""
-    top = root.stat()
-    # Each entry: the folder, its path below the root, and the folders above it, by which loops are known.
-    pending = [(str(root), "", frozenset([(top.st_dev, top.st_ino)]))]
-    while pending:
-        folder, prefix, above = pending.pop()
-        with os.scandir(folder) as entries:  # a folder without permission is an error: its images would be missed
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                try:
-                    status = entry.stat()
-                except OSError:  # a link to nothing: reported with its name when it is read
-                    yield prefix + entry.name, 0
-                    continue
-                if stat.S_ISREG(status.st_mode):
-                    yield prefix + entry.name, status.st_size
-                elif stat.S_ISDIR(status.st_mode):
-                    identity = (status.st_dev, status.st_ino)
-                    if identity in above:
-                        skipped[LOOPS] += 1
-                    else:
-                        pending.append((entry.path, f"{prefix}{entry.name}/", above | {identity}))

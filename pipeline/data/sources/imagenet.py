@@ -1,15 +1,16 @@
 """ImageNet: class folders, tars of classes, or the one tar of those tars; `class` is the WordNet name."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.pictures.formats import picture_suffixes
 from pipeline.common.storage import Store, is_url, locate
-from pipeline.data.sources.folder import SUFFIXES, Folder
+from pipeline.data.sources.archives.files import Window
+from pipeline.data.sources.archives.members import Member
+from pipeline.data.sources.folder import Folder
 from pipeline.data.sources.interface import Item, Items, Listing
-from pipeline.data.sources.tars import open_members, tar_members
+from pipeline.data.sources.tars import open_members, plain_tar, tar_members
 from pipeline.data.specification import short_names
 
 
@@ -32,7 +33,7 @@ class ImageNet:
 
     def read(self, item: Item) -> bytes:
         """Return the JPEG."""
-        if not isinstance(item.where, tuple):
+        if isinstance(item.where, Member | int | str):
             return Folder(self.location).read(item)
         tar, offset, size = item.where
         store, name = locate(tar)
@@ -42,8 +43,10 @@ class ImageNet:
         """Return the paths or URLs of the tars to read."""
         if self.location.endswith(".tar"):
             return [self.location]
-        if not is_url(self.location) and not Path(self.location).is_dir():
-            raise UsageError(f"{self.location}: no such folder or tar")
+        if not is_url(self.location) and not Path(self.location).exists():
+            raise UsageError(f"{self.location}: no such folder, tar or zip")
+        if self.location.endswith(".zip") or Path(self.location).is_file():
+            return []
         store = Store(self.location)
         return [store.path(name) for name in store.names() if name.endswith(".tar")]
 
@@ -58,10 +61,11 @@ class ImageNet:
 
     def _from_tars(self, tars: list[str]) -> Listing:
         listing = Listing({})
-        for tar, shown in zip(tars, short_names(tars), strict=True):
+        for name, shown in zip(tars, short_names(tars), strict=True):
+            tar = plain_tar(name, listing)
             for member, offset, size, file in tar_members(tar, listing):
                 if member.endswith(".tar"):
-                    inner = open_members(_Window(file, offset, size), f"{tar}: {member}", listing)
+                    inner = open_members(Window(file, offset, size), f"{tar}: {member}", listing)
                     wnid = PurePosixPath(member).stem
                     listing.items += [
                         _item(wnid, picture, tar, offset + at, length)
@@ -76,36 +80,9 @@ class ImageNet:
 
 
 def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
+    return PurePosixPath(name).suffix.lower() in picture_suffixes()
 
 
 def _item(wnid: str, member: str, tar: str, offset: int, size: int) -> Item:
     """Return a picture under the key that it has in class folders, so that both forms build the same data set."""
     return Item(f"{wnid}/{PurePosixPath(member).name}", (wnid,), (tar, offset, size))
-
-
-class _Window(io.RawIOBase):
-    """A part of an open file, as a file of its own."""
-
-    def __init__(self, file: Any, offset: int, size: int) -> None:
-        self._file, self._offset, self._size, self._at = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        self._at = position + (0, self._at, self._size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._at)
-        self._file.seek(self._offset + self._at)
-        data: bytes = self._file.read(left if size < 0 else min(size, left))
-        self._at += len(data)
-        return data

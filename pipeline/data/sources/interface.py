@@ -81,6 +81,26 @@ class Listing:
     """Whether the source itself is broken and pictures are lost. The build then needs --max-bad."""
     files: list[str] = field(default_factory=list)
     """Paths and URLs of the files that hold the pictures, if SRC only says where they are."""
+    passed: Counter[str] = field(default_factory=Counter)
+    """Files that are no pictures, by kind. `note_passed` makes a note of them."""
+    unpacked: list[Any] = field(default_factory=list)
+    """Temporary folders of what had to be unpacked; they are removed with the listing."""
+    repeated: set[str] = field(default_factory=set)
+    """Keys that two pictures have; the first in the listing keeps it."""
+
+    def refuse_repeated(self, key: str) -> None:
+        """Note that a picture is left out because another one has its key."""
+        if key not in self.repeated:
+            self.repeated.add(key)
+            self.refused.add(key, "its name is in SRC twice")
+
+    def note_passed(self) -> None:
+        """Say what was passed over, the most frequent kinds first."""
+        if self.passed:
+            kinds = self.passed.most_common()
+            words = ", ".join(f"{number:,} {kind}" for kind, number in kinds[:12])
+            rest = sum(number for _, number in kinds[12:])
+            self.notes.insert(0, f"passed over: {words}{f', {rest:,} of other kinds' if rest else ''}")
 
 
 class Source(Protocol):

@@ -24,7 +24,7 @@ class Entry:
 
 
 SOURCES = {
-    "folder": Entry("folder", "Folder", frozenset({"labels"})),
+    "folder": Entry("folder", "Folder", frozenset({"labels", "all_files"})),
     "lsun": Entry("lsun", "Lsun", frozenset({"categories", "split"})),
     "celeba": Entry("celeba", "CelebA", frozenset({"split"})),
     "cifar10": Entry("cifar10", "Cifar10", frozenset({"split"})),
@@ -33,9 +33,9 @@ SOURCES = {
     "imagenet": Entry("imagenet", "ImageNet"),
     "ffhq": Entry("ffhq", "Ffhq", frozenset({"split"})),
     "webdataset": Entry("tars", "Tars"),
-    "faces": Entry("folder", "Folder", frozenset({"labels"})),
+    "faces": Entry("folder", "Folder", frozenset({"labels", "all_files"})),
 }
-_OPTION_NAMES = {"labels": "--labels", "categories": "--category", "split": "--split"}
+_OPTION_NAMES = {"labels": "--labels", "all_files": "--all-files", "categories": "--category", "split": "--split"}
 _RECORDED_AS = {"split": "source_split"}  # `split` is the part that --val-fraction makes
 
 

@@ -17,21 +17,22 @@ import numpy as np
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels
-from pipeline.common.storage import Store, locate
+from pipeline.common.pictures.formats import SUFFIXES
+from pipeline.common.storage import Store, is_url, locate
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.shard_reader import read_shard, shard_columns
 from pipeline.data.shard_writer import RECORD
+from pipeline.data.sources.archives.files import compression_of, open_archive
 from pipeline.data.sources.interface import KEY, Item, Listing, as_type, narrowest
 from pipeline.data.specification import expand, is_dataset, short_names
 from pipeline.data.spool import Spool
 
-IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "gif", "tif", "tiff"}
+IMAGES = {suffix[1:] for suffixes in SUFFIXES.values() for suffix in suffixes}
+"""Extensions of images. One whose format needs another package is refused by name when it is read."""
 LABEL_BYTES = 64 << 20
 """Largest .json or .cls member; a larger one gives no labels."""
 _SAMPLE = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # webdataset's rule: a sample's name ends at the first dot
 _META = re.compile(r"__[^/]*__/")  # in such a folder are notes on the tar, says webdataset
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd", b"PK": "zip"}
-"""How a file that is no tar begins, whatever its name."""
 _BROKEN = (tarfile.TarError, ValueError, ArithmeticError, LookupError)
 """What `tarfile` raises in damaged tars."""
 
@@ -55,7 +56,7 @@ class Tars:
         samples: Spool[tuple[str, dict[str, Any], Any]] = Spool()
         kinds: dict[str, set[type]] = {}
         for tar, shown in zip(tars, short_names(tars), strict=True):
-            for sample in _samples(tar, shown, listing):
+            for sample in _samples(plain_tar(tar, listing), shown, listing):
                 samples.append(sample)
                 for name, value in sample[1].items():
                     kinds.setdefault(name, set()).add(type(value))
@@ -108,6 +109,23 @@ def list_dataset(dataset: Dataset) -> Listing:
     return listing
 
 
+def plain_tar(location: str, listing: Listing) -> str:
+    """Return a tar's path or URL, or if it is compressed, the path of a temporary copy that is not.
+
+    On a disk its first bytes tell, in a store its name. `listing` owns the copy.
+    """
+    if is_url(location):
+        compressed = not location.partition("?")[0].endswith(".tar")
+    else:
+        with Path(location).open("rb") as file:
+            compressed = compression_of(file.read(4)) is not None
+    if not compressed:
+        return location
+    opened = open_archive(location, listing)
+    opened.file.close()
+    return opened.path
+
+
 def tar_members(location: str, listing: Listing) -> Iterator[tuple[str, int, int, Any]]:
     """Yield (name, offset, size, open file) of the plain files in a tar. Raises DataError where the tar breaks.
 
@@ -139,7 +157,8 @@ def open_members(file: Any, where: str, listing: Listing) -> Iterator[tuple[str,
     except _BROKEN as error:
         place = file.tell()
         file.seek(0)
-        if (compression := _COMPRESSIONS.get(file.read(2))) is not None:
+        head = file.read(4)
+        if (compression := compression_of(head) or ("zip" if head[:2] == b"PK" else None)) is not None:
             raise DataError(
                 f"{where}: compressed ({compression}), and images are read from the middle of a tar; "
                 "unpack it, and name the plain .tar"

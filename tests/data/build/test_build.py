@@ -210,7 +210,7 @@ def test_broken_pictures_are_counted_named_and_left_out(dcgan_data: Any, tmp_pat
     assert not (out / "dataset.json").exists()
     done = dcgan_data("build", "folder", src, out, "--size", 16, "--max-bad", 0.05)
     assert done.code == 0
-    assert "1 files that are not images" in done.err
+    assert "note: passed over: 1 .txt" in done.err
     dataset = open_dataset(out)
     assert (dataset.images, dataset.refused.count) == (29, 1)
     assert dataset.refused.examples == ["0007.png: truncated"]

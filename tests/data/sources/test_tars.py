@@ -203,15 +203,23 @@ def test_an_out_that_holds_one_of_the_tars_is_refused(dcgan_data: Any, lsun: lis
 
 
 @pytest.mark.parametrize("name", ["s.tar.gz", "s.tar"])
-def test_a_compressed_tar_is_told_by_its_first_bytes(dcgan_data: Any, tmp_path: Path, name: str) -> None:
+def test_a_compressed_tar_is_told_by_its_first_bytes_and_unpacked(dcgan_data: Any, tmp_path: Path, name: str) -> None:
     (tmp_path / "src").mkdir()
-    write_tar(tmp_path / "plain.tar", pictures(3))
-    (tmp_path / "src" / name).write_bytes(gzip.compress((tmp_path / "plain.tar").read_bytes()))
-    for src in (tmp_path / "src", tmp_path / "src" / name):
-        done = dcgan_data("build", "webdataset", src, tmp_path / "out", "--size", 16)
-        assert done.code == 65
-        assert f"{name}: compressed (gzip)" in done.err
-        assert "unpack it" in done.err
+    write_tar(tmp_path / "plain.tar", {**pictures(3), f"{WNID}_001.cls": b"7"})
+    data = gzip.compress((tmp_path / "plain.tar").read_bytes())
+    (tmp_path / "src" / name).write_bytes(data)
+    for number, src in enumerate((tmp_path / "src", tmp_path / "src" / name)):
+        out = tmp_path / f"out{number}"
+        done = dcgan_data("build", "webdataset", src, out, "--size", 16, "--workers", 1)
+        assert done.code == 0, done.err
+        images, columns = next(iterate(open_dataset(out), labels=True))
+        assert sorted(columns["key"]) == [f"{name}/{picture}" for picture in pictures(3)]
+        at = columns["key"].index(f"{name}/{WNID}_001.png")
+        assert columns["label"][at] == 7
+        assert (images[at] == make_picture(1, 16, 16)).all()
+    (tmp_path / "src" / name).write_bytes(data[:-40])
+    done = dcgan_data("build", "webdataset", tmp_path / "src", tmp_path / "cut", "--size", 16)
+    assert (done.code, f"{name} (gzip): damaged, or cut off" in done.err) == (65, True), done.err
 
 
 def test_a_name_that_is_in_a_tar_twice_counts_once(dcgan_data: Any, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Archives of pictures, read as if they were folders."""

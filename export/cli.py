@@ -41,9 +41,7 @@ class OutputOption(StrEnum):
     FLOAT = "float"
 
 
-Ckpt = Annotated[
-    str, typer.Option(help="A run, a checkpoint, or a weights file (.safetensors, netG_epoch_N.pth); path or URL.")
-]
+Ckpt = Annotated[str, typer.Option(help="A run, a checkpoint, or a weights file, also of other DCGANs; path or URL.")]
 OptionalCkpt = Annotated[
     str | None, typer.Option(help="The weights that the model was made from. For an engine, default: its ONNX file.")
 ]

@@ -103,6 +103,8 @@ class NetworkConfig(Section):
     """Transposed convolution (the paper's), or bilinear resizing followed by a convolution. Only for dcgan."""
     head: Literal["convolution", "average"] = "convolution"
     """D's last layer: one 4x4 convolution (the paper's), or global average pooling."""
+    bias: bool = Field(False, exclude_if=lambda chosen: not chosen)
+    """Add a bias in layers without BatchNorm (G's last, D's first and last), as some others' do. Only for dcgan."""
     latent_dim: int = Field(100, ge=1, le=4096)
     """Values in z."""
     latent_distribution: Literal["uniform", "normal"] = "uniform"

@@ -784,9 +784,9 @@ def test_a_run_of_others_does_not_choose_the_program_that_evaluates_it(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["netG.ckpt", "netG.tar", "netG.bin"])
-def test_a_weights_file_of_another_name_is_called_a_file(tmp_path: Path, name: str) -> None:
+def test_a_file_that_holds_no_weights_is_called_so(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"weights")
-    with pytest.raises(DataError, match=rf"{name}: a file, .* rename it"):
+    with pytest.raises(DataError, match=rf"{name}: neither a safetensors nor a file of torch.save"):
         load_generator(str(tmp_path / name))
 
 

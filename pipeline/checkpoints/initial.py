@@ -1,12 +1,12 @@
 """`--init-from`: the weights of other networks, and which of them fit the networks of a new run."""
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoints.examples import SUFFIXES, read_examples_network
-from pipeline.checkpoints.reference import network_config, public_reference, read_weights
+from pipeline.checkpoints.examples import Role, read_others
+from pipeline.checkpoints.reference import is_weights_file, network_config, public_reference, read_own, read_weights
 from pipeline.checkpoints.weights import INIT_FROM, Kind, deserialize
 from pipeline.common.errors import ConfigConflict, DataError, UsageError
 from pipeline.common.storage import sha256_bytes
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 NETWORKS = {"ema": "average", "raw": "generator", "netG": "generator", "discriminator": "discriminator"}
 """Kind of weights: the network of a run that begins from them."""
-WEIGHTS_FILE = re.compile(r"\.(safetensors|pth|pt)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -39,37 +38,61 @@ class InitialWeights:
 def read_initial(references: Iterable[str]) -> list[InitialWeights]:
     """Return the weights that `--init-from` names: of runs and checkpoints, or of single networks.
 
-    A run or checkpoint has a generator, its average and a discriminator; a `.safetensors`, or a netG or netD of
-    pytorch/examples, has one network. Raises DataError for what cannot be read or is not finite, UsageError when a
-    network is named twice.
+    A run or checkpoint has a generator, its average and a discriminator; a weights file has one network, or a netG and
+    a netD where another project's holds both. Raises DataError for what cannot be read or is not finite, UsageError
+    when a network is named twice.
     """
     found: dict[str, InitialWeights] = {}
     for reference in references:
-        kinds: tuple[Kind, ...] = ("raw",) if WEIGHTS_FILE.search(reference) else ("raw", "ema", "discriminator")
-        for one in (_read(reference, kind) for kind in kinds):
+        for one in _of_file(reference) if is_weights_file(reference) else _of_run(reference):
             if one.network in found:
                 raise UsageError(f"--init-from {reference}: names a second {one.network}; name each network once")
             found[one.network] = one
     return list(found.values())
 
 
-def _read(reference: str, kind: Kind) -> InitialWeights:
+def _of_run(reference: str) -> Iterator[InitialWeights]:
+    kinds: tuple[Kind, ...] = ("raw", "ema", "discriminator")
+    for kind in kinds:
+        source, data = read_weights(reference, kind, option="--init-from")
+        yield _own(source, data, *deserialize(data, source))
+
+
+def _of_file(reference: str) -> Iterator[InitialWeights]:
+    source, data = read_weights(reference, "raw", option="--init-from")
+    if ours := read_own(data, source):
+        one = _own(source, data, *ours)
+        yield replace(one, network="generator") if one.network == "average" else one  # the only generator there
+        return
+    problems = []
+    roles: tuple[Role, ...] = ("generator", "discriminator")
+    for role in roles:
+        try:
+            config, tensors = read_others(data, source, role)
+        except DataError as error:
+            problems.append(error)
+        else:
+            yield _checked(source, data, role, tensors, config, None)
+    if len(problems) == len(roles):
+        raise problems[0]
+
+
+def _own(source: str, data: bytes, tensors: dict[str, "Tensor"], card: dict[str, Any]) -> InitialWeights:
+    if card.get("kind") not in NETWORKS:
+        raise DataError(f"{source}: holds weights of another project; expected those of a run")
+    seen = card.get("images_seen")
+    config = network_config(card, source)
+    return _checked(source, data, NETWORKS[card["kind"]], tensors, config, seen if type(seen) is int else None)
+
+
+def _checked(
+    source: str, data: bytes, network: str, tensors: dict[str, "Tensor"], config: NetworkConfig, seen: int | None
+) -> InitialWeights:
     import torch
 
-    source, data = read_weights(reference, kind, option="--init-from")
-    seen: Any = None
-    if source.lower().endswith(SUFFIXES):
-        kind, config, tensors = read_examples_network(data, source)
-    else:
-        tensors, card = deserialize(data, source)
-        if card.get("kind") not in NETWORKS:
-            raise DataError(f"{source}: holds weights of another project; expected those of a run")
-        kind, config, seen = card["kind"], network_config(card, source), card.get("images_seen")
-        kind = "raw" if kind == "ema" and WEIGHTS_FILE.search(reference) else kind  # the only generator that is named
     if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise DataError(f"{source}: its weights are not finite ({broken[0]}); use an earlier checkpoint")
-    seen = seen if type(seen) is int else None
-    return InitialWeights(NETWORKS[kind], tensors, config, public_reference(source), sha256_bytes(data), seen)
+    return InitialWeights(network, tensors, config, public_reference(source), sha256_bytes(data), seen)
 
 
 def fill(
@@ -125,7 +148,7 @@ def _is_hash(value: Any) -> bool:
 
 
 def _differences(theirs: NetworkConfig, ours: NetworkConfig) -> list[tuple[str, Any, Any]]:
-    names = ("architecture", "image_size", "channels", "width", "kernel_size", "upsampling", "head")
+    names = ("architecture", "image_size", "channels", "width", "kernel_size", "upsampling", "head", "bias", "label")
     return [(n, getattr(theirs, n), getattr(ours, n)) for n in names if getattr(theirs, n) != getattr(ours, n)]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from pipeline.checkpoints.examples import SUFFIXES, read_examples
+from pipeline.checkpoints.examples import file_format, read_others
 from pipeline.checkpoints.store import CHECKPOINTS, STATE, CheckpointStore
 from pipeline.checkpoints.weights import FILE_OF_KIND, INIT_FROM, Kind, deserialize
 from pipeline.common.errors import DataError, UsageError
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 N = TypeVar("N", bound="nn.Module")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+WEIGHTS_FILE = re.compile(r"\.(safetensors|pth|pt)$", re.IGNORECASE)
+"""Names that mean a file even where none is there. What another file holds, its content tells."""
 
 
 @dataclass(frozen=True)
@@ -88,19 +91,21 @@ def load_generator(reference: str) -> LoadedGenerator:
     """Return the generator that `reference` names (docs/architecture.md, contract 4).
 
     A run directory (its best checkpoint, else its last; `RUN@last`, `RUN@best` or `RUN@IMAGES` choose), a
-    checkpoint directory, a generator's `.safetensors`, or a `netG_epoch_N.pth` of pytorch/examples; paths
-    and URLs of these. The EMA weights are taken where there are any.
+    checkpoint directory, a generator's `.safetensors`, or the file of another project's DCGAN, such as a
+    `netG_epoch_N.pth` of pytorch/examples (`pipeline.checkpoints.examples`); paths and URLs of these. The EMA
+    weights are taken where there are any.
 
     Raises DataError that says what was found there instead.
     """
     from pipeline.model.networks import build_generator
 
     source, data = read_weights(reference, "ema")
-    if source.lower().endswith(SUFFIXES):
-        config, tensors = read_examples(data, source)
+    ours = read_own(data, source)
+    if ours is None:
+        config, tensors = read_others(data, source, "generator")
         generator = _filled(build_generator, config, tensors, source)
         return LoadedGenerator(generator, config, source, sha256_bytes(data), None, "netG")
-    tensors, card = deserialize(data, source)
+    tensors, card = ours
     if card.get("kind") not in ("ema", "raw"):
         raise DataError(f"{source}: holds {card.get('kind', 'weights of another project')}, expected a generator")
     config = network_config(card, source)
@@ -111,16 +116,55 @@ def load_generator(reference: str) -> LoadedGenerator:
 
 
 def load_discriminator(reference: str) -> LoadedDiscriminator:
-    """Return the discriminator that `reference` names: a run, a checkpoint, or a discriminator's `.safetensors`."""
-    source, data = read_weights(reference, "discriminator")
-    tensors, card = deserialize(data, source)
-    if card.get("kind") != "discriminator":
-        raise DataError(f"{source}: holds {card.get('kind', 'weights of another project')}, expected a discriminator")
+    """Return the discriminator that `reference` names: a run, a checkpoint, a file of ours or of another project.
+
+    Beside a `netG_epoch_N.pth`, or another file with a generator's name, that is the file with the discriminator's.
+    """
     from pipeline.model.networks import build_discriminator
 
+    source, data = read_weights(_beside(reference), "discriminator")
+    ours = read_own(data, source)
+    if ours is None:
+        config, tensors = read_others(data, source, "discriminator")
+        discriminator = _filled(build_discriminator, config, tensors, source)
+        return LoadedDiscriminator(discriminator, config, source, sha256_bytes(data), None)
+    tensors, card = ours
+    if card.get("kind") != "discriminator":
+        raise DataError(f"{source}: holds {card.get('kind', 'weights of another project')}, expected a discriminator")
     config = network_config(card, source)
     discriminator = _filled(build_discriminator, config, tensors, source)
     return LoadedDiscriminator(discriminator, config, source, sha256_bytes(data), _images_seen(card, source))
+
+
+def _beside(reference: str) -> str:
+    """Return the discriminator's file that lies beside the generator's file `reference`, if there is one."""
+    if WEIGHTS_FILE.search(reference):
+        for generator, discriminator in (("netG", "netD"), ("generator", "discriminator")):
+            folder, slash, name = reference.rpartition("/")
+            other = f"{folder}{slash}{name.replace(generator, discriminator)}"
+            if other != reference and locate(other)[0].exists(locate(other)[1]):
+                return other
+    return reference
+
+
+def read_own(data: bytes, source: str) -> tuple[dict[str, "Tensor"], dict[str, Any]] | None:
+    """Return tensors and description of a weights file of this project; None for another project's.
+
+    Raises DataError when the content is neither safetensors nor PyTorch's format.
+    """
+    suffix = source.lower().rpartition(".")[2]
+    kind = file_format(data[:9])
+    if kind is None and suffix not in ("safetensors", "pth", "pt"):
+        raise DataError(f"{source}: neither a safetensors nor a file of torch.save; expected weights")
+    if suffix != "safetensors" and kind != "safetensors":
+        return None
+    tensors, card = deserialize(data, source)
+    return (tensors, card) if card else None
+
+
+def is_weights_file(reference: str) -> bool:
+    """Return whether `reference` names the weights of one network, not a run or a checkpoint."""
+    return bool(WEIGHTS_FILE.search(reference)) or (not is_url(reference) and os.path.isfile(reference))
 
 
 def read_weights(reference: str, kind: Kind, *, option: str = "--ckpt") -> tuple[str, bytes]:
@@ -131,7 +175,7 @@ def read_weights(reference: str, kind: Kind, *, option: str = "--ckpt") -> tuple
 
 def _resolve(reference: str, kind: Kind, option: str) -> tuple[Store, str]:
     """Return the store and file name of the weights of `kind` that the value of `option` means."""
-    if re.search(r"\.(safetensors|pth|pt)$", reference, re.IGNORECASE):
+    if is_weights_file(reference):
         return locate(reference)
     location, _, choice = (
         reference.partition("@") if re.search(r"@(best|last|\d+)$", reference) else (reference, "", "")
@@ -139,11 +183,8 @@ def _resolve(reference: str, kind: Kind, option: str) -> tuple[Store, str]:
     store = Store(location)
     if not store.remote and not Path(store.location).exists():
         raise DataError(f"{option} {reference}: nothing there; expected a run, a checkpoint, or a weights file")
-    if not store.remote and not Path(store.location).is_dir():
-        raise DataError(
-            f"{option} {reference}: a file, and its name does not say what it holds; expected a run, a checkpoint, "
-            "a .safetensors, or a .pth or .pt of pytorch/examples: rename it if it is one of these"
-        )
+    if not store.remote and Path(store.location).is_file():
+        return locate(reference)
     if store.exists(STATE):
         CheckpointStore(store, folder="").verify("", FILE_OF_KIND[kind])
         return store, FILE_OF_KIND[kind]

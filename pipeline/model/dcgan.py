@@ -19,10 +19,10 @@ def stage_widths(image_size: int, width: int) -> list[int]:
     return [width << stage for stage in reversed(range(stages))]
 
 
-def make_head(kind: str, inputs: int) -> nn.Module:
+def make_head(kind: str, inputs: int, *, bias: bool = False) -> nn.Module:
     """Return D's last layer, maps (N, inputs, 4, 4) -> (N, 1, 1, 1): one 4x4 convolution, or global average pooling."""
     if kind == "convolution":
-        return nn.Conv2d(inputs, 1, 4, bias=False)
+        return nn.Conv2d(inputs, 1, 4, bias=bias)
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(inputs, 1, 1))
 
 
@@ -39,19 +39,19 @@ class Generator(networks.Generator):
         ]
         for inputs, outputs in zip(widths, widths[1:], strict=False):
             layers += [*self._upsample(inputs, outputs), BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-        layers += [*self._upsample(widths[-1], config.channels), nn.Tanh()]
+        layers += [*self._upsample(widths[-1], config.channels, bias=config.bias), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
 
-    def _upsample(self, inputs: int, outputs: int) -> Iterator[nn.Module]:
+    def _upsample(self, inputs: int, outputs: int, *, bias: bool = False) -> Iterator[nn.Module]:
         """Double the size: a fractionally strided convolution, or bilinear resizing and a convolution."""
         kernel = self.config.kernel_size
         if self.config.upsampling == "transposed":
             odd = kernel % 2  # 5x5 needs one row of output padding to double exactly
-            yield nn.ConvTranspose2d(inputs, outputs, kernel, 2, (kernel - 1) // 2, odd, bias=False)
+            yield nn.ConvTranspose2d(inputs, outputs, kernel, 2, (kernel - 1) // 2, odd, bias=bias)
         else:
             yield nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
             same = kernel - 1 if kernel % 2 == 0 else kernel  # only an odd kernel keeps the size: 4 means 3x3
-            yield nn.Conv2d(inputs, outputs, same, padding=same // 2, bias=False)
+            yield nn.Conv2d(inputs, outputs, same, padding=same // 2, bias=bias)
 
     def forward(self, z: Tensor) -> Tensor:
         images: Tensor = self.layers(z[:, :, None, None])
@@ -70,14 +70,14 @@ class Discriminator(networks.Discriminator):
         widths = stage_widths(config.image_size, config.width)[::-1]
         kernel = config.kernel_size
 
-        def halve(inputs: int, outputs: int) -> nn.Conv2d:
-            return nn.Conv2d(inputs, outputs, kernel, 2, (kernel - 1) // 2, bias=False)
+        def halve(inputs: int, outputs: int, *, bias: bool = False) -> nn.Conv2d:
+            return nn.Conv2d(inputs, outputs, kernel, 2, (kernel - 1) // 2, bias=bias)
 
-        layers: list[nn.Module] = [halve(config.channels, widths[0]), nn.LeakyReLU(0.2, inplace=True)]
+        layers: list[nn.Module] = [halve(config.channels, widths[0], bias=config.bias), nn.LeakyReLU(0.2, inplace=True)]
         for inputs, outputs in zip(widths, widths[1:], strict=False):
             layers += [halve(inputs, outputs), BatchNorm2d(outputs), nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers)  # (N, widths[-1], 4, 4)
-        self.head = make_head(config.head, widths[-1])
+        self.head = make_head(config.head, widths[-1], bias=config.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.layers(images))  # (N, 1, 1, 1)

@@ -77,18 +77,13 @@ def warn(config: RunConfig, accelerator: Accelerator, *, from_noise: bool) -> No
 
 
 def _warn_about_threads(accelerator: Accelerator, processes: int) -> None:
-    """Say when cores are idle: accelerate's launcher gives a process one thread unless told otherwise.
+    """Say when cores are idle: launchers give a process one thread unless told otherwise, and all of them read this.
 
     `processes` share this machine.
     """
     cores = available_cores()
     if accelerator.device.type == "cpu" and (threads := torch.get_num_threads()) * processes < cores:
-        log.info(
-            "%d of %d cores in use; accelerate launch --num_cpu_threads_per_process %d uses all",
-            threads * processes,
-            cores,
-            cores // processes,
-        )
+        log.info("%d of %d cores in use; OMP_NUM_THREADS=%d uses all", threads * processes, cores, cores // processes)
 
 
 def _warn_about_batch(config: RunConfig, world_size: int) -> None:

@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import numpy as np
+import psutil
 import pytest
 import webdataset as wds
 from accelerate import Accelerator
@@ -152,6 +151,16 @@ def start(spec: str, out: Path, processes: int, environment: dict[str, str]) -> 
     )
 
 
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """Kill a launcher and its ranks at once. A rank that outlived it would save, and its averages are not those."""
+    launcher = psutil.Process(process.pid)
+    ranks = launcher.children(recursive=True)
+    launcher.suspend()
+    for one in (*ranks, launcher):
+        one.kill()
+    process.communicate()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("processes", [1, 2])
@@ -166,8 +175,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert process.returncode == 0, said
     process = start(spec, killed, processes, environment)
     wait_for_lines(killed, 3)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_all(process)
     before = (killed / "index" / "dataset.json").stat()
     process = start(spec, killed, processes, environment)
     said = process.communicate(timeout=240)[1]

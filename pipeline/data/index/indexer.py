@@ -244,6 +244,9 @@ def finish(store: Store, *, max_bad: float | None) -> Dataset:
     labels = join_labels([(len(group.columns), group.labels) for group in groups])
     labels = dict(sorted(labels.items()))
     packed = write_arrays(_join([group.columns for group in groups], labels).arrays())
+    with ThreadPoolExecutor(1) as thread:  # to write takes as long as to hash
+        sha256 = thread.submit(sha256_bytes, packed)
+        store.write(SIDECAR_FILE, packed)
     dataset = Dataset(
         image_size=plan.size,
         channels=3 if plan.channels == 3 else 1,
@@ -254,9 +257,8 @@ def finish(store: Store, *, max_bad: float | None) -> Dataset:
         bytes=sum(shard.bytes for shard in shards),
         shards=shards,
         refused=refused.summary(),
-        index=Sidecar(name=SIDECAR_FILE, bytes=len(packed), sha256=sha256_bytes(packed)),
+        index=Sidecar(name=SIDECAR_FILE, bytes=len(packed), sha256=sha256.result()),
     ).at(store)
-    store.write(SIDECAR_FILE, packed)
     if refused.entries:
         store.write(state.REFUSED, "".join(f"{key}\t{reason}\n" for key, reason in refused.entries).encode())
     store.write(DATASET_FILE, dump_dataset(dataset))

@@ -75,22 +75,16 @@ class _Files:
     def add(self, batch: Batch) -> None:
         """Take some files."""
         names = batch.names
-        joined = b"\0" + b"\0".join(names)
-        # One after another over all names, because that is four times as quick as all of it for each.
-        bases = [name[name.rfind(b"/") + 1 :] for name in names] if b"/" in joined else names
-        ends = [base.partition(b".")[2] for base in bases]
-        kinds = [_KINDS.get(end) for end in ends]
-        if None in kinds or any(start in joined for start in (b"\0__", b"\0.", b"/.")):
-            kinds = [_kind(name, base) for name, base in zip(names, bases, strict=True)]
-        keys = [name[: -1 - len(end)] for name, end in zip(names, ends, strict=True)]
-        images = [row for row, kind in enumerate(kinds) if kind == _IMAGE]
-        if len(images) < len(names):
+        kinds, keys = _kinds_and_keys(names)
+        images = np.arange(len(names))
+        if kinds.count(_IMAGE) < len(names):
             self._add_others(batch, kinds, keys)
+            images = np.array([row for row, kind in enumerate(kinds) if kind == _IMAGE], np.int64)
             names, keys = [names[row] for row in images], [keys[row] for row in images]
-        if images:
+        if names:
             self._names += names
             self._keys += keys
-            self._add_images(batch, np.array(images, np.int64))
+            self._add_images(batch, images)
 
     def _add_others(self, batch: Batch, kinds: list[int | None], keys: list[bytes]) -> None:
         """Take the files that are no images."""
@@ -153,8 +147,11 @@ class _Files:
             reasons.setdefault(row, "too many pixels")
         for row in np.flatnonzero(places[:, 2:].min(1) < min_side).tolist():
             reasons.setdefault(row, f"smaller than {min_side} pixels")
-        samples = dict(zip(reversed(self._keys), range(len(self._keys) - 1, -1, -1), strict=True))
-        if len(samples) < len(self._keys):
+        twice = len(set(self._keys)) < len(self._keys)
+        samples: dict[bytes, int] = {}
+        if twice or self._companions:
+            samples = dict(zip(reversed(self._keys), range(len(self._keys) - 1, -1, -1), strict=True))
+        if twice:
             for row, key in enumerate(self._keys):
                 if (other := samples[key]) != row and row not in reasons:
                     same = self._names[other] == self._names[row]
@@ -190,6 +187,23 @@ class _Files:
             refused=refused,
             notes=self._notes,
         )
+
+
+def _kinds_and_keys(names: list[bytes]) -> tuple[list[int | None], list[bytes]]:
+    """Return the kinds of files by their names, None for those that belong to no sample, and the keys of samples."""
+    text = b"\0".join(names) + b"\0"
+    plain = not any(start in b"\0" + text for start in (b"\0__", b"\0.", b"/."))
+    end = names[0].rpartition(b".")[2]
+    if plain and end in _KINDS and text.count(b".") == text.count(b"." + end + b"\0") == len(names):
+        # As tars of images alone mostly are: all of them at once.
+        return [_KINDS[end]] * len(names), text.replace(b"." + end + b"\0", b"\0")[:-1].split(b"\0")
+    # One after another over all names, because that is four times as quick as all of it for each.
+    bases = [name[name.rfind(b"/") + 1 :] for name in names] if b"/" in text else names
+    ends = [base.partition(b".")[2] for base in bases]
+    keys = [name[: -1 - len(end)] for name, end in zip(names, ends, strict=True)]
+    if plain and None not in (kinds := [_KINDS.get(end) for end in ends]):
+        return kinds, keys
+    return [_kind(name, base) for name, base in zip(names, bases, strict=True)], keys
 
 
 def _kind(name: bytes, base: bytes) -> int | None:

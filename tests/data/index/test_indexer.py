@@ -15,6 +15,7 @@ from pipeline.common.partition import Partition
 from pipeline.data import verify
 from pipeline.data.dataset import DATASET_FILE, Dataset, open_dataset
 from pipeline.data.index import indexer
+from pipeline.data.index import samples as index_samples
 from pipeline.data.index.indexer import Indexer, make_index, merge
 from pipeline.data.shard_reader import iterate
 
@@ -312,3 +313,26 @@ def test_verify_names_what_was_damaged_since(tmp_path: Path, dcgan_data: Any) ->
     assert f"00000.tar: key '00000.tar/000002.jpg' offset {offsets[2]}" in done.out
     assert "00001.tar: changed since it was indexed" in done.out
     assert "00002.tar: missing" in done.out
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [b"a.jpg", b"b.jpg"],  # all at once
+        [b"x/a.jpg", b"x/b.jpg"],
+        [b"a.b/c.jpg", b"d.jpg"],  # a dot in a folder's name
+        [b"a.jpg.jpg", b"b"],  # as many dots and endings as names
+        [b"a.jpg", b"b.JPG"],
+        [b"a.txt", b"b.txt"],
+        [b"a.tar", b"b.tar"],
+        [b".jpg", b"b.jpg"],
+        [b"__notes__/a.jpg", b"b.jpg"],
+    ],
+)
+def test_names_alike_are_read_at_once_as_each_by_itself(names: list[bytes]) -> None:
+    kinds, keys = index_samples._kinds_and_keys(names)
+    bases = [name.rpartition(b"/")[2] for name in names]
+    assert kinds == [index_samples._kind(name, base) for name, base in zip(names, bases, strict=True)]
+    for kind, key, name, base in zip(kinds, keys, names, bases, strict=True):
+        if kind is not None:
+            assert key == name[: len(name) - len(base)] + base.partition(b".")[0]

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import wait
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.common.errors import ConfigConflict, TryAgainError, UnavailableError, UserError, describe_os_error
 from pipeline.data.loading.thread_pool import ThreadPool
+from pipeline.training.rendezvous.meet import meet
 from pipeline.training.watchdog import Peers
 
 T = TypeVar("T")
@@ -103,12 +104,14 @@ def check_environment(environment: Mapping[str, str]) -> None:
             )
 
 
-def peers_of(accelerator: Accelerator) -> Peers | None:
-    """Return what the ranks tell each other beside their collectives; None for a process alone."""
-    if accelerator.num_processes == 1:
-        return None
-    store: Any = torch.distributed.distributed_c10d._get_default_store()
-    return Peers(store.clone(), accelerator.process_index, accelerator.num_processes)
+def meet_peers() -> Peers | None:
+    """Return what the ranks tell each other beside their collectives, when all have come; None for a process alone.
+
+    Raises ConfigConflict as `make_accelerator` does, TryAgainError as `meet` does.
+    """
+    check_environment(os.environ)
+    found = meet()
+    return None if found is None else Peers(*found)
 
 
 def together(accelerator: Accelerator, work: Callable[[], T]) -> T:

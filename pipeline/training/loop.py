@@ -18,7 +18,7 @@ from pipeline.data.classes import Classes
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.loading.device_set import AnyLoader, open_loader
 from pipeline.model.latents import latent_batches
-from pipeline.training.accelerator import make_accelerator, peers_of, together
+from pipeline.training.accelerator import make_accelerator, meet_peers, together
 from pipeline.training.boundary import Boundary
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.identity import describe_run
@@ -56,11 +56,11 @@ def train(
     DataError or UsageError before the first step for what cannot work; DataError when training diverges.
     """
     recipe, network = config.recipe, config.network
-    accelerator = make_accelerator()
-    rank, world_size, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     with ExitStack() as resources:
         # Armed first: a rank that hangs while it starts is as bad as one that hangs in a step.
-        watchdog = resources.enter_context(Watchdog(config.runtime.step_timeout_seconds, peers_of(accelerator)))
+        watchdog = resources.enter_context(Watchdog(config.runtime.step_timeout_seconds, meet_peers()))
+        accelerator = make_accelerator()
+        rank, world_size, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
         data = resources.enter_context(indexed(data, out, network, accelerator))
         requests = resources.enter_context(StopRequests())  # not earlier: until here there is nothing to save
 

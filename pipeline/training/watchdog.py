@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.common.errors import TryAgainError
@@ -19,6 +19,8 @@ BOUNDARY_SECONDS = 900.0
 """The first grid, evaluation or checkpoint, between two steps, and partly on rank 0 alone."""
 DATA_SECONDS = PATIENCE_SECONDS
 """How much longer than a step a rank may wait for its images: the attempts at a store take that long."""
+LAST_WORDS_SECONDS = 10.0
+"""What the error of a collective, which says more, may take to come after the store has gone with rank 0."""
 
 STARTS = "starts"
 TRAINS = "trains"
@@ -80,6 +82,7 @@ class Watchdog:
         self._heard = dict.fromkeys(peers.others if peers is not None else (), now)
         self._trains: set[int] = set()
         self._told, self._logged = "", now
+        self._alone_since: float | None = None  # without the store
         self._stop = threading.Event()
 
     def beat(self) -> None:
@@ -128,9 +131,15 @@ class Watchdog:
 
     def _talk(self, peers: Peers) -> None:
         # A thread of its own: a store whose machine is gone answers nothing, and must not keep the other from its work.
-        with suppress(RuntimeError):  # rank 0 has ended, and the store with it
+        try:
             while not self._stop.wait(self.step_seconds / 8):
                 self.talk(peers)
+        except RuntimeError:  # rank 0 has ended, and the store with it
+            self.lose_store()
+
+    def lose_store(self) -> None:
+        """Note that rank 0 has ended."""
+        self._alone_since = time.monotonic()
 
     def talk(self, peers: Peers) -> None:
         """Tell the others what keeps this rank, and hear what keeps them. Raises RuntimeError without the store."""
@@ -168,6 +177,8 @@ class Watchdog:
         """Return why this process must end now, '' if it need not."""
         now, waits = time.monotonic(), self._waits
         if self._starting:
+            if self._alone_since is not None and now - self._alone_since > LAST_WORDS_SECONDS:
+                return "rank 0 has ended while all start"
             silent = [rank for rank, heard in self._heard.items() if now - heard > self.step_seconds]
             if silent := [rank for rank in silent if rank not in self._trains]:
                 ranks = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"

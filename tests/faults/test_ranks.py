@@ -29,14 +29,14 @@ import os, pathlib, signal, socket, sys
 import accelerate, torch
 from pipeline.common.command_line import run_command
 from pipeline.common.errors import DataError, Stopped
-from pipeline.training.accelerator import make_accelerator, peers_of, together, wait_for_all
+from pipeline.training.accelerator import make_accelerator, meet_peers, together, wait_for_all
 from pipeline.training.watchdog import Watchdog
 
 folder, rounds = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 
 def work(end):
-    accelerator = make_accelerator()
-    with Watchdog(30.0, peers_of(accelerator)) as watchdog:
+    with Watchdog(30.0, meet_peers()) as watchdog:
+        accelerator = make_accelerator()
         def begin():
             if end == 65 and accelerator.process_index == 1:
                 raise DataError("shard: damaged")

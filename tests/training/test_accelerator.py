@@ -59,7 +59,6 @@ say("average", f"{means} {variances} {int(network[1].num_batches_tracked)}")
 """
 
 TALK = """
-peers = peers_of(accelerator)
 peers.tell("nothing yet")
 peers.tell(f"this is {rank}")
 wait_for_all(accelerator)
@@ -90,11 +89,12 @@ from accelerate import Accelerator
 from torch import nn
 from pipeline.checkpoints.store import Checkpoint
 from pipeline.common.errors import DataError
-from pipeline.training.accelerator import average_batchnorm, peers_of, together, wait_for_all
+from pipeline.training.accelerator import average_batchnorm, meet_peers, together, wait_for_all
 from pipeline.training.step import STATISTICS
 from pipeline.training.stop_requests import StopRequests
 from pipeline.training.window import Window
 
+peers = meet_peers()
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
 

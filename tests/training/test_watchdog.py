@@ -9,7 +9,14 @@ import warm_start
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipeline.training import watchdog
-from pipeline.training.watchdog import BOUNDARY_SECONDS, DATA_SECONDS, FIRST_STEP_SECONDS, Peers, Watchdog
+from pipeline.training.watchdog import (
+    BOUNDARY_SECONDS,
+    DATA_SECONDS,
+    FIRST_STEP_SECONDS,
+    LAST_WORDS_SECONDS,
+    Peers,
+    Watchdog,
+)
 
 STEP = 60.0
 DATA = "s3://bucket/faces"
@@ -133,6 +140,22 @@ def test_a_start_may_take_long_but_not_in_silence(ranks: Ranks) -> None:
     assert all(why.startswith("rank 1 said nothing for 60 s while all start") for _, why in ends.values())
     ranks.now += STEP + 5
     assert alone(ranks).overdue().startswith("ranks 1, 2 said nothing")
+
+
+def test_a_start_ends_when_rank_0_has_ended_but_lets_its_error_come_first(ranks: Ranks) -> None:
+    """gloo may wait for ever for a rank that was replaced before all were connected."""
+    ranks.dogs[1].lose_store()
+    ranks.now += LAST_WORDS_SECONDS - 1
+    assert ranks.dogs[1].overdue() == ""
+    ranks.now += 2
+    assert ranks.dogs[1].overdue() == "rank 0 has ended while all start"
+
+
+def test_one_that_trains_learns_of_the_end_of_rank_0_by_its_collectives(ranks: Ranks) -> None:
+    ranks.train()
+    ranks.dogs[1].lose_store()
+    ranks.now += STEP - 1
+    assert ranks.dogs[1].overdue() == ""
 
 
 def test_a_start_ends_at_some_time(ranks: Ranks) -> None:

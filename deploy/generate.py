@@ -390,6 +390,11 @@ def _plan(sampler: "Sampler", choices: dict[str, Any], given: "NDArray[np.float3
     if given is not None and given.shape[1] != sampler.latent_dim:
         raise UsageError(f"--latents: z of {given.shape[1]} values, but the model takes {sampler.latent_dim}")
 
+    if sampler.network.label:
+        raise UsageError(
+            f"--model: is conditioned on {', '.join(sampler.network.label)}, and dcgan-generate reads z alone; "
+            "sample it in Python, with labels: export.samplers.open.open_sampler"
+        )
     image_bytes = sampler.image_size**2 * sampler.channels
     shard_images = choices["shard_images"] or default_shard_images(image_bytes, choices["format"])
     return Plan.model_validate(

@@ -40,7 +40,7 @@ def main(options: dict[str, Any], device: str) -> None:
 
     free = _free_on_gpu() if device == "gpu" else 0
     with open_sampler(**options) as sampler:
-        sampler.sample(np.zeros((sampler.batch, sampler.latent_dim), np.float32))
+        sampler.sample(np.zeros((sampler.batch, sampler.row_dim), np.float32))
         used = {"peak_bytes": _peak_bytes()}
         if device == "gpu":
             used["device_bytes"] = free - _free_on_gpu()

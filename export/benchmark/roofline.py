@@ -10,6 +10,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.format.card import Precision
+from export.format.graph import tensors
+from export.format.rows import rows_at
+from pipeline.common.randomness import Purpose
 from pipeline.model.networks import Generator
 
 CPU_MATRIX, GPU_MATRIX = 2048, 8192
@@ -46,7 +49,7 @@ def cost_of(generator: Generator) -> ImageCost:
         if not list(module.children()) and not isinstance(module, nn.ReLU | nn.LeakyReLU | nn.Tanh):
             module.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        folded(torch.zeros(1, generator.config.latent_dim))
+        folded(*tensors(generator.config, torch.from_numpy(rows_at(generator.config, 0, Purpose.BENCHMARK, 0, 1))))
     return ImageCost(counter.get_total_flops(), values, sum(weight.numel() for weight in folded.parameters()))
 
 

@@ -18,6 +18,7 @@ from export.benchmark.roofline import Rooflines
 from export.benchmark.timing import MeasurementSettings, Timing, Timings
 from export.format.card import read_card
 from export.format.driver import driver_version
+from export.format.rows import rows_at
 from export.samplers.base import Sampler
 from pipeline.common.errors import DataError, UnavailableError, UsageError
 from pipeline.common.imaging import encode
@@ -25,7 +26,6 @@ from pipeline.common.machine import available_threads
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose
 from pipeline.common.storage import require_writable
-from pipeline.model.latents import latents
 
 SETTLE_SECONDS = 0.02
 """Pause before each turn: threads of the last backend that still spin would slow the next one."""
@@ -118,7 +118,7 @@ def _turn(sampler: Sampler, timing: Timing, seconds: float) -> None:
 
 
 def _z(sampler: Sampler) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return latents(0, Purpose.BENCHMARK, 0, sampler.batch, sampler.latent_dim, sampler.latent_distribution)
+    return rows_at(sampler.network, 0, Purpose.BENCHMARK, 0, sampler.batch)
 
 
 def _once(case: Case, threads: int) -> dict[str, float | None]:

@@ -17,6 +17,7 @@ from export.format.card import (
     require_replaceable,
     write_model,
 )
+from export.format.rows import refuse_label
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.machine import versions
 from pipeline.common.storage import is_url, locate, require_writable, sha256_bytes
@@ -104,6 +105,7 @@ def _onnx_beside(
     Returns the copy. Raises UsageError for an option that contradicts the graph's precision, output or batch.
     """
     card, data = read_model(reference)
+    refuse_label(reference, card.network)
     precisions = ("fp16",) if card.precision == "fp16" else ("fp32", "tf32")
     for option, wanted, found in (
         ("--precision", precision, precision if precision in precisions else card.precision),
@@ -134,6 +136,7 @@ def _onnx_of(
     from export.builders.onnx_model import export_onnx
     from pipeline.checkpoints.reference import load_generator
 
+    refuse_label(reference, load_generator(reference).config)
     graph: ComputePrecision = "fp16" if precision == "fp16" else "fp32"
     name = "model_fp16.onnx" if graph == "fp16" else "model.onnx"
     if (folder / name).exists() and (folder / name).with_suffix(".json").exists():

@@ -13,6 +13,7 @@ def describe_model(model: str) -> list[str]:
     rows = {
         "file": f"{model}, {card.bytes:,} bytes, sha256 {card.sha256}",
         "input": _port(card.input),
+        "label": _port(card.label) if card.label is not None else "",
         "output": _port(card.output),
         "batch": f"1 to {card.max_batch}",
         "precision": card.precision,

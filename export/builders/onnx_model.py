@@ -12,20 +12,31 @@ import torch
 from numpy.typing import NDArray
 
 from export.builders import parity
-from export.format.card import MAX_BATCH, Card, ComputePrecision, Output, Parity, Source, ports, write_model
-from export.format.graph import DeployedGenerator
+from export.format.card import (
+    MAX_BATCH,
+    Card,
+    ComputePrecision,
+    Output,
+    Parity,
+    Source,
+    label_port,
+    ports,
+    write_model,
+)
+from export.format.graph import DeployedConditional, DeployedGenerator
 from export.format.onnx_file import check_network, load_checked, metadata
+from export.format.rows import feeds, rows_at
 from export.samplers.base import Sampler
 from export.samplers.onnx import create_session, open_onnx
 from export.samplers.open import cpu_onnx_backends
-from pipeline.checkpoints.reference import LoadedGenerator, load_generator, require_unconditional
+from pipeline.checkpoints.reference import LoadedGenerator, load_generator
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.machine import available_threads, versions
+from pipeline.common.randomness import Purpose
 from pipeline.common.storage import require_writable, sha256_bytes
 from pipeline.model.networks import Generator
 
 OPSET = 20
-NO_LABELS = "exported models read z alone"
 
 
 def export_onnx(
@@ -49,7 +60,6 @@ def export_onnx(
         raise UsageError(f"--name {name}: expected a name that ends in .onnx")
     require_writable(folder)  # before the work
     loaded = load_generator(reference)
-    require_unconditional(loaded, NO_LABELS)
     data = build(loaded, precision, output, max_batch)
     z, image = ports(loaded.config, output)
     card = Card(
@@ -59,6 +69,7 @@ def export_onnx(
         precision=precision,
         max_batch=max_batch,
         input=z,
+        label=label_port(loaded.config),
         output=image,
         network=loaded.config,
         source=source_of(loaded),
@@ -72,15 +83,18 @@ def export_onnx(
 
 def build(loaded: LoadedGenerator, precision: ComputePrecision, output: Output, max_batch: int) -> bytes:
     """Return the ONNX graph of a generator, checked by onnx, as the bytes of one file."""
-    network = DeployedGenerator(loaded.generator, precision=precision, output=output)
-    z = torch.zeros(2, loaded.config.latent_dim)  # 2, because torch.export would make a batch of 1 a constant
+    kind = DeployedConditional if loaded.config.label else DeployedGenerator
+    network = kind(loaded.generator, precision=precision, output=output)
+    # 2, because torch.export would make a batch of 1 a constant
+    examples = feeds(loaded.config, rows_at(loaded.config, 0, Purpose.BENCHMARK, 0, 2))
+    batch = torch.export.Dim("batch", min=1, max=max_batch)
     with _quiet():
         program = torch.onnx.export(
             network,
-            (z,),
-            input_names=["z"],
+            tuple(torch.from_numpy(values) for values in examples.values()),
+            input_names=list(examples),
             output_names=["image"],
-            dynamic_shapes={"z": {0: torch.export.Dim("batch", min=1, max=max_batch)}},
+            dynamic_shapes={name: {0: batch} for name in examples},
             opset_version=OPSET,
             dynamo=True,
             external_data=False,
@@ -158,11 +172,11 @@ def check_parity(generator: Generator, card: Card, data: bytes, model: str, imag
 def float_runner(
     card: Card, data: bytes, model: str, threads: int
 ) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """Return z -> float images (N, C, H, W) of the same graph, before their conversion to uint8."""
+    """Return rows -> float images (N, C, H, W) of the same graph, before their conversion to uint8."""
     output = "image"
     if card.output_kind == "uint8":
         proto: Any = onnx.load_from_string(data)
-        permute = next((node for node in proto.graph.node if node.op_type == "Transpose"), None)
+        permute = next((node for node in reversed(proto.graph.node) if node.op_type == "Transpose"), None)
         if permute is None or not permute.input:
             raise DataError(f"{model}: its graph has no float images before the uint8 ones; export it again")
         output = permute.input[0]
@@ -170,8 +184,8 @@ def float_runner(
         data = proto.SerializeToString()
     session = create_session(model, data, "onnxruntime", threads)
 
-    def run(z: NDArray[np.float32]) -> NDArray[np.float32]:
-        images: NDArray[np.float32] = session.run([output], {"z": z})[0]
+    def run(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        images: NDArray[np.float32] = session.run([output], feeds(card.network, rows))[0]
         return images
 
     return run

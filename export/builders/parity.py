@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from export.format.card import Parity, Precision, beside
+from export.format.graph import tensors
+from export.format.rows import of_classes
 from export.samplers.base import Sampler
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels, labeled_sheet, save_png
@@ -42,7 +44,7 @@ class Reference:
     name: str
     network: NetworkConfig
     run: Callable[[Floats], Floats]
-    """z -> float images (N, C, H, W)."""
+    """Rows (a sampler's) -> float images (N, C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def measure(
                 samplers = [stack.enter_context(candidate.open_at(batch)) for candidate in candidates]
                 backends = [f"{sampler.backend}/{sampler.provider}" for sampler in samplers]
                 for start in range(0, blocks * batch, batch):
-                    z = latents(SEED, Purpose.BENCHMARK, start, batch, network.latent_dim, network.latent_distribution)
+                    z = _rows(network, start, batch)
                     floats = reference.run(z)
                     pixels = to_uint8(torch.from_numpy(floats)).numpy()
                     for candidate, sampler, comparison in zip(candidates, samplers, compared, strict=True):
@@ -132,12 +134,20 @@ def measure(
     ]
 
 
+def _rows(network: NetworkConfig, start: int, count: int) -> Floats:
+    """Return the rows that are compared: z, and of a conditional network one class after the other."""
+    z = latents(SEED, Purpose.BENCHMARK, start, count, network.latent_dim, network.latent_distribution)
+    if not network.label:
+        return z
+    return np.concatenate([z, of_classes(network, np.arange(start, start + count) % len(network.classes))], 1)
+
+
 def of_generator(generator: Generator) -> Reference:
     """Return the reference of every export: the network as trained, with BatchNorm not folded."""
 
-    def run(z: Floats) -> Floats:
+    def run(rows: Floats) -> Floats:
         with torch.inference_mode():
-            images: Floats = generator(torch.from_numpy(z)).numpy()
+            images: Floats = generator(*tensors(generator.config, torch.from_numpy(rows))).numpy()
         return images
 
     return Reference("PyTorch", generator.config, run)

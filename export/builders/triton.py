@@ -9,7 +9,7 @@ from export.format.onnx_file import check_network, load_checked
 from pipeline.common.errors import DataError, UnavailableError, UsageError
 from pipeline.common.storage import Store
 
-TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8"}
+TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8", "int64": "TYPE_INT64"}
 VERSION_FOLDER = "1"
 
 
@@ -59,11 +59,17 @@ def make_config(card: Card, name: str, instances: int, max_queue_delay_microseco
     graphs = "\noptimization { cuda { graphs: true } }" if is_engine else ""
     # The server uses the profile whose best size is nearest to the batch.
     profiles = '\n    profile: [ "0", "1" ]' if is_engine else ""
+    inputs = f'{{ name: "{card.input.name}" data_type: {TYPES[card.input.dtype]} dims: [ {_dims(card.input.shape)} ] }}'
+    if card.label is not None:
+        # The graph has one number an image, and the server no input without dimensions.
+        scalar = "" if card.label.shape[1:] else " reshape: { shape: [ ] }"
+        label = f'name: "{card.label.name}" data_type: {TYPES[card.label.dtype]} dims: [ {_dims(card.label.shape)} ]'
+        inputs += f", {{ {label}{scalar} }}"
     return f"""# Made by dcgan-export triton from {card.source.kind} weights {card.source.sha256}.
 name: "{name}"
 backend: "{"tensorrt" if is_engine else "onnxruntime"}"
 max_batch_size: {card.max_batch}
-input [ {{ name: "{card.input.name}" data_type: {TYPES[card.input.dtype]} dims: [ {_dims(card.input.shape)} ] }} ]
+input [ {inputs} ]
 output [ {{ name: "{card.output.name}" data_type: {TYPES[card.output.dtype]} dims: [ {_dims(card.output.shape)} ] }} ]
 dynamic_batching {{{preferred}
   max_queue_delay_microseconds: {max_queue_delay_microseconds}
@@ -84,17 +90,24 @@ def _preferred(card: Card) -> str:
 
 
 def _dims(shape: list[int | str]) -> str:
-    return ", ".join(str(size) for size in shape[1:])
+    return ", ".join(str(size) for size in shape[1:] or [1])
 
 
 def _warm_up(card: Card, batch: int) -> str:
+    label = ""
+    if card.label is not None:  # zeros are a class, or none of several labels; random numbers would be no class
+        label = f"""
+  inputs {{
+    key: "{card.label.name}"
+    value {{ data_type: {TYPES[card.label.dtype]} dims: [ {_dims(card.label.shape)} ] zero_data: true }}
+  }}"""
     return f"""model_warmup {{
   name: "batch {batch}"
   batch_size: {batch}
   inputs {{
     key: "{card.input.name}"
     value {{ data_type: {TYPES[card.input.dtype]} dims: [ {_dims(card.input.shape)} ] random_data: true }}
-  }}
+  }}{label}
 }}"""
 
 
@@ -112,11 +125,13 @@ def check_config(text: str, card: Card) -> bool:
         config: Any = text_format.Parse(text, schema.ModelConfig())
     except text_format.ParseError as error:
         raise DataError(f"config.pbtxt: {error}") from None
-    found = [config.max_batch_size]
+    found: list[Any] = [config.max_batch_size]
     expected: list[Any] = [card.max_batch]
-    for tensors, port in ((config.input, card.input), (config.output, card.output)):
-        found += [(tensor.name, schema.DataType.Name(tensor.data_type), list(tensor.dims)) for tensor in tensors]
-        expected.append((port.name, TYPES[port.dtype], port.shape[1:]))
+    for tensor in (*config.input, *config.output):
+        found.append((tensor.name, schema.DataType.Name(tensor.data_type), list(tensor.dims)))
+    for port in (card.input, card.label, card.output):
+        if port is not None:
+            expected.append((port.name, TYPES[port.dtype], port.shape[1:] or [1]))
     if found != expected:
         raise DataError(f"config.pbtxt: has {found}, the card of {card.file} says {expected}")
     return True

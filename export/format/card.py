@@ -31,7 +31,7 @@ class Port(Record):
     """An input or output of the graph."""
 
     name: str
-    dtype: Literal["float32", "uint8"]
+    dtype: Literal["float32", "uint8", "int64"]
     shape: list[int | str]
     """Sizes; a name stands for a size that may vary between calls."""
     values: str
@@ -108,6 +108,8 @@ class Card(Record):
     precision: Precision
     max_batch: int = Field(ge=1, le=MAX_BATCH)
     input: Port
+    label: Port | None = Field(None, exclude_if=lambda port: port is None)
+    """The second input, of a conditional model alone."""
     output: Port
     network: NetworkConfig
     source: Source
@@ -130,6 +132,17 @@ def ports(network: NetworkConfig, output: Output) -> tuple[Port, Port]:
     if output == "uint8":
         return z, Port(name="image", dtype="uint8", shape=["batch", size, size, channels], values="0 to 255, NHWC")
     return z, Port(name="image", dtype="float32", shape=["batch", channels, size, size], values="-1 to 1, NCHW")
+
+
+def label_port(network: NetworkConfig) -> Port | None:
+    """Return the second input of a graph made from `network`; None without a label."""
+    if not network.label:
+        return None
+    if len(network.label) > 1:
+        values = f"0 or 1 for each of {', '.join(network.label)}"
+        return Port(name="label", dtype="float32", shape=["batch", len(network.label)], values=values)
+    titles = ", ".join(f"{number} {title}" for number, title in enumerate(network.class_titles))
+    return Port(name="label", dtype="int64", shape=["batch"], values=f"class of {network.label[0]}: {titles}")
 
 
 def card_name(model: str) -> str:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from export.format.card import ComputePrecision, Output
+from pipeline.config import NetworkConfig
 from pipeline.model.networks import Generator
 from pipeline.model.sampling import to_uint8
 
@@ -20,5 +21,30 @@ class DeployedGenerator(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, z: Tensor) -> Tensor:
-        images: Tensor = self.generator(z.to(self.dtype))
+        return self._made(z)
+
+    def _made(self, *inputs: Tensor) -> Tensor:
+        images: Tensor = self.generator(*(values.to(self.dtype) for values in inputs))
         return to_uint8(images) if self.output == "uint8" else images.float()
+
+
+class DeployedConditional(DeployedGenerator):
+    """z (N, latent_dim) float32, label -> images: the label int64 (N,), or float32 (N, labels) of several labels."""
+
+    def forward(self, z: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]
+        config = self.generator.config
+        return self._made(z, label if len(config.label) > 1 else one_hot(config, label))
+
+
+def tensors(network: NetworkConfig, rows: Tensor) -> tuple[Tensor, ...]:
+    """Return rows as the generator takes them: (z,), or (z, label (N, label_dim))."""
+    if not network.label:
+        return (rows,)
+    z, label = rows[:, : network.latent_dim], rows[:, network.latent_dim :]
+    return z, label if len(network.label) > 1 else one_hot(network, label[:, 0])
+
+
+def one_hot(network: NetworkConfig, classes: Tensor) -> Tensor:
+    """Return classes (N,) as float32 (N, classes). By comparison: every runtime has it, and it asks nothing of them."""
+    numbers = torch.arange(len(network.classes), device=classes.device, dtype=classes.dtype)
+    return (classes[:, None] == numbers).float()

@@ -1,11 +1,12 @@
 """Opening an ONNX file: its card, its graph and the metadata inside it must agree."""
 
+import json
 from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
 
-from export.format.card import Card, Precision, Source, ports, read_model
+from export.format.card import Card, Precision, Source, label_port, ports, read_model
 from pipeline.common.errors import DataError, first_line
 from pipeline.common.onnx_graph import refuse_external_data
 from pipeline.config import NetworkConfig
@@ -13,7 +14,8 @@ from pipeline.config import NetworkConfig
 
 def metadata(network: NetworkConfig, source: Source, precision: Precision, max_batch: int) -> dict[str, str]:
     """Return the `metadata_props` of an exported graph. They repeat the card, so that an edited card is found."""
-    return {
+    named = {"classes": json.dumps(network.class_titles)} if network.label else {}
+    return named | {
         "network": network.model_dump_json(),
         "weights_sha256": source.sha256,
         "weights_kind": source.kind,
@@ -49,7 +51,7 @@ def _check_ports(model: str, card: Card, proto: Any) -> None:
     """Raise DataError unless the graph's inputs and outputs are those of the card and of its network."""
     from onnx import TensorProto
 
-    types = {TensorProto.FLOAT: "float32", TensorProto.UINT8: "uint8"}
+    types = {TensorProto.FLOAT: "float32", TensorProto.UINT8: "uint8", TensorProto.INT64: "int64"}
     found = [
         (
             value.name,
@@ -58,7 +60,7 @@ def _check_ports(model: str, card: Card, proto: Any) -> None:
         )
         for value in (*proto.graph.input, *proto.graph.output)
     ]
-    expected = [(port.name, port.dtype, port.shape) for port in (card.input, card.output)]
+    expected = [(port.name, port.dtype, port.shape) for port in (card.input, card.label, card.output) if port]
     if fixed := [shape[0] for _, _, shape in found if shape and isinstance(shape[0], int)]:
         raise DataError(
             f"{model}: its batch is fixed at {fixed[0]}, expected a dynamic one; export it with dcgan-export onnx"
@@ -70,7 +72,12 @@ def _check_ports(model: str, card: Card, proto: Any) -> None:
 
 def check_network(model: str, card: Card, network: NetworkConfig) -> None:
     """Raise DataError unless the card describes exactly `network`, with its input and output."""
-    if card.network != network or (card.input, card.output) != ports(network, card.output_kind):
+    if network.label and not network.class_images:
+        raise DataError(
+            f"{model}: is conditioned on {', '.join(network.label)}, but its card does not name the classes"
+        )
+    expected = (*ports(network, card.output_kind), label_port(network))
+    if card.network != network or (card.input, card.output, card.label) != expected:
         raise DataError(f"{model}: its card describes another network than the one it was made from; export it again")
 
 

@@ -8,10 +8,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from export.format.rows import Labels, label_width, rows_at, with_labels
 from pipeline.common.errors import UsageError
 from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig
-from pipeline.model.latents import latents
 
 BATCH_ON_CPU = 64
 BATCH_ON_GPU = 256
@@ -41,23 +41,31 @@ class Sampler(ABC):
         self.channels: int = network.channels
         self.latent_dim = network.latent_dim
         self.latent_distribution = network.latent_distribution
+        self.network = network
+        self.row_dim = network.latent_dim + label_width(network)
+        """Values in a row of the blocks of `stream`: those of z, and of a label behind it."""
 
     @abstractmethod
-    def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return the images uint8 (batch, H, W, C) of exactly `batch` rows of z, an array of their own."""
+    def _run(self, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Return the images uint8 (batch, H, W, C) of exactly `batch` rows (row_dim), an array of their own."""
 
     def stream(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.uint8]]:
-        """Yield the images of each block of at most `batch` rows of z, in arrays that the caller may keep.
+        """Yield the images of each block of at most `batch` rows (row_dim), in arrays that the caller may keep.
 
         A GPU works ahead of the consumer, so that copies and arithmetic overlap.
         """
         for z in blocks:
             yield self._run(self._pad(z))[: len(z)]
 
-    def sample(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return uint8 images (N, H, W, C) of z float32 (N, latent_dim), for any N."""
-        starts = range(0, len(z), self.batch)
-        images = list(self.stream(z[start : start + self.batch] for start in starts))
+    def sample(self, z: NDArray[np.float32], labels: Labels | None = None) -> NDArray[np.uint8]:
+        """Return uint8 images (N, H, W, C) of z float32 (N, latent_dim), for any N.
+
+        A conditional model needs labels: a name for all, such as `7` or `male+eyeglasses`, or for each row of z a name,
+        the number of its class, or the values of several labels (N, labels).
+        """
+        rows = with_labels(self.network, z, labels)
+        starts = range(0, len(rows), self.batch)
+        images = list(self.stream(rows[start : start + self.batch] for start in starts))
         shape = (0, self.image_size, self.image_size, self.channels)
         return np.concatenate(images) if images else np.empty(shape, np.uint8)
 
@@ -66,16 +74,14 @@ class Sampler(ABC):
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """Yield (index of the first image, images) over [start, start + count), one block at a time.
 
-        Image i is always row i mod `batch` of block i // `batch`, whatever the range.
+        Image i is always row i mod `batch` of block i // `batch`, whatever the range. A conditional model's labels are
+        drawn as in training.
         """
         if count <= 0:
             return
         blocks = range(start // self.batch, (start + count - 1) // self.batch + 1)
-        z = (
-            latents(seed, purpose, block * self.batch, self.batch, self.latent_dim, self.latent_distribution)
-            for block in blocks
-        )
-        for block, images in zip(blocks, self.stream(z), strict=True):
+        rows = (rows_at(self.network, seed, purpose, block * self.batch, self.batch) for block in blocks)
+        for block, images in zip(blocks, self.stream(rows), strict=True):
             first = block * self.batch
             low, high = max(start - first, 0), min(start + count - first, self.batch)
             yield first + low, images[low:high]
@@ -96,8 +102,8 @@ class Sampler(ABC):
         self.close()
 
     def _pad(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
-        if z.ndim != 2 or z.shape[1] != self.latent_dim or len(z) > self.batch:
-            raise UsageError(f"z of shape {z.shape}: expected at most {self.batch} rows of {self.latent_dim} values")
-        block = np.zeros((self.batch, self.latent_dim), np.float32)
+        if z.ndim != 2 or z.shape[1] != self.row_dim or len(z) > self.batch:
+            raise UsageError(f"z of shape {z.shape}: expected at most {self.batch} rows of {self.row_dim} values")
+        block = np.zeros((self.batch, self.row_dim), np.float32)
         block[: len(z)] = z
         return block

@@ -20,7 +20,7 @@ WARM_UP_LAUNCHES = 3
 class CudaSampler(Sampler):
     """Computes one block while it copies the previous images to the host and the next z to the device.
 
-    `_launch` reads the device buffer `_z`, float32 (batch, latent_dim), and writes `_images`, uint8 (batch, H, W, C),
+    `_launch` reads the device buffer `_z`, float32 (batch, row_dim), and writes `_images`, uint8 (batch, H, W, C),
     on the current stream. Pinned host memory comes from PyTorch's caching allocator, which uses a block again once
     the consumer has dropped it.
     """
@@ -36,7 +36,7 @@ class CudaSampler(Sampler):
         self._compute = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._copy = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._compute):
-            self._z = torch.zeros((batch, network.latent_dim), device="cuda")
+            self._z = torch.zeros((batch, self.row_dim), device="cuda")
             self._images = torch.zeros(shape, dtype=torch.uint8, device="cuda")
         self._graph: torch.cuda.CUDAGraph | None = None
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from export.format.card import Card
 from export.format.driver import driver_version
+from export.format.rows import feeds
 from export.samplers.base import Sampler
 from pipeline.common.errors import DataError, UnavailableError
 from pipeline.common.imaging import to_pixels
@@ -57,9 +58,9 @@ class OnnxRuntimeSampler(_OnnxSampler):
         self.provider = self._session.get_providers()[0]
         self.device = "cpu" if backend == "onnxruntime" else _gpu_name()
 
-    def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def _run(self, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
         try:
-            return self._pixels(self._session.run(["image"], {"z": z})[0])
+            return self._pixels(self._session.run(["image"], feeds(self.network, rows))[0])
         except Exception as error:  # pybind has some ten error types; most often memory is short
             raise UnavailableError(
                 f"{self.provider} cannot run a block of {self.batch} images: {_first_line(error)}; "
@@ -162,7 +163,8 @@ class OpenVinoSampler(_OnnxSampler):
         core = openvino.Core()
         try:
             graph = core.read_model(io.BytesIO(data))
-            graph.reshape({"z": [self._rows, card.network.latent_dim]})
+            ports = [port for port in (card.input, card.label) if port is not None]
+            graph.reshape({port.name: [self._rows, *port.shape[1:]] for port in ports})
             compiled = core.compile_model(
                 graph,
                 "CPU",
@@ -178,12 +180,14 @@ class OpenVinoSampler(_OnnxSampler):
         use_no_signal_stack()  # compiling has set one
         self.provider = f"OpenVINO {compiled.get_property('EXECUTION_DEVICES')[0]}"
         self._requests = [compiled.create_infer_request() for _ in range(pieces)]
-        self._block = np.zeros((pieces * self._rows, card.network.latent_dim), np.float32)
+        self._block = np.zeros((pieces * self._rows, self.row_dim), np.float32)
 
-    def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
-        self._block[: self.batch] = z
+    def _run(self, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+        self._block[: self.batch] = rows
+        inputs = feeds(self.network, self._block)  # kept until the requests have read them
         for index, request in enumerate(self._requests):
-            request.start_async({"z": self._block[index * self._rows : (index + 1) * self._rows]}, share_inputs=True)
+            piece = slice(index * self._rows, (index + 1) * self._rows)
+            request.start_async({name: values[piece] for name, values in inputs.items()}, share_inputs=True)
         for request in self._requests:
             request.wait()
         outputs = [request.get_output_tensor(0).data for request in self._requests]

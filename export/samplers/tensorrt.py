@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from export.format.card import Card, Engine, beside
 from export.format.driver import driver_version
+from export.format.rows import refuse_label
 from export.format.tensorrt_library import RTX_CAPABILITIES, load_module, make_logger, system, this_gpu
 from export.samplers.base import Sampler
 from export.samplers.cuda import WARM_UP_LAUNCHES, CudaSampler, memory_errors
@@ -46,6 +47,7 @@ def require_fit(model: str, card: Card) -> Engine:
     """
     engine = card.engine
     assert engine is not None, "read_card refuses an engine whose card has no target"
+    refuse_label(model, card.network)
     if driver_version() is None:
         raise UnavailableError(
             f"{model}: a TensorRT engine needs an NVIDIA GPU and its driver, and none is here; "

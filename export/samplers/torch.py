@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from export.format.card import ComputePrecision
 from export.format.driver import driver_version
-from export.format.graph import DeployedGenerator
+from export.format.graph import DeployedGenerator, tensors
 from export.samplers.base import BATCH_ON_CPU, BATCH_ON_GPU, Sampler
 from export.samplers.cuda import CudaSampler, memory_errors
-from pipeline.checkpoints.reference import LoadedGenerator, load_generator, require_unconditional
+from pipeline.checkpoints.reference import LoadedGenerator, load_generator
 from pipeline.common.errors import UnavailableError
+from pipeline.model.networks import Generator
 from pipeline.model.sampling import to_uint8
 
 
@@ -31,7 +32,6 @@ def open_checkpoint(
     if precision == "fp16" and not cuda:
         raise UnavailableError("fp16 arithmetic in PyTorch needs an NVIDIA GPU; on the CPU use fp32")
     loaded = load_generator(reference)
-    require_unconditional(loaded, "samplers read z alone")
     if cuda:
         chosen = "cuda-graphs" if backend == "auto" else backend
         with memory_errors(batch or BATCH_ON_GPU):
@@ -40,13 +40,13 @@ def open_checkpoint(
 
 
 def prepare(loaded: LoadedGenerator, backend: str, precision: ComputePrecision = "fp32") -> torch.nn.Module:
-    """Return a module z float32 (N, latent_dim) -> uint8 (N, H, W, C).
+    """Return a module rows float32 (N, row_dim) -> uint8 (N, H, W, C); without a label, rows are z.
 
     `eager` in fp32 is the network as trained. Otherwise BatchNorm is folded and memory is channels_last.
     """
     if backend == "eager" and precision == "fp32":
         return _AsTrained(loaded.generator)
-    deployed = DeployedGenerator(loaded.generator, precision=precision)
+    deployed = _FromRows(loaded.generator, precision=precision)
     deployed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if backend == "compiled":
         deployed.compile(dynamic=False)  # the block size is fixed, so one specialized graph
@@ -69,12 +69,19 @@ def _compiler_errors() -> Iterator[None]:
 class _AsTrained(torch.nn.Module):
     """The network as trained, then uint8: the baseline."""
 
-    def __init__(self, generator: torch.nn.Module) -> None:
+    def __init__(self, generator: Generator) -> None:
         super().__init__()
         self.generator = generator
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return to_uint8(self.generator(z))
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return to_uint8(self.generator(*tensors(self.generator.config, rows)))
+
+
+class _FromRows(DeployedGenerator):
+    """The network as it is exported, made from rows."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._made(*tensors(self.generator.config, rows))
 
 
 class TorchSampler(Sampler):
@@ -90,11 +97,11 @@ class TorchSampler(Sampler):
         self._forward = prepare(loaded, backend)
         if backend == "compiled":
             with _compiler_errors():
-                self._run(np.zeros((batch, self.latent_dim), np.float32))
+                self._run(np.zeros((batch, self.row_dim), np.float32))
 
-    def _run(self, z: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def _run(self, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
         with torch.inference_mode():
-            images: NDArray[np.uint8] = self._forward(torch.from_numpy(z)).numpy()
+            images: NDArray[np.uint8] = self._forward(torch.from_numpy(rows)).numpy()
         return images
 
 

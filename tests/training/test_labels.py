@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from support import TINY
 
-from export.builders.onnx_model import export_onnx
 from pipeline.checkpoints.reference import load_generator
 from pipeline.common.errors import ConfigConflict, UsageError
 from pipeline.common.imaging import encode
@@ -126,5 +125,3 @@ def test_a_conditional_run_resumes_to_the_same_bits_and_refuses_other_labels(
     assert next(iter(fakes.blocks()))[1].shape == (4, 32, 32, 1)
     with pytest.raises(UsageError, match="is conditioned on high, odd"):
         inputs.generator(str(out))
-    with pytest.raises(UsageError, match="is conditioned on high, odd, and exported models read z alone"):
-        export_onnx(str(out), tmp_path / "exported")

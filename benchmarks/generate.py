@@ -23,7 +23,7 @@ from hardware import describe
 from numpy.typing import NDArray
 
 from deploy.generation.manifest import Provenance, finish_shard
-from deploy.generation.pipeline import PIECE_IMAGES, WRITERS, block_latents, generate_shards
+from deploy.generation.pipeline import PIECE_IMAGES, WRITERS, block_rows, generate_shards
 from deploy.generation.plan import Plan, ShardRange
 from export.samplers.base import Sampler
 from export.samplers.open import open_sampler
@@ -161,7 +161,7 @@ def encode_only(images: Pixels, encoding: Format) -> float:
 def sample_only(sampler: Sampler, plan: Plan) -> float:
     """Sample, with the latents, and nothing else."""
     began = time.perf_counter()
-    for _ in sampler.stream(block_latents(plan, first) for first in range(0, plan.count, BLOCK)):
+    for _ in sampler.stream(block_rows(plan, first) for first in range(0, plan.count, BLOCK)):
         pass
     return time.perf_counter() - began
 

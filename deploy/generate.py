@@ -49,6 +49,13 @@ class Format(StrEnum):
     packed = "packed"
 
 
+class LabelDraw(StrEnum):
+    """Choices of --labels."""
+
+    balanced = "balanced"
+    as_trained = "as-trained"
+
+
 class Layout(StrEnum):
     """Choices of --layout."""
 
@@ -74,6 +81,14 @@ def generate(
     ] = None,
     latents: Annotated[
         str | None, typer.Option(help="The z of the images: a .npy of float32 (images, latent_dim); path or URL.")
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(help="Class of a conditional model's images, or several in turn: 7; 3,5; smiling; male+bald."),
+    ] = None,
+    labels: Annotated[
+        LabelDraw | None,
+        typer.Option(help="balanced: every class in turn; as-trained (default): as often as the training set has it."),
     ] = None,
     part: Annotated[
         str | None, typer.Option(help="i/N makes part i of N, from 0; N alone takes i from JOB_COMPLETION_INDEX.")
@@ -119,6 +134,8 @@ def generate(
         raise UsageError(f"--count {count}: --latents {latents} holds {len(given)} z")
     if rows * columns > count:
         raise UsageError(f"--sheet {sheet}: {rows * columns} images, but --count is {count}")
+    if label is not None and labels is not None:
+        raise UsageError(f"--label {label} --labels {labels.value}: choose one of the two")
     if layout is Layout.folder and format is Format.packed:
         raise UsageError("--layout folder: packed images have no files of their own; choose --format png, jpg or webp")
     from pipeline.common.machine import available_cores
@@ -151,6 +168,8 @@ def generate(
                     "format": format.value,
                     "quality": quality if format in (Format.jpg, Format.webp) else None,
                     "shard_images": shard_images,
+                    "label": label,
+                    "labels": None if labels is None else labels.value,
                 },
             )
 
@@ -368,7 +387,7 @@ def _write_sheet(
     """Write the first `rows` times `columns` images of the generation as one picture; nothing for none."""
     import numpy as np
 
-    from deploy.generation.pipeline import block_latents, cut, needed_blocks
+    from deploy.generation.pipeline import block_rows, cut, needed_blocks
     from deploy.generation.plan import ShardRange
     from pipeline.common.imaging import encode, grid
 
@@ -376,30 +395,35 @@ def _write_sheet(
         return
     wanted = [ShardRange(plan.start, plan.start + rows * columns)]
     firsts = [block * plan.block_images for block in needed_blocks(wanted, plan.block_images)]
-    blocks = sampler.stream(block_latents(plan, first, given) for first in firsts)
+    blocks = sampler.stream(block_rows(plan, first, given) for first in firsts)
     parts = [part for first, images in zip(firsts, blocks, strict=True) for _, part in cut(wanted, first, images)]
     store.write(SHEET, encode(grid(np.concatenate(parts), columns), "png"))
     print(f"written: {store.path(SHEET)}")
 
 
 def _plan(sampler: "Sampler", choices: dict[str, Any], given: "NDArray[np.float32] | None") -> "Plan":
-    """Return the plan that `sampler` and the options make. Raises UsageError for z of another width."""
+    """Return the plan that `sampler` and the options make.
+
+    Raises UsageError for z of another width, and for labels that the model does not have.
+    """
+    from deploy.generation.labels import plan_labels
     from deploy.generation.plan import Plan, default_shard_images
     from pipeline.common.storage import sha256_bytes
 
     if given is not None and given.shape[1] != sampler.latent_dim:
         raise UsageError(f"--latents: z of {given.shape[1]} values, but the model takes {sampler.latent_dim}")
-
-    if sampler.network.label:
-        raise UsageError(
-            f"--model: is conditioned on {', '.join(sampler.network.label)}, and dcgan-generate reads z alone; "
-            "sample it in Python, with labels: export.samplers.open.open_sampler"
-        )
+    label, draw = choices.pop("label"), choices.pop("labels")
+    if not sampler.network.label and (label, draw) != (None, None):
+        option = f"--label {label}" if label is not None else f"--labels {draw}"
+        raise UsageError(f"{option}: the model is not conditioned on a label; leave the option out")
+    labels = plan_labels(sampler.network, label, draw) if sampler.network.label else None
     image_bytes = sampler.image_size**2 * sampler.channels
-    shard_images = choices["shard_images"] or default_shard_images(image_bytes, choices["format"])
+    label_bytes = 0 if labels is None else labels.largest_bytes
+    shard_images = choices["shard_images"] or default_shard_images(image_bytes, choices["format"], label_bytes)
     return Plan.model_validate(
         choices
         | {
+            "labels": labels,
             "shard_images": shard_images,
             "latents_sha256": None if given is None else sha256_bytes(given.tobytes()),
             "model_sha256": sampler.model_sha256,

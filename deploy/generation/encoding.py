@@ -11,6 +11,7 @@ import os
 import signal
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
@@ -48,17 +49,28 @@ class Piece:
     """Index of the first image in the generation."""
     shape: tuple[int, ...]
     """(n, size, size, channels)."""
+    labels: Sequence[Sequence[Any]] | None
+    """Values of the labels of each image."""
 
 
 class Encoders:
     """`count` processes that take pieces of at most `images` images in turn, so that results come back in order."""
 
-    def __init__(self, count: int, format: Format, quality: int | None, *, images: int, image_bytes: int) -> None:
+    def __init__(
+        self,
+        count: int,
+        format: Format,
+        quality: int | None,
+        *,
+        images: int,
+        image_bytes: int,
+        label_names: Sequence[str] = (),
+    ) -> None:
         keep_freed_memory()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", __name__])
         room = images * (image_bytes + MEMBER_BYTES)
-        self._all = [_Encoder(context, format, quality, room) for _ in range(count)]
+        self._all = [_Encoder(context, format, quality, room, label_names) for _ in range(count)]
         self._put = self._got = 0
 
     @property
@@ -81,16 +93,24 @@ class Encoders:
         """Whether `get` would not have to wait."""
         return bool(self.waiting) and self._all[self._got % len(self._all)].connection.poll()
 
-    def put(self, images: list[Pixels], prefix: str, number: int, index: int) -> None:
+    def put(
+        self,
+        images: list[Pixels],
+        prefix: str,
+        number: int,
+        index: int,
+        labels: Sequence[Sequence[Any]] | None = None,
+    ) -> None:
         """Send `images` to an encoder: blocks (n, size, size, channels) uint8, which may change afterwards.
 
         The first image is at position `number` of the shard with that prefix, and has index `index` in the generation.
+        `labels` are the values of each, in the order of `label_names`.
         Raises TryAgainError when the process was killed.
         """
         assert not self.full
         turn, place = divmod(self._put, len(self._all))
         shape = (sum(map(len, images)), *images[0].shape[1:])
-        self._all[place].put(images, Piece(turn % SLOTS, prefix, number, index, shape))
+        self._all[place].put(images, Piece(turn % SLOTS, prefix, number, index, shape, labels))
         self._put += 1
 
     def get(self) -> tuple[Members, float]:
@@ -115,14 +135,19 @@ class Encoders:
 
 
 class _Encoder:
-    def __init__(self, context: Any, format: Format, quality: int | None, room: int) -> None:
+    def __init__(
+        self, context: Any, format: Format, quality: int | None, room: int, label_names: Sequence[str]
+    ) -> None:
         self._room = room
         handle = _nameless_memory()
         os.ftruncate(handle, SLOTS * room)
         self._memory = memoryview(mmap.mmap(handle, SLOTS * room))
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(theirs, _Handle(handle), room, format, quality), name="encoder", daemon=True
+            target=_serve,
+            args=(theirs, _Handle(handle), room, format, quality, label_names),
+            name="encoder",
+            daemon=True,
         )
         self.process.start()
         os.close(handle)
@@ -184,7 +209,9 @@ def _detach(handle: Any) -> int:
     return int(handle.detach())
 
 
-def _serve(connection: Connection, handle: int, room: int, format: Format, quality: int | None) -> None:
+def _serve(
+    connection: Connection, handle: int, room: int, format: Format, quality: int | None, label_names: Sequence[str]
+) -> None:
     """Encode pieces until the parent closes the pipe or dies."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles these, and lets pieces in progress finish
         signal.signal(number, signal.SIG_IGN)
@@ -199,9 +226,9 @@ def _serve(connection: Connection, handle: int, room: int, format: Format, quali
         try:
             began = time.perf_counter()
             images = _pixels(memory, room, piece)
-            writer = ShardWriter(piece.prefix, format, [], limit_bytes=None)
+            writer = ShardWriter(piece.prefix, format, label_names, limit_bytes=None)
             keys = [f"{index:012d}" for index in range(piece.index, piece.index + len(images))]
-            writer.add_all((encode(image, format, **options) for image in images), keys)
+            writer.add_all((encode(image, format, **options) for image in images), keys, piece.labels)
             members = writer.members(piece.number)
             if members.length <= room:  # else, which hardly ever happens, they go through the pipe
                 begin = piece.slot * room

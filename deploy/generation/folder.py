@@ -2,11 +2,14 @@
 
     OUT/records/plan.json        the plan; every part writes the same one before its first picture
     OUT/records/made-1f2e3d.json what made pictures, one file for each different device and set of versions
+    OUT/labels.csv               of a conditional model: file_name and the labels of every picture
     OUT/manifest.json            written last, when every picture is there; the records are then removed
 
 A picture is written whole or not at all, so one that is there is finished: a command that is run again makes the rest.
 """
 
+import csv
+import io
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +28,7 @@ from deploy.generation.manifest import (
     claim,
     read_plan,
 )
-from deploy.generation.pipeline import SampleStream, block_latents, needed_blocks
+from deploy.generation.pipeline import SampleStream, block_rows, needed_blocks
 from deploy.generation.plan import Plan, ShardRange
 from pipeline.common.errors import DataError, TryAgainError
 from pipeline.common.imaging import BadImage, Pixels, decode, encode
@@ -35,6 +38,7 @@ from pipeline.data.dataset import DATASET_FILE
 
 IN_FLIGHT = 256
 """Pictures that are encoded and written at the same time; more would only take memory."""
+LABELS = "labels.csv"
 _MADE = "made-"
 
 
@@ -136,7 +140,7 @@ def _images(
 ) -> Iterator[tuple[int, Pixels]]:
     """Yield (index, image (H, W, C)) for every image of `ranges`."""
     firsts = [block * plan.block_images for block in needed_blocks(ranges, plan.block_images)]
-    blocks = sampler.stream(block_latents(plan, first, given) for first in firsts)
+    blocks = sampler.stream(block_rows(plan, first, given) for first in firsts)
     wanted = iter(ranges)
     current = next(wanted)
     for first, images in zip(firsts, blocks, strict=True):
@@ -176,12 +180,24 @@ def merge_folder(store: Store, *, verify: bool = False, tidy: bool = False) -> F
             read_record(Provenance, store.read(f"{RECORDS}/{name}"), store.path(name), hint="of another version?")
             for name in records
         ]
+        if plan.labels is not None:
+            store.write(LABELS, _table(plan, names))
         total = sum(sizes[name] or 0 for name in names)
         manifest = FolderManifest(plan=plan, images=plan.count, bytes=max(1, total), made_by=made_by)
         store.write(MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
     if tidy:
         store.delete(RECORDS)
     return manifest
+
+
+def _table(plan: Plan, names: Sequence[str]) -> bytes:
+    """Return the labels of pictures as a CSV, which `dcgan-data build folder --labels` reads."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["file_name", *plan.label_types])
+    for name, row in zip(names, plan.label_values(plan.start, plan.count), strict=True):
+        table.writerow([name, *(str(value).lower() if isinstance(value, bool) else value for value in row)])
+    return text.getvalue().encode()
 
 
 def _sound(store: Store, plan: Plan, name: str) -> bool:

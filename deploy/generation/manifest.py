@@ -12,7 +12,7 @@ their bytes are equal, or their names differ and the record decides which of the
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -117,7 +117,7 @@ def claim(store: Store, plan: Plan, finished: Plan | None, *, holds_dataset: boo
             raise ConfigConflict(f"{store.path(MANIFEST)}: --out already holds a generation; choose an empty folder")
         store.write(PLAN, _json(plan, 1))
     elif found != plan:
-        ours, theirs = plan.model_dump(), found.model_dump()
+        ours, theirs = _flat(plan), _flat(found)
         keys = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
         difference = ", ".join(f"{key} {theirs.get(key)} != {ours.get(key)}" for key in keys)
         raise ConfigConflict(
@@ -125,6 +125,13 @@ def claim(store: Store, plan: Plan, finished: Plan | None, *, holds_dataset: boo
         )
     for folder in ("", RECORDS):
         store.remove_abandoned(folder)
+
+
+def _flat(plan: Plan) -> dict[str, Any]:
+    """Return the fields of a plan, with those of its labels beside them; the classes are the model's."""
+    values = plan.model_dump()
+    labels = {key: value for key, value in (values.pop("labels", None) or {}).items() if key in ("draw", "chosen")}
+    return values | {f"labels.{key}": ",".join(value) if key == "chosen" else value for key, value in labels.items()}
 
 
 def read_plan(store: Store) -> Plan | None:
@@ -267,6 +274,7 @@ def _assemble(store: Store, plan: Plan) -> tuple[Manifest, Dataset]:
         image_size=plan.image_size,
         channels=plan.channels,
         encoding=plan.format,
+        labels=plan.label_types,
         source={"kind": "generated", **plan.model_dump()},
         images=plan.count,
         bytes=total,

@@ -42,7 +42,7 @@ class SampleStream(Protocol):
     device: str
 
     def stream(self, blocks: Iterator[NDArray[np.float32]]) -> Iterator[Pixels]:
-        """Yield the images of each block of z."""
+        """Yield the images of each block of rows: z, and a label behind it."""
         ...
 
 
@@ -69,7 +69,7 @@ def generate_shards(
     in_turns = sampler.device == "cpu"
     with _ShardAssembler(plan, finish, encoders, in_turns, report_time, report_images) as assembler:
         firsts = [block * plan.block_images for block in needed_blocks(shards, plan.block_images)]
-        blocks = sampler.stream(block_latents(plan, first, given) for first in firsts)
+        blocks = sampler.stream(block_rows(plan, first, given) for first in firsts)
         began = time.perf_counter()
         for first, images in zip(firsts, blocks, strict=True):
             report_time("sample", time.perf_counter() - began)
@@ -101,7 +101,14 @@ class _ShardAssembler:
         self._encoders = (
             None
             if plan.format == "packed"
-            else Encoders(encoders, plan.format, plan.quality, images=2 * PIECE_IMAGES, image_bytes=image_bytes)
+            else Encoders(
+                encoders,
+                plan.format,
+                plan.quality,
+                images=2 * PIECE_IMAGES,
+                image_bytes=image_bytes,
+                label_names=list(plan.label_types),
+            )
         )
         self._writing = ThreadPoolExecutor(WRITERS, "writer")
         self._written: deque[Future[None]] = deque()
@@ -134,7 +141,9 @@ class _ShardAssembler:
         if self._encoders is None:
             self._put(shard, self._open, self._open_images)
         else:
-            self._encoders.put(self._open, shard.prefix, self._given, shard.start + self._given)
+            first = shard.start + self._given
+            labels = self._plan.label_values(first, self._open_images) if self._plan.labels else None
+            self._encoders.put(self._open, shard.prefix, self._given, first, labels)
             self._owners.append(shard)
             self.collect(all=self._in_turns and self._encoders.busy)
         self._given = 0 if last else self._given + self._open_images
@@ -165,29 +174,35 @@ class _ShardAssembler:
 
     def _write(self, shard: ShardRange, parts: Sequence[list[Pixels] | Members]) -> None:
         began = time.perf_counter()
-        writer = ShardWriter(shard.prefix, self._plan.format, [], limit_bytes=None)  # the plan limits the images
+        names = list(self._plan.label_types)
+        writer = ShardWriter(shard.prefix, self._plan.format, names, limit_bytes=None)  # the plan limits the images
         for part in parts:
             if isinstance(part, Members):
                 writer.add_members(part)
                 continue
             for images in part:
                 first = shard.start + writer.images
-                writer.add_all(images, [f"{index:012d}" for index in range(first, first + len(images))])
+                labels = self._plan.label_values(first, len(images)) if names else None
+                writer.add_all(images, [f"{index:012d}" for index in range(first, first + len(images))], labels)
         self._finish(shard, writer)
         self._report_time("write", time.perf_counter() - began)
 
 
-def block_latents(plan: Plan, first: int, given: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """Return z of the whole block that begins at image `first`: those of the seed, or the `given`, then zeros.
+def block_rows(plan: Plan, first: int, given: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Return the rows of the whole block that begins at image `first`: z, and behind it a conditional model's labels.
 
-    Blocks are always whole, so an image does not depend on the range that it was made in.
+    z are those of the seed, or the `given`, then zeros. Blocks are always whole, so an image does not depend on the
+    range that it was made in.
     """
     if given is not None:
         block = np.zeros((plan.block_images, plan.latent_dim), np.float32)
         rows = given[first : first + plan.block_images]
         block[: len(rows)] = rows
+    else:
+        block = latents(plan.seed, Purpose.SAMPLE, first, plan.block_images, plan.latent_dim, plan.latent_distribution)
+    if plan.labels is None:
         return block
-    return latents(plan.seed, Purpose.SAMPLE, first, plan.block_images, plan.latent_dim, plan.latent_distribution)
+    return np.concatenate([block, plan.labels.columns(plan.seed, first, plan.block_images)], 1)
 
 
 def needed_blocks(shards: Sequence[ShardRange], block_images: int) -> Iterator[int]:

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from deploy.generation.labels import LabelPlan, LabelValue
 from pipeline.common.imaging import Format
 from pipeline.common.records import LARGEST, Record
 from pipeline.common.storage import sha256_bytes
-from pipeline.data.dataset import LARGEST_IMAGE, Encoding
+from pipeline.data.dataset import LARGEST_IMAGE, Encoding, LabelType
 from pipeline.model.latents import Distribution
 
 SHARD_BYTES = 32_000_000
@@ -18,7 +19,7 @@ SHARD_BYTES = 32_000_000
 _ENCODED_SHARE = {"packed": 1.0, "png": 1.0, "webp": 0.3, "jpg": 0.3}
 _OVERHEAD_BYTES = {"packed": 24, "png": 2048, "webp": 2048, "jpg": 2048}
 
-LATER = ("layout", "latents_sha256")
+LATER = ("layout", "latents_sha256", "labels")
 """Fields that plans did not always have."""
 
 
@@ -53,11 +54,23 @@ class Plan(Record):
     latents_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     """Hash of the z that were given, float32 (count, latent_dim); null: those of `seed`."""
 
+    labels: LabelPlan | None = None
+    """The labels of a conditional model's images; null: a model without."""
+
     @model_serializer(mode="wrap")
     def _without_what_is_not_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out the later fields where they are null: plans of before keep their text and hash."""
         values: dict[str, Any] = dump(self)
         return {key: value for key, value in values.items() if value is not None or key not in LATER}
+
+    @property
+    def label_types(self) -> dict[str, LabelType]:
+        """Labels that lie beside each image, and their types."""
+        return {} if self.labels is None else self.labels.types
+
+    def label_values(self, start: int, count: int) -> list[tuple[LabelValue, ...]]:
+        """Return the values of the labels of images `start` to `start + count`, in the order of `label_types`."""
+        return [()] * count if self.labels is None else self.labels.values(self.seed, start, count)
 
     @property
     def file_format(self) -> Format:
@@ -108,7 +121,10 @@ class ShardRange:
         return f"{self.start:012d}"
 
 
-def default_shard_images(image_bytes: int, encoding: Encoding) -> int:
-    """Return the largest power of two of images, `image_bytes` each when decoded, that stays under SHARD_BYTES."""
-    expected = _ENCODED_SHARE[encoding] * image_bytes + _OVERHEAD_BYTES[encoding]
+def default_shard_images(image_bytes: int, encoding: Encoding, label_bytes: int = 0) -> int:
+    """Return the largest power of two of images, `image_bytes` each when decoded, that stays under SHARD_BYTES.
+
+    `label_bytes` is what the labels of an image take at most.
+    """
+    expected = _ENCODED_SHARE[encoding] * image_bytes + _OVERHEAD_BYTES[encoding] + label_bytes
     return 1 << (int(SHARD_BYTES / expected).bit_length() - 1)

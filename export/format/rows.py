@@ -71,10 +71,11 @@ def _columns(network: NetworkConfig, labels: Labels, count: int) -> Rows:
     return values
 
 
-def named(network: NetworkConfig, name: str) -> Rows:
+def named(network: NetworkConfig, name: str, option: str = "label") -> Rows:
     """Return the columns (1, label_width) of a class, such as `7`, `truck`, `smiling` or `male+eyeglasses`.
 
-    Several labels may be combined in a way that the training set does not have. Raises UsageError that lists the names.
+    Several labels may be combined in a way that the training set does not have. Raises UsageError that
+    begins with `option` and lists the names.
     """
     titles = network.class_titles
     if len(network.label) > 1:
@@ -89,7 +90,7 @@ def named(network: NetworkConfig, name: str) -> Rows:
             return of_classes(network, np.array([network.classes.index(name)]))
         more = f" and {len(titles) - SHOWN} more" if len(titles) > SHOWN else ""
         known = ", ".join(titles[:SHOWN]) + more
-    raise UsageError(f"label {name!r}: the model has no such class of {', '.join(network.label)}; it has {known}")
+    raise UsageError(f"{option} {name!r}: the model has no such class of {', '.join(network.label)}; it has {known}")
 
 
 def feeds(network: NetworkConfig, rows: Rows) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:

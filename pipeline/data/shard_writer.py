@@ -98,23 +98,34 @@ class ShardWriter:
             self._extend_block(image[None], [key], [labels], [crc32])
         return True
 
-    def add_all(self, images: Pixels | Iterable[bytes], keys: Sequence[str]) -> None:
-        """Add images without labels, however large the shard becomes: as `add` does one by one, but fast.
+    def add_all(
+        self,
+        images: Pixels | Iterable[bytes],
+        keys: Sequence[str],
+        labels: Sequence[Sequence[Any]] | None = None,
+    ) -> None:
+        """Add images, each with a row of labels or all without, however large the shard becomes.
 
-        Pixels (n, size, size, channels) are not copied, so they must not change before the shard is written.
+        As `add` does one by one, but fast. Pixels (n, size, size, channels) are not copied, so they must not change
+        before the shard is written.
         """
+        rows = [()] * len(keys) if labels is None else labels
         if not isinstance(images, np.ndarray):
-            for image, key in zip(images, keys, strict=True):
-                self._pair((image,), 0, len(image), _entry(key, "{}", checksum(image, key, ())))
+            for image, key, row in zip(images, keys, rows, strict=True):
+                named = _json(dict(zip(self._label_names, row, strict=True))) if row else "{}"
+                self._pair((image,), 0, len(image), _entry(key, named, checksum(image, key, row)))
             self.images += len(keys)
             return
         images = np.ascontiguousarray(images)
         content, each = images.data.cast("B"), images[0].nbytes
-        checksums = [checksum(content[row * each : (row + 1) * each], key, ()) for row, key in enumerate(keys)]
+        checksums = [
+            checksum(content[place * each : (place + 1) * each], key, row)
+            for place, (key, row) in enumerate(zip(keys, rows, strict=True))
+        ]
         while len(images):
             room = BLOCK_IMAGES - self._open
-            self._extend_block(images[:room], keys[:room], [()] * len(keys[:room]), checksums[:room])
-            images, keys, checksums = images[room:], keys[room:], checksums[room:]
+            self._extend_block(images[:room], keys[:room], rows[:room], checksums[:room])
+            images, keys, rows, checksums = images[room:], keys[room:], rows[room:], checksums[room:]
 
     def add_members(self, members: "Members") -> None:
         """Append the members that another writer with this prefix made: see `members`."""

@@ -103,12 +103,13 @@ def to_pixels(images: NDArray[np.float32]) -> Pixels:
 
 
 def square(image: Image.Image, size: int) -> Pixels:
-    """Return the central square of an RGB or L image, resized to `size` with antialiasing: (size, size, C)."""
+    """Return the central square of an RGB, RGBX or L image, resized to `size` with antialiasing: (size, size, C)."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     image = image.crop(box) if side == size else image.resize((size, size), Image.Resampling.LANCZOS, box)
-    return np.asarray(image).reshape(size, size, -1)
+    pixels: Pixels = np.asarray(image).reshape(size, size, -1)
+    return np.ascontiguousarray(pixels[..., :3]) if image.mode == "RGBX" else pixels
 
 
 def load_square(data: bytes, size: int, channels: int, *, min_side: int = 1) -> Pixels:
@@ -123,12 +124,15 @@ def load_square(data: bytes, size: int, channels: int, *, min_side: int = 1) -> 
             raise BadImage(f"smaller than {min_side} pixels")
         image.draft(None, (2 * size, 2 * size))
         image = upright(image, channels)
-    mode = "L" if channels == 1 else "RGB"
-    return square(image if image.mode == mode else image.convert(mode), size)
+    if channels == 1 and image.mode != "L":
+        image = image.convert("RGB").convert("L")
+    elif channels == 3 and image.mode == "L":
+        image = image.convert("RGB")
+    return square(image, size)
 
 
 def _plain_jpeg(data: bytes, size: int, min_side: int) -> Image.Image | None:
-    """Decode a JPEG that nothing is special about, to the very pixels of Pillow's `draft`, in RGB or L.
+    """Decode a JPEG that nothing is special about, to the very pixels of Pillow's `draft`, in RGBX or L.
 
     None where Pillow must look at it: EXIF or XMP that may turn it, colors that are not sRGB, CMYK, anything that
     libjpeg warns of, no JPEG.
@@ -142,14 +146,15 @@ def _plain_jpeg(data: bytes, size: int, min_side: int) -> Image.Image | None:
             return None
         scale = next((s for s in (8, 4, 2) if min(height, width) // (2 * size) >= s), 1)
         low_height, low_width = -(-height // scale), -(-width // scale)
-        pixels = simplejpeg.decode_jpeg(
-            data, "GRAY" if colors == "Gray" else "RGB", min_height=low_height, min_width=low_width
-        )
+        # Pillow takes pixels of four bytes without a copy, and resizes them a third quicker than those of three.
+        order = "GRAY" if colors == "Gray" else "RGBX"
+        pixels = simplejpeg.decode_jpeg(data, order, min_height=low_height, min_width=low_width)
     except ValueError:
         return None
     if pixels.shape[:2] != (low_height, low_width):
         return None
-    return Image.fromarray(pixels[..., 0] if colors == "Gray" else pixels)
+    mode = "L" if colors == "Gray" else "RGBX"
+    return Image.frombuffer(mode, (low_width, low_height), pixels, "raw", mode, 0, 1)
 
 
 def _needs_pillow(jpeg: bytes) -> bool:

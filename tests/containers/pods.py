@@ -73,7 +73,7 @@ class Cluster:
             ["kubectl", "kustomize", str(ROOT / "k8s/overlays" / self.overlay)], capture_output=True, check=True
         ).stdout
         self.objects = list(yaml.safe_load_all(rendered))
-        self.settings = self.find("ConfigMap", "settings")["data"] | self.changes
+        self.settings = self.find_settings() | self.changes
         self.started: dict[str, Pod] = {}
         podman("network", "rm", "--force", NETWORK, check=False)
         podman("network", "create", "--internal", "--subnet", f"{SUBNET}.0/24", NETWORK)
@@ -87,6 +87,11 @@ class Cluster:
     def find(self, kind: str, name: str) -> dict[str, Any]:
         """Return a rendered object."""
         return next(t for t in self.objects if (t["kind"], t["metadata"]["name"]) == (kind, name))
+
+    def find_settings(self) -> dict[str, str]:
+        """Return the settings, whose name ends in their hash."""
+        maps = [t for t in self.objects if t["kind"] == "ConfigMap" and t["metadata"]["name"].startswith("settings-")]
+        return dict(maps[0]["data"])
 
     def run_job(self, name: str) -> list[Pod]:
         """Start a pod for every index of a Job."""

@@ -37,6 +37,8 @@ def pods(objects: list[Object]) -> Iterator[tuple[str, Object]]:
         yield name, spec["template"]
     for thing in of(objects, "Deployment"):
         yield thing["metadata"]["name"], thing["spec"]["template"]
+    for thing in of(objects, "Pod"):
+        yield thing["metadata"]["name"], thing
 
 
 def containers(objects: list[Object]) -> Iterator[tuple[str, Object, Object]]:
@@ -47,8 +49,13 @@ def containers(objects: list[Object]) -> Iterator[tuple[str, Object, Object]]:
             yield f"{name}/{container['name']}", spec, container
 
 
+def settings_name(thing: Object) -> bool:
+    """Whether this is the ConfigMap of the settings, whose name ends in their hash."""
+    return str(thing["metadata"]["name"]).startswith("settings-")
+
+
 def settings(objects: list[Object]) -> dict[str, str]:
-    return next(thing["data"] for thing in of(objects, "ConfigMap") if thing["metadata"]["name"] == "settings")
+    return next(thing["data"] for thing in of(objects, "ConfigMap") if thing["metadata"]["name"].startswith("settings"))
 
 
 @rule
@@ -61,7 +68,7 @@ def namespace_is_set_and_restricted(objects: list[Object]) -> Iterator[str]:
             yield f"{thing['kind']} {thing['metadata']['name']}: not in the namespace"
 
 
-STEPS = {"base", "data", "data-merge", "train", "export", "generate", "generate-merge", "serve"}
+STEPS = {"base", "data", "data-merge", "train", "export", "generate", "generate-merge", "serve", "files"}
 
 
 @rule
@@ -270,6 +277,16 @@ def the_trainer_accepts_the_numbers(objects: list[Object]) -> Iterator[str]:
 
 
 @rule
+def a_job_keeps_its_settings(objects: list[Object]) -> Iterator[str]:
+    """Else a pod that is replaced goes on with those of the next job."""
+    for thing in of(objects, "ConfigMap"):
+        if thing["metadata"]["name"].startswith("settings") and (
+            not settings_name(thing) or not thing.get("immutable")
+        ):
+            yield f"{thing['metadata']['name']}: may change under a Job that runs"
+
+
+@rule
 def every_variable_is_a_setting(objects: list[Object]) -> Iterator[str]:
     known = set(settings(objects)) | {"JOB_COMPLETION_INDEX"}
     for name, _, container in containers(objects):
@@ -277,7 +294,7 @@ def every_variable_is_a_setting(objects: list[Object]) -> Iterator[str]:
         for variable in sorted(used - known):
             yield f"{name}: $({variable}) is not in the settings"
         sources = [source.get("configMapRef", {}).get("name") for source in container.get("envFrom", [])]
-        if used and "settings" not in sources:
+        if used and not any(str(source).startswith("settings-") for source in sources):
             yield f"{name}: uses settings without having them"
 
 
@@ -287,7 +304,8 @@ def every_setting_is_used(objects: list[Object]) -> Iterator[str]:
     if not {"data", "train", "export", "generate"} <= steps:
         return  # an overlay without some of the steps has settings to spare
     text = " ".join(" ".join(container.get("args", [])) for _, _, container in containers(objects))
-    placed = {"NODES", "PARTS", "DATA_PARTS", "GPUS", "TRAIN_CPU", "TRAIN_MEMORY"}  # Kubernetes' own to know
+    # Kubernetes' own to know:
+    placed = {"NODES", "PARTS", "DATA_PARTS", "GPUS", "TRAIN_CPU", "TRAIN_MEMORY", "DEADLINE"}
     for key in sorted(set(settings(objects)) - placed - set(re.findall(r"\$\((\w+)\)", text))):
         yield f"settings: {key} is read by nobody"
 

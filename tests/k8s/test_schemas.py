@@ -141,7 +141,7 @@ def test_the_rules_are_those_of_the_repository() -> None:
 
 
 def test_the_image_has_what_the_demo_names(render: Render) -> None:
-    settings = next(t["data"] for t in render("cpu-demo") if t["metadata"]["name"] == "settings")
+    settings = next(t["data"] for t in render("cpu-demo") if t["metadata"]["name"].startswith("settings-"))
     dockerfile = (ROOT / "deploy/Dockerfile").read_text()
     assert f"COPY data/faces {settings['DATA']}\n" in dockerfile
     preset = ROOT / "pipeline/presets" / f"{settings['PRESET']}.yaml"

@@ -9,7 +9,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 
 .DELETE_ON_ERROR:
 .PHONY: help install system system-slow system-check demo clean-demo test lint types unit coverage test-slow test-faults \
-	test-chaos test-multinode test-metrics test-k8s test-containers test-interop test-long metrics-demo gpu-check
+	test-chaos test-multinode test-metrics test-k8s test-containers test-slurm test-interop test-long metrics-demo gpu-check
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -26,7 +26,7 @@ install: .venv/.installed ## create .venv with everything that CPU work and the 
 system: ## install the Debian packages that the tests use: a browser, nginx, Prometheus (root)
 	@sh tests/system.sh install
 
-system-slow: ## install those that only `make test-slow` uses, too: podman (root)
+system-slow: ## install those that only `make test-slow` uses, too: podman, Slurm (root)
 	@sh tests/system.sh install slow
 
 system-check:
@@ -90,7 +90,7 @@ unit: .venv/.installed ## pytest, without the slow tests
 coverage: .venv/.installed ## the same with a table of the lines that no test reached
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --cov=pipeline --cov=export --cov=deploy --cov-report=term-missing
 
-test-slow: test-faults test-chaos test-multinode test-metrics test-k8s test-containers test-interop test-long ## every test that `make test` omits
+test-slow: test-faults test-chaos test-multinode test-metrics test-k8s test-containers test-slurm test-interop test-long ## every test that `make test` omits
 
 test-long: .venv/.installed ## the slow tests of data, export, deploy, training and hostile files: 2,000 damaged tars, every network exported, generation killed again and again
 	$(BIN)/pytest -m slow tests/data tests/export tests/deploy tests/training tests/test_hostile_files.py
@@ -112,6 +112,9 @@ test-k8s: ## render every overlay; check schemas, checkov and our rules, and tha
 
 test-containers: .venv/.installed ## build the image; run the Jobs of the cpu-demo overlay with podman (root)
 	sh tests/containers/run.sh
+
+test-slurm: .venv/.installed ## Debian's Slurm with two nodes on loopback: the chain as jobs, stopped and requeued, to the same bytes (root)
+	$(BIN)/pytest -m slow -rs tests/slurm
 
 test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and torchdata; installs them
 	$(BIN)/python -m pip install --progress-bar off --quiet -c constraints.txt -e '.[interop]'

@@ -91,7 +91,8 @@ def generate(
         typer.Option(help="balanced: every class in turn; as-trained (default): as often as the training set has it."),
     ] = None,
     part: Annotated[
-        str | None, typer.Option(help="i/N makes part i of N, from 0; N alone takes i from JOB_COMPLETION_INDEX.")
+        str | None,
+        typer.Option(help="i/N makes part i of N, from 0; N alone takes i from the index of a pod or array."),
     ] = None,
     shard_images: Annotated[
         int | None, typer.Option(help="Images in a shard. Default: the largest power of two that stays under 32 MB.")

@@ -3,6 +3,7 @@
     dcgan-launch train --data DIR --out RUN       a process for each GPU, or one; `train` is pipeline/train.py
     dcgan-launch --processes 2 train ...          two on this machine
     dcgan-launch --nodes 4 train ...              one of four machines; finds its rank and the address
+    srun --ntasks-per-node=1 dcgan-launch train ...      one of those that Slurm gave to the job
     dcgan-launch dcgan-generate ...               any other command: one process
 
 `accelerate launch` and torchrun turn a trainer's exit code 65 into 1 under a traceback. They lose or delay SIGTERM,
@@ -40,12 +41,16 @@ def launch(
         list[str], typer.Argument(help="train, a .py file (both run as N processes), or any other command (run once).")
     ],
     processes: Annotated[int | None, typer.Option(help="Processes on this machine. Default: its GPUs, or 1.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Number of machines. Default: PET_NNODES, NNODES, or 1.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="Number of machines. Default: PET_NNODES, NNODES, those of the Slurm step, or 1.")
+    ] = None,
     node_rank: Annotated[
-        int | None, typer.Option(help="Rank of this machine. Default: PET_NODE_RANK, ..., JOB_COMPLETION_INDEX.")
+        int | None,
+        typer.Option(help="Rank of this machine. Default: PET_NODE_RANK, ..., JOB_COMPLETION_INDEX, Slurm."),
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Host of rank 0. Default: MASTER_ADDR, or pod 0 of this Indexed Job.")
+        str | None,
+        typer.Option(help="Host of rank 0. Default: MASTER_ADDR, pod 0 of this Indexed Job, Slurm's first node."),
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port of rank 0. Default: MASTER_PORT, or 29500.")] = None,
     mixed_precision: Annotated[
@@ -78,14 +83,14 @@ def launch(
     # By default every process takes a thread for each core of the machine, whatever the container's limit.
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // topology.processes)))
     arguments = [*([sys.executable] if distributed else []), program, *rest]
-    if topology.nodes > 1:
+    if topology.nodes > 1 and topology.local_ranks[0] == 0:
         print(
             f"dcgan-launch: machine {topology.node_rank} of {topology.nodes}, {topology.processes} processes each, "
             f"rank 0 at {topology.address}:{topology.port}",
             file=sys.stderr,
             flush=True,
         )
-    environments = [{**os.environ, **shared, **topology.environment(rank)} for rank in range(topology.processes)]
+    environments = [{**os.environ, **shared, **topology.environment(rank)} for rank in topology.local_ranks]
     sys.exit(supervise(arguments, environments, grace_seconds))
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from deploy.slurm_step import read_step
 from pipeline.common.errors import ConfigConflict, UsageError
 
 PORT = 29500
 
 # The variables of each value, by scheduler: Kubeflow Trainer sets PET_*, torchrun its own names, the PyTorchJob
 # operator RANK and WORLD_SIZE (which count machines there), an Indexed Job its completion index. The first one that
-# is set counts.
+# is set counts. Slurm's come last, and together: slurm_step.py.
 _NAMES = {
     "nodes": ("PET_NNODES", "NNODES", "WORLD_SIZE"),
     "node_rank": ("PET_NODE_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "JOB_COMPLETION_INDEX"),
@@ -39,6 +40,13 @@ class Topology:
     address: str = "127.0.0.1"
     """Host of rank 0."""
     port: int = PORT
+    task: int | None = None
+    """The one process of this machine to start, where the scheduler starts a task for each; None: all of them."""
+
+    @property
+    def local_ranks(self) -> range:
+        """Ranks, among those of this machine, of the processes to start."""
+        return range(self.processes) if self.task is None else range(self.task, self.task + 1)
 
     @property
     def world_size(self) -> int:
@@ -97,6 +105,22 @@ def discover(
         elif name := next((name for name in names if environment.get(name)), None):
             found[what] = environment[name], name
     gpus = devices()
+    task = None
+    if "nodes" not in found and (step := read_step(environment)) is not None:
+        for what, value in step.found.items():
+            found.setdefault(what, value)
+        if step.tasks > 1:
+            task = step.task
+            if found["processes"][0] != str(step.tasks):
+                raise ConfigConflict(
+                    f"{found['processes'][1]}={found['processes'][0]}, but Slurm starts {step.tasks} tasks on each "
+                    "machine, and each is one process; start one task on each: srun --ntasks-per-node=1"
+                )
+            if 0 < gpus < step.tasks:
+                raise ConfigConflict(
+                    f"{step.tasks} tasks on a machine, and this one sees {gpus} GPUs: a process needs all of its "
+                    "machine's; start one task on each machine: srun --ntasks-per-node=1 --gpus-per-node=N"
+                )
 
     def number(what: str, default: int, low: int) -> int:
         value, where = found.get(what, (str(default), ""))
@@ -107,7 +131,7 @@ def discover(
         return int(value)
 
     nodes, processes = number("nodes", 1, 1), number("processes", max(1, gpus), 1)
-    if nodes == 1:
+    if nodes == 1 and task is None:
         return Topology(processes=processes, port=number("port", PORT, 1) if "port" in found else free_port())
     if "node_rank" not in found:
         raise ConfigConflict(
@@ -119,25 +143,25 @@ def discover(
             f"{found['node_rank'][1]}={rank}, but {found['nodes'][1]}={nodes}: ranks count from 0 to {nodes - 1}"
         )
     address = found["address"][0] if "address" in found else first_host(hostname(), rank)
-    return Topology(nodes, rank, processes, address, number("port", PORT, 1))
+    return Topology(nodes, rank, processes, address, number("port", PORT, 1), task)
 
 
 def overlooked_tasks(topology: Topology, options: Mapping[str, object], environment: Mapping[str, str]) -> str:
     """Return a warning where a scheduler started several tasks and each would make a run of its own; else "".
 
-    Slurm and MPI do not say where rank 0 listens, so the machines have to be named. `--nodes 1` says that it is meant.
-    As many tasks as processes are taken for the room that was asked for.
+    MPI does not say where rank 0 listens, so the machines have to be named; Slurm does, to what srun starts.
+    `--nodes 1` says that it is meant. As many tasks as processes are taken for the room that was asked for.
     """
-    if topology.nodes > 1 or options.get("nodes") is not None:
+    if topology.nodes > 1 or topology.task is not None or options.get("nodes") is not None:
         return ""
     for name in _TASKS:
         tasks = int(environment[name]) if environment.get(name, "").isdigit() else 1
         if tasks > 1 and (tasks != topology.processes or name == "SLURM_NNODES"):
             return (
                 f"{name}={tasks}, but what starts here does not know of the others: if each of them starts "
-                "dcgan-launch, each makes a run of its own. For one run start one task on each machine, with --nodes N "
-                "--node-rank i --address HOST (Slurm: $SLURM_NNODES, $SLURM_NODEID, the first host of "
-                "$SLURM_JOB_NODELIST). If this is to be a run of its own: --nodes 1"
+                "dcgan-launch, each makes a run of its own. For one run start one task on each machine (Slurm: srun "
+                "--ntasks-per-node=1 dcgan-launch ...; others: --nodes N --node-rank i --address HOST). If this is to "
+                "be a run of its own: --nodes 1"
             )
     return ""
 

@@ -79,8 +79,9 @@ def used() -> dict[str, list[str]]:
             note(path, in_python(path.read_text()))
     for path in sorted((ROOT / "k8s").rglob("*.yaml")):
         note(path, in_manifest(path.read_text()))
-    for path in sorted([*(ROOT / "k8s").rglob("*.sh"), *(ROOT / "deploy").rglob("*.sh")]):
-        note(path, set(re.findall(r"\$\{([A-Z_]+):?[-=?]", path.read_text())))
+    scripts = [*(ROOT / "k8s").rglob("*.sh"), *(ROOT / "deploy").rglob("*.sh"), *(ROOT / "deploy").rglob("*.sbatch")]
+    for path in sorted(scripts):
+        note(path, set(re.findall(r"(?:\$\{(?=[A-Z_]+:?[-=?])|export )([A-Z_]+)", path.read_text())))
     note(ROOT / "deploy" / "Dockerfile", in_dockerfile((ROOT / "deploy" / "Dockerfile").read_text()))
     return found
 

@@ -28,6 +28,13 @@ class Mirror:
         self._seen = False  # whether what the mirror held at the start is known
         self._failed = False  # the last copy
         self._running: threading.Thread | None = None
+        self._waiting: list[float] = []  # since when: what is being copied, and what came meanwhile
+
+    @property
+    def lag_seconds(self) -> float:
+        """How long a checkpoint that is not known to be on the mirror has waited for its copy; 0 if there is none."""
+        waiting = self._waiting[:1]
+        return time.monotonic() - waiting[0] if waiting else 0.0
 
     def restore(self, check: Callable[[Checkpoint], object] = lambda checkpoint: None) -> bool:
         """Copy the mirror's newest undamaged checkpoint here if it is newer than every local one; return whether so.
@@ -61,6 +68,7 @@ class Mirror:
 
     def push(self) -> None:
         """Copy what the mirror lacks, in the background. Only one copy runs; the next push takes what it missed."""
+        self._waiting = [*self._waiting[:1], time.monotonic()]
         if self._running is None or not self._running.is_alive():
             # A daemon: a store that hangs must not keep the process from ending.
             self._running = threading.Thread(target=self._push, name="mirror", daemon=True)
@@ -80,6 +88,7 @@ class Mirror:
 
     def _push(self) -> None:
         self._failed = True
+        begun = time.monotonic()
         try:
             newest = self.local.names()[-1:]
             beyond = [name for name in self.checkpoints.names() if newest and name > newest[0]]
@@ -94,6 +103,7 @@ class Mirror:
             self._copy(self.local.best())
             self.checkpoints.retain(self.keep)
             self._failed = False
+            self._waiting = [since for since in self._waiting if since > begun]
         except Exception as error:  # whatever it was, training continues
             self.failures += 1
             log.warning("the last checkpoint is not mirrored: %s", error)

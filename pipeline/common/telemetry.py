@@ -112,6 +112,11 @@ METRICS: dict[Program, tuple[Metric, ...]] = {
         Metric(
             "dcgan_train_mirror_failures_total", "counter", "Checkpoints that did not reach the mirror.", final=True
         ),
+        Metric(
+            "dcgan_train_mirror_lag_seconds",
+            "gauge",
+            "How long the mirror has lacked a checkpoint; 0 if it has all, and without a mirror.",
+        ),
     ),
     "generate": (
         Metric("dcgan_generate_info", "gauge", INFO, {"backend": (), "provider": (), "format": ()}, final=True),

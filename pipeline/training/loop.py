@@ -127,7 +127,7 @@ def train(
             end, affordable = schedule.at_boundary(seen), schedule.affordable(saving=manager.saving) if main else 0
             waited, overdue, finite = loader.wait_seconds, schedule.checkpoint_overdue, step.examine(images=end)
             report = window.reduce(waited, overdue, finite, end=end, affordable=affordable)
-            run_log.window(report, seen, mirror_failures=manager.mirror_failures, prefetched=loader.prefetched_images)
+            run_log.window(report, seen, mirror=manager.mirror_state, prefetched=loader.prefetched_images)
             run_log.written(manager.check())
             report.require_finite(manager.newest)
             stop, wanted = report.stop, report.save or bool(report.stop)

@@ -227,9 +227,9 @@ class CheckpointManager:
         return self._newest_path
 
     @property
-    def mirror_failures(self) -> int:
-        """Checkpoints that did not reach the mirror."""
-        return self._mirror.failures if self._mirror is not None else 0
+    def mirror_state(self) -> tuple[int, float]:
+        """Checkpoints that did not reach the mirror, and for how many seconds it has lacked one; (0, 0) without one."""
+        return (self._mirror.failures, self._mirror.lag_seconds) if self._mirror is not None else (0, 0.0)
 
     def close(self, *, hurry: bool = False) -> None:
         """Wait for what is being written, then for the mirror."""

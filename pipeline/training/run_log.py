@@ -86,9 +86,10 @@ class RunLog:
             metrics.add("dcgan_train_images_total", self.batch)
             metrics.set("dcgan_train_last_step_timestamp_seconds", time.time())
 
-    def window(self, report: Report, seen: int, *, mirror_failures: int = 0, prefetched: int = 0) -> None:
-        """Record a window if it ends here. `mirror_failures` counts since this process began.
+    def window(self, report: Report, seen: int, *, mirror: tuple[int, float] = (0, 0.0), prefetched: int = 0) -> None:
+        """Record a window if it ends here.
 
+        `mirror` has the copies that failed since this process began, and the seconds by which the mirror is behind.
         `prefetched` is the number of images that this rank has at hand.
         """
         if not report.whole:
@@ -112,8 +113,10 @@ class RunLog:
         values = report.values
         metrics.set("dcgan_train_seen_images", seen)
         metrics.add("dcgan_train_nonfinite_steps_total", report.nonfinite_steps)
-        metrics.add("dcgan_train_mirror_failures_total", mirror_failures - self._mirror_failures)
-        self._mirror_failures = mirror_failures
+        failures, lag_seconds = mirror
+        metrics.add("dcgan_train_mirror_failures_total", failures - self._mirror_failures)
+        self._mirror_failures = failures
+        metrics.set("dcgan_train_mirror_lag_seconds", lag_seconds)
         metrics.set("dcgan_train_prefetched_images", prefetched)
         metrics.add("dcgan_train_phase_seconds_total", report.data_wait_seconds, phase="data_wait")
         metrics.add("dcgan_train_phase_seconds_total", max(seconds - report.data_wait_seconds, 0.0), phase="step")

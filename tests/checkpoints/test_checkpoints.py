@@ -141,6 +141,7 @@ def test_the_mirror_brings_a_run_back_on_an_empty_disk(store: CheckpointStore, t
     mirror.push()
     mirror.close()
     assert mirror.failures == 0
+    assert mirror.lag_seconds == 0
     fresh = CheckpointStore(Store(tmp_path / "elsewhere"))
     assert Mirror(location, fresh, 2).restore()
     checkpoint = fresh.load_latest()
@@ -241,6 +242,8 @@ def test_a_mirror_that_is_away_costs_a_warning(
         mirror.push()
         mirror.close()
     assert mirror.failures >= 1
+    before = mirror.lag_seconds
+    assert mirror.lag_seconds > before > 0
     assert "the last checkpoint is not mirrored" in caplog.text
 
 

@@ -49,13 +49,13 @@ def test_values_keep_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[s
             return telemetry.registry.get_sample_value(f"dcgan_train_{name}", {**telemetry.identity, **labels})
 
         for seen, failures in ((512, 2), (1024, 3)):
-            log.window(dataclasses.replace(REPORT), seen, mirror_failures=failures, prefetched=failures)
+            log.window(dataclasses.replace(REPORT), seen, mirror=(failures, 60.0 * failures), prefetched=failures)
         assert [shown("loss", network=name) for name in ("discriminator", "generator")] == [1.25, 0.5]
         assert [shown("gradient_norm", network=name) for name in ("discriminator", "generator")] == [3.0, 5.0]
         assert [shown("discriminator_output", batch=name) for name in ("real", "fake")] == [0.75, 0.125]
         assert (shown("sample_diversity_ratio"), shown("seen_images")) == (0.875, 1024)
         assert (shown("nonfinite_steps_total"), shown("mirror_failures_total")) == (2, 3)
-        assert shown("prefetched_images") == 3
+        assert (shown("prefetched_images"), shown("mirror_lag_seconds")) == (3, 180)
         assert [shown("phase_seconds_total", phase=name) for name in ("data_wait", "step")] == [4.0, 12.0]
         log.step(0.5)
         assert shown("images_total") == config.recipe.batch

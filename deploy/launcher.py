@@ -4,6 +4,7 @@
     dcgan-launch --processes 2 train ...          two on this machine
     dcgan-launch --nodes 4 train ...              one of four machines; finds its rank and the address
     srun --ntasks-per-node=1 dcgan-launch train ...      one of those that Slurm gave to the job
+    dcgan-launch --restarts 100 train ...         starts them again, here, when one was killed or lost a peer
     dcgan-launch dcgan-generate ...               any other command: one process
 
 `accelerate launch` and torchrun turn a trainer's exit code 65 into 1 under a traceback. They lose or delay SIGTERM,
@@ -17,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -28,9 +30,15 @@ from pipeline.common.command_line import HELP_OPTIONS, Version, plain_app
 from pipeline.common.errors import UsageError
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 AWAITED = (*FORWARDED, signal.SIGCHLD, signal.SIGALRM)
 SAVED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of a trainer that saved after a signal
+PASSING = (75, *(128 + number for number in (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)))
 OURS = (2, 65, 69, 75, 78)  # exit codes of our programs, which say more than "killed" or "failed"
+
+LONGEST_PAUSE_SECONDS = 8.0
+LONG_SECONDS = 60.0
+"""Processes that ran for so long are started again at once; those that did not, after a pause that doubles."""
 
 app = plain_app()
 
@@ -59,6 +67,10 @@ def launch(
     grace_seconds: Annotated[
         int, typer.Option(min=1, help="After one process fails, the others get SIGTERM, and SIGKILL after this time.")
     ] = 30,
+    restarts: Annotated[
+        int,
+        typer.Option(min=0, help="How often to start all processes again, here, after a passing fault (75) or a kill."),
+    ] = 0,
     version: Version = False,
 ) -> None:
     """Run COMMAND as one or more processes, and exit with its code."""
@@ -91,17 +103,55 @@ def launch(
             flush=True,
         )
     environments = [{**os.environ, **shared, **topology.environment(rank)} for rank in topology.local_ranks]
-    sys.exit(supervise(arguments, environments, grace_seconds))
+    sys.exit(keep_running(arguments, environments, grace_seconds, restarts))
 
 
-def supervise(arguments: list[str], environments: list[dict[str, str]], grace_seconds: int) -> int:
-    """Run one process for each environment until all have exited, and return the code that explains most.
+def keep_running(arguments: list[str], environments: list[dict[str, str]], grace_seconds: int, restarts: int) -> int:
+    """Run the processes, again after a passing fault, at most `restarts` times; return the code of the last ones.
+
+    So the ranks that are well stay on their machines when one is lost, which its scheduler replaces: they look up the
+    address of rank 0 anew, meet, and resume from the last checkpoint.
+    """
+    pause = 0.0
+    while True:
+        began = time.monotonic()
+        code, stop = supervise(arguments, environments, grace_seconds)
+        if stop or code not in PASSING or restarts == 0:
+            return code
+        restarts -= 1
+        if time.monotonic() - began > LONG_SECONDS:
+            pause = 0.0
+        print(
+            f"dcgan-launch: ended with code {code}; starting again in {pause:.0f} s; {restarts} restarts left",
+            file=sys.stderr,
+            flush=True,
+        )
+        if heard := _pause(pause):
+            return 128 + heard
+        pause = min(max(1.0, 2 * pause), LONGEST_PAUSE_SECONDS)
+
+
+def _pause(seconds: float) -> int:
+    """Wait; return the signal that asked to stop meanwhile, else 0. What else came has nobody to go to any more."""
+    deadline = time.monotonic() + seconds
+    while True:
+        heard = signal.sigtimedwait(AWAITED, max(0.0, deadline - time.monotonic()))
+        if heard is None:
+            return 0
+        if heard.si_signo in STOPS:
+            return heard.si_signo
+
+
+def supervise(arguments: list[str], environments: list[dict[str, str]], grace_seconds: int) -> tuple[int, int]:
+    """Run one process for each environment until all have exited.
+
+    Returns the exit code that explains most, and the signal that asked them to stop, 0 if none did.
 
     This also does the duty of a container's first process: it forwards signals and reaps orphans.
     """
     running: dict[int, int] = {}  # process id -> local rank
     ended: list[int] = []  # exit codes in the order of exit
-    armed = False
+    armed, stop = False, 0
 
     def send(number: int) -> None:
         for process in running:
@@ -119,6 +169,7 @@ def supervise(arguments: list[str], environments: list[dict[str, str]], grace_se
         if number == signal.SIGALRM:
             send(signal.SIGKILL)
         elif number != signal.SIGCHLD:
+            stop = number if number in STOPS else stop
             send(number)
         while running:  # one SIGCHLD may stand for several processes
             process, status = os.waitpid(-1, os.WNOHANG)
@@ -138,7 +189,7 @@ def supervise(arguments: list[str], environments: list[dict[str, str]], grace_se
                     signal.alarm(grace_seconds)
                     armed = True
     signal.alarm(0)
-    return exit_code(ended)
+    return exit_code(ended), stop
 
 
 def exit_code(ended: list[int]) -> int:

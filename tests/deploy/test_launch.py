@@ -81,6 +81,50 @@ def test_processes_that_do_not_end_are_killed(start: Start, tmp_path: Path) -> N
     assert not psutil.pid_exists(int(events(tmp_path, 0)[0].split()[1]))
 
 
+def starts(folder: Path, rank: int = 0) -> int:
+    return sum(event.startswith("pid ") for event in events(folder, rank))
+
+
+def test_passing_faults_start_the_processes_again(start: Start, tmp_path: Path) -> None:
+    process = start("dcgan-launch", "--restarts", 3, STAND_IN, "codes", tmp_path, 75, -9, 0)
+    error = ends_with(process, 0)
+    assert starts(tmp_path) == 3
+    assert "dcgan-launch: ended with code 75; starting again in 0 s; 2 restarts left" in error
+    assert "dcgan-launch: ended with code 137; starting again in 1 s; 1 restarts left" in error
+
+
+@pytest.mark.parametrize(("restarts", "codes", "code"), [(1, (75, 75, 0), 75), (5, (65, 0), 65), (0, (75, 0), 75)])
+def test_there_is_a_bound_and_what_does_not_pass_ends_it(
+    start: Start, tmp_path: Path, restarts: int, codes: tuple[int, ...], code: int
+) -> None:
+    ends_with(start("dcgan-launch", "--restarts", restarts, STAND_IN, "codes", tmp_path, *codes), code)
+    assert starts(tmp_path) == codes.count(75) or code == 65
+
+
+def test_all_processes_of_a_machine_start_again(start: Start, tmp_path: Path) -> None:
+    launcher = ("dcgan-launch", "--processes", 2, "--restarts", 1)
+    ends_with(start(*launcher, STAND_IN, "codes", tmp_path, 75, 0), 0)
+    assert (starts(tmp_path, 0), starts(tmp_path, 1)) == (2, 2)
+
+
+def test_who_is_stopped_does_not_start_again(start: Start, tmp_path: Path) -> None:
+    """Neither while it runs, whatever its code is, nor in the pause."""
+    process = start("dcgan-launch", "--restarts", 9, STAND_IN, "codes", tmp_path, 75, 75, 75, 75, 999)
+    wait_until(lambda: starts(tmp_path) == 4)  # and then 4 s of pause
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    ends_with(process, 143)
+    assert starts(tmp_path) == 4
+
+
+def test_who_is_stopped_while_it_runs_does_not_start_again(start: Start, tmp_path: Path) -> None:
+    process = start("dcgan-launch", "--restarts", 9, STAND_IN, "codes", tmp_path, 75, 999)
+    wait_until(lambda: starts(tmp_path) == 2 and len(events(tmp_path)) == 4)
+    process.send_signal(signal.SIGTERM)
+    ends_with(process, 143)
+    assert starts(tmp_path) == 2
+
+
 def test_a_killed_launcher_leaves_no_trainer_behind(start: Start, tmp_path: Path) -> None:
     process = start("dcgan-launch", STAND_IN, "wait", tmp_path)
     wait_until(lambda: len(events(tmp_path)) == 2)

@@ -44,6 +44,16 @@ note(
 )
 if what == "exit":
     sys.exit(int(sys.argv[3]))
+if what == "codes":  # one for each start; a negative one is a signal that kills
+    starts = (folder / f"rank-{rank}").read_text().count("pid ")
+    code = int(sys.argv[2 + starts])
+    files = [folder / f"rank-{peer}" for peer in range(int(os.environ.get("WORLD_SIZE", "1")))]
+    while not all(file.exists() and file.read_text().count("pid ") == starts for file in files):
+        time.sleep(0.01)
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    if code != 999:
+        sys.exit(code)
 if what == "rank-1-fails" and rank == "1":
     wait_for_all()
     sys.exit(65)

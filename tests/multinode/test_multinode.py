@@ -54,11 +54,12 @@ def cable() -> Iterator[None]:
         ip("netns", "del", node, check=False)
 
 
-def start(node: int, data: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(node: int, data: Path, out: Path, *overrides: str, restarts: int = 0) -> subprocess.Popen[str]:
     """Start one node's launcher inside its namespace, in a process group of its own."""
     launch = str(Path(sys.executable).parent / "dcgan-launch")
     command = ["ip", "netns", "exec", NODES[node], launch, "--nodes", "2", "--node-rank", str(node)]
-    command += ["--processes", "1", "--address", ADDRESSES[0], "--port", "29517", "--grace-seconds", "10"]
+    command += ["--processes", "1", "--restarts", str(restarts), "--grace-seconds", "10"]
+    command += ["--address", ADDRESSES[0], "--port", "29517"]
     command += ["train", "--data", str(data), "--out", str(out), *TINY, *OPTIONS, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment |= {"GLOO_SOCKET_IFNAME": f"wire{node}"}
@@ -129,3 +130,37 @@ def test_an_accident_ends_both_and_the_gang_restart_goes_on(
     ip("-n", NODES[0], "link", "set", "wire0", "up")
     saved = int(sorted(out.glob("checkpoints/*/state.json"))[-1].parent.name)
     train_together(faces32, out, saved + 320)
+
+
+@pytest.mark.parametrize("lost", [1, 0])
+def test_the_node_that_is_well_stays_when_the_other_is_replaced_again_and_again(
+    cable: None, faces32: Path, tmp_path: Path, lost: int
+) -> None:
+    out, total = tmp_path / "run", "schedule.total_images=1000000"
+    processes = [start(node, faces32, out, total, restarts=5) for node in (0, 1)]
+    seconds = []
+    try:
+        wait_for_checkpoints(out, processes)
+        for _ in range(3):
+            pids = subprocess.run(["ip", "netns", "pids", NODES[lost]], capture_output=True, text=True, check=True)
+            for pid in pids.stdout.split():
+                os.kill(int(pid), signal.SIGKILL)
+            processes[lost].communicate()
+            begin = time.monotonic()
+            seen = len((out / "log.txt").read_text().split("resuming at image"))
+            processes[lost] = start(lost, faces32, out, total, restarts=5)
+            while len((out / "log.txt").read_text().split("resuming at image")) == seen:
+                assert time.monotonic() - begin < 120
+                assert processes[1 - lost].poll() is None, processes[1 - lost].communicate()
+                time.sleep(0.1)
+            seconds.append(time.monotonic() - begin)
+        print(f"seconds from the replacement of node {lost} to the resumed run: {seconds}")
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        ends = finish(processes, 60)
+        assert [code for code, _ in ends] == [143, 143], ends
+        assert ends[1 - lost][1].count("dcgan-launch: ended with code 75; starting again") == 3
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)

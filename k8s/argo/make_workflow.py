@@ -88,7 +88,7 @@ def template(job: Object) -> Object:
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     if "command" not in container:
-        container = {**container, "command": ENTRYPOINT}
+        container = {**container, "command": list(ENTRYPOINT)}
     patch = {key: pod[key] for key in ("terminationGracePeriodSeconds", "enableServiceLinks")}
     labels = dict(spec["template"]["metadata"]["labels"])
     made: Object = {"name": name}

@@ -118,6 +118,11 @@ def warning(name: str, reason: str, message: str, minute: int = 0) -> Object:
     }
 
 
+def ended(job: Object) -> bool:
+    """Whether a Job is complete or failed."""
+    return any(condition["type"] in ("Complete", "Failed") for condition in job["status"].get("conditions", []))
+
+
 class Refused(Exception):
     """What a real server answers with 422: (the field, what is wrong with it)."""
 
@@ -133,6 +138,7 @@ class ApiServer(ThreadingHTTPServer):
         self.objects["pods"] = [pod("train-0-a", "Running")]
         self.looks = 2
         self.fails: set[str] = set()
+        self.suspended: set[str] = set()  # Jobs that a queue holds back until they are asked about for the last time
         self.lock = threading.Lock()
         self._clock = 0
         super().__init__(("127.0.0.1", 0), Handler)
@@ -169,8 +175,10 @@ class ApiServer(ThreadingHTTPServer):
     def ask_about(self, thing: Object) -> None:
         """Let a Job go on, up to its end; a Deployment and a Pod start at once."""
         name, kind, status = thing["metadata"]["name"], thing["kind"], thing.setdefault("status", {})
-        if kind == "Job" and "conditions" not in status:
+        if kind == "Job" and not ended(thing):
             status["asked"] += 1
+            if name in self.suspended:
+                status["conditions"] = [{"type": "Suspended", "status": "True", "lastTransitionTime": self.now()}]
             if status["asked"] > self.looks:
                 failed = {"type": "Failed", "reason": "BackoffLimitExceeded", "message": "too often"}
                 end = failed if name in self.fails else {"type": "Complete"}
@@ -199,7 +207,7 @@ class ApiServer(ThreadingHTTPServer):
 
     def delete(self, what: str, thing: Object) -> None:
         name = thing["metadata"]["name"]
-        if what == "namespaces" and any("conditions" not in job["status"] for job in self.objects["jobs"]):
+        if what == "namespaces" and not all(map(ended, self.objects["jobs"])):
             return  # Terminating, for ever
         self.objects[what].remove(thing)
         if what == "jobs":

@@ -55,3 +55,16 @@ def test_one_file_holds_every_edit(overlay: str) -> None:
         lines = [line for line in path.read_text().splitlines() if not line.strip().startswith("#")]
         text = "\n".join(line.split(" #")[0] for line in lines)
         assert not re.search(r"newTag|newName|storageClassName|://bucket|AWS_|example\.com", text), path
+
+
+@pytest.mark.parametrize(("overlay", "last"), [("cpu-demo", "../../components/settings]"), ("multi-node", "")])
+def test_jobs_can_wait_in_a_queue(copy: Path, overlay: str, last: str) -> None:
+    path = copy / "k8s/overlays" / overlay / "kustomization.yaml"
+    text = path.read_text().rstrip()
+    assert text.endswith(last or "without it, remove this line")
+    path.write_text(text[:-1] + ", ../../components/kueue]" if last else f"{text}\n  - ../../components/kueue\n")
+    objects = list(yaml.safe_load_all(kustomize(path.parent)))
+    queued = {t["metadata"]["name"] for t in objects if "kueue.x-k8s.io/queue-name" in t["metadata"]["labels"]}
+    assert queued == {t["metadata"]["name"] for t in objects if t["kind"] in ("Job", "JobSet")}
+    assert {"train", "export", "generate", "generate-merge"} <= queued
+    assert problems(objects) == {}

@@ -149,6 +149,14 @@ def test_it_says_why_pods_wait_and_goes_on_saying_so(run: Run, server: ApiServer
     assert lines == [*said, *said, "train: done"]
 
 
+def test_it_says_that_a_queue_holds_a_job_back(run: Run, server: ApiServer) -> None:
+    server.objects["pods"] = []
+    server.suspended = {"train"}
+    done, _ = run("cpu-demo", "train", looks=3)
+    assert done.stdout.count("train: pods: none yet\ntrain: waits: suspended until its queue admits it\n") == 1
+    assert done.stdout.endswith("train: done\n")
+
+
 def test_it_says_why_there_are_no_pods(run: Run, server: ApiServer) -> None:
     server.objects["pods"] = []
     server.objects["events"] = [warning("train", "FailedCreate", 'pods "train-0-" is forbidden: exceeded quota')]

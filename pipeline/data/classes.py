@@ -78,10 +78,11 @@ def read_classes(dataset: Dataset, label: Sequence[str], option: str = "network.
         )
     number = {value: index for index, value in enumerate(occurring)}
     of_image = np.fromiter((number[value] for value in values), np.int32, len(values))
-    return Classes(tuple(label), tuple(map(_written, occurring)), of_image)
+    return Classes(tuple(label), tuple(map(written, occurring)), of_image)
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """Return a value, or a tuple of several that are true or false, as `network.classes` writes it."""
     if isinstance(value, tuple):
         return "".join("01"[bit] for bit in value)
     return str(value).lower() if isinstance(value, bool) else str(value)

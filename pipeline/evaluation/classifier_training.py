@@ -1,6 +1,6 @@
 """How the attribute classifier is trained on a labeled data set, scored on held-out images, and kept for reuse."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.imaging import Pixels
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose, permutation, raw_bits
 from pipeline.data.dataset import Dataset
@@ -28,6 +29,9 @@ JITTER = 0.1
 """Deviation of the random changes to their contrast and brightness."""
 HELD_OUT = 0.2
 """Share of the images that the classifier is scored on, not trained on."""
+
+Loss = Callable[[Tensor, NDArray[np.int64]], Tensor]
+"""Outputs of a batch (BATCH, heads) and the numbers of its images (BATCH,) -> a scalar."""
 
 
 def get_classifier(reference: str | None, data: str | None, out: Path, *, attributes: Iterable[str] = ()) -> Classifier:
@@ -100,39 +104,47 @@ def train_classifier(labeled: Labeled, *, seed: int, epochs: int = EPOCHS) -> Cl
                 heads.append(Head(name, kind, float(present.mean()), float(present.std())))
     if not heads:
         raise DataError("the data set has no bool or float label that varies, so there is nothing to learn")
-    if len(labeled.images) < 2 * BATCH:
-        raise DataError(f"{len(labeled.images)} labeled images are too few to train on: expected {2 * BATCH}")
     height, width, channels = labeled.images.shape[1:]
     torch.manual_seed(seed)
     network = AttributeNet(channels, width, len(heads)).to(device())
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     targets = np.stack([_target(labeled, head) for head in heads], 1)
     is_bool = torch.tensor([head.kind == "bool" for head in heads], device=device())
 
-    steps_per_epoch = len(labeled.images) // BATCH
+    def loss(outputs: Tensor, rows: NDArray[np.int64]) -> Tensor:
+        wanted = torch.from_numpy(targets[rows]).to(device())
+        known = wanted.isfinite()
+        wanted = torch.where(known, wanted, 0)  # before the loss: its gradient would be NaN as well
+        errors = torch.where(
+            is_bool,
+            F.binary_cross_entropy_with_logits(outputs, wanted.clamp(0, 1), reduction="none"),
+            0.5 * F.mse_loss(outputs, wanted, reduction="none"),
+        )
+        return (errors * known).mean(0).sum().div(len(heads))
+
+    fit(network, labeled.images, loss, seed=seed, epochs=epochs)
+    return Classifier(network, heads, (height, width, channels), labeled.description.get("fingerprint", ""))
+
+
+def fit(network: AttributeNet, images: Pixels, loss: Loss, *, seed: int, epochs: int) -> None:
+    """Train a classifier on images uint8 (N, H, W, C). Raises DataError when they are too few."""
+    if len(images) < 2 * BATCH:
+        raise DataError(f"{len(images)} labeled images are too few to train on: expected {2 * BATCH}")
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    steps_per_epoch = len(images) // BATCH
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, epochs * steps_per_epoch)
     with Progress("training the classifier", epochs * steps_per_epoch * BATCH) as progress:
         for epoch in range(epochs):
-            order = permutation(len(labeled.images), seed, Purpose.ANALYSIS, lane=epoch)
+            order = permutation(len(images), seed, Purpose.ANALYSIS, lane=epoch)
             for step in range(steps_per_epoch):
                 rows = order[step * BATCH : (step + 1) * BATCH]
-                images = _augmented(to_network(labeled.images[rows]), seed, epoch * steps_per_epoch + step)
-                wanted = torch.from_numpy(targets[rows]).to(device())
-                known = wanted.isfinite()
-                wanted = torch.where(known, wanted, 0)  # before the loss: its gradient would be NaN as well
-                outputs = network(images)
-                errors = torch.where(
-                    is_bool,
-                    F.binary_cross_entropy_with_logits(outputs, wanted.clamp(0, 1), reduction="none"),
-                    0.5 * F.mse_loss(outputs, wanted, reduction="none"),
-                )
+                batch = _augmented(to_network(images[rows]), seed, epoch * steps_per_epoch + step)
+                outputs = network(batch)
                 optimizer.zero_grad()
-                (errors * known).mean(0).sum().div(len(heads)).backward()  # type: ignore[no-untyped-call]
+                loss(outputs, rows).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 progress.advance(BATCH)
-    return Classifier(network, heads, (height, width, channels), labeled.description.get("fingerprint", ""))
 
 
 def _numbers(labeled: Labeled, name: str) -> NDArray[np.float64]:

@@ -31,6 +31,14 @@ def generator(ckpt: str) -> tuple[LoadedGenerator, dict[str, Any]]:
     return _on_device(loaded)
 
 
+def conditional(ckpt: str) -> tuple[LoadedGenerator, dict[str, Any]]:
+    """Return the conditional generator that `--ckpt` names, as `generator` does. Raises UsageError for another."""
+    loaded = load_generator(ckpt)
+    if not loaded.config.label:
+        raise UsageError(f"{ckpt}: is not conditioned on a label, so no class can be wanted; train with network.label")
+    return _on_device(loaded)
+
+
 def _on_device(loaded: LoadedGenerator) -> tuple[LoadedGenerator, dict[str, Any]]:
     loaded.generator.to(device()).requires_grad_(False)
     return loaded, {"kind": f"generator ({loaded.kind})", **_describe(loaded)}

@@ -50,6 +50,30 @@ def ms_ssim(
     show(measure_ms_ssim(folder, ckpt=ckpt, samples=samples, data=data, count=count, seed=seed), folder, "ms_ssim")
 
 
+@commands.command()
+def labels(
+    data: Data,
+    ckpt: OptionalCkpt = None,
+    samples: Samples = None,
+    label: Annotated[
+        str, typer.Option(help="NAME or NAME,NAME: what --samples of others were made to show.", show_default=False)
+    ] = "",
+    out: Out = None,
+    count: Annotated[int, typer.Option(help="Samples of each class.", min=2)] = 500,
+    epochs: Annotated[int, typer.Option(help="Passes of the classifier over the real images.", min=1)] = 12,
+    seed: Seed = 0,
+) -> None:
+    """Whether samples show the class that was wanted, by a classifier trained on real images; SWD by class."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.metrics.labels import measure_labels
+
+    names = [name.strip() for name in label.split(",") if name.strip()]
+    numbers = measure_labels(
+        folder, ckpt=ckpt, samples=samples, data=data, label=names, count=count, seed=seed, epochs=epochs
+    )
+    show(dict(numbers), folder, "labels")
+
+
 class Metric(StrEnum):
     """The metrics that need a feature extractor."""
 

@@ -16,6 +16,7 @@ from pipeline.evaluation.paper import arithmetic, features, forget, memorization
 COMMANDS = {
     "swd": "swd --ckpt {run} --data {data} --count 65 --patches 8 --directions 8",
     "ms-ssim": "ms-ssim --ckpt {run} --data {data} --count 65",
+    "labels": "labels --samples {data} --data {data} --label kind --epochs 1 --count 20",
     "fid": "fid --ckpt {run} --data {data} --count 65",
     "kid": "kid --ckpt {run} --data {data} --count 65",
     "is": "is --ckpt {run} --count 129 --extractor {classifier}",

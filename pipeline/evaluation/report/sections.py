@@ -18,6 +18,7 @@ from pipeline.model.networks import build_discriminator, build_generator
 ANALYSES = {
     "progress": ("The same samples over training", ""),
     "walk": ("A walk through latent space", "As Figure 4 of the paper, moving"),
+    "labels": ("The class that was wanted", "As a classifier of real images sees it"),
     "interpolate": ("Walks between samples", "Figure 4 of the paper"),
     "arithmetic": ("Arithmetic with faces", "Figure 7 of the paper"),
     "turn": ("Turning a head", "Figure 8 of the paper"),

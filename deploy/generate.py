@@ -441,12 +441,10 @@ def _plan(sampler: "Sampler", choices: dict[str, Any], given: "NDArray[np.float3
 def _provenance(sampler: "Sampler") -> Any:
     """Return what the records of this process's shards say about it."""
     from deploy.generation.manifest import Provenance
-    from pipeline.common.machine import versions
+    from pipeline.common.machine import imported_versions, processor
 
     return Provenance(
-        device=sampler.device,
-        provider=sampler.provider,
-        versions=versions("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "pillow", "simplejpeg"),
+        device=sampler.device, provider=sampler.provider, processor=processor(), versions=imported_versions()
     )
 
 

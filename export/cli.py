@@ -138,13 +138,25 @@ def triton(
     name: Annotated[str, typer.Option(help="Name of the model in the repository.")] = "dcgan",
     instances: Annotated[int, typer.Option(help="Instances of the model on each GPU.")] = 1,
     queue_delay_microseconds: Annotated[int, typer.Option(help="Longest wait of a request for its batch.")] = 500,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU threads of an ONNX model, over all instances: the server's CPU limit. Default: all of its node.",
+        ),
+    ] = None,
 ) -> None:
     """Write a Triton model repository with dynamic batching and warm-up, checked against the model's card."""
     from export.builders.triton import check_config, export_repository
     from export.format.card import read_card
 
     path = export_repository(
-        model, out, name=name, instances=instances, max_queue_delay_microseconds=queue_delay_microseconds
+        model,
+        out,
+        name=name,
+        instances=instances,
+        max_queue_delay_microseconds=queue_delay_microseconds,
+        threads=threads,
     )
     card = read_card(model)
     checked = check_config(path.read_text(), card)

@@ -41,8 +41,10 @@ class Provenance(Record):
 
     device: str
     provider: str
+    processor: str = ""
+    """Name of the CPU; '' in records of an earlier version."""
     versions: dict[str, str]
-    """Versions of the packages that sampled and encoded."""
+    """Versions of the packages that the process had imported: those that sampled and encoded, and no others."""
 
 
 class FinishedShard(Record):

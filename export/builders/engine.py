@@ -19,7 +19,7 @@ from export.format.card import (
 )
 from export.format.rows import refuse_label
 from pipeline.common.errors import DataError, UsageError
-from pipeline.common.machine import versions
+from pipeline.common.machine import imported_versions, processor
 from pipeline.common.storage import is_url, locate, require_writable, sha256_bytes
 
 if TYPE_CHECKING:
@@ -173,7 +173,8 @@ def _build(
             "sha256": sha256_bytes(serialized),
             "bytes": len(serialized),
             "precision": precision,
-            "versions": versions("torch", "onnx", "tensorrt", "tensorrt-rtx-cu13"),
+            "versions": imported_versions(),
+            "processor": processor(),
             "engine": target,
             "parity": [],
         }

@@ -31,12 +31,13 @@ from export.samplers.onnx import create_session, open_onnx
 from export.samplers.open import cpu_onnx_backends
 from pipeline.checkpoints.reference import LoadedGenerator, load_generator
 from pipeline.common.errors import DataError, UsageError
-from pipeline.common.machine import available_threads, versions
+from pipeline.common.machine import available_threads, imported_versions, processor
 from pipeline.common.randomness import Purpose
 from pipeline.common.storage import require_writable, sha256_bytes
 from pipeline.model.networks import Generator
 
 OPSET = 20
+"""What the exporter is asked for. The file says the least that means the same: see `_lower`."""
 
 
 def export_onnx(
@@ -73,10 +74,10 @@ def export_onnx(
         output=image,
         network=loaded.config,
         source=source_of(loaded),
-        versions=versions("torch", "onnx", "onnxscript", "onnxruntime", "openvino"),
+        versions={},
     )
     proven = check_parity(loaded.generator, card, data, str(folder / name), parity_images)
-    card = card.model_copy(update={"parity": proven})
+    card = card.model_copy(update={"parity": proven, "processor": processor(), "versions": imported_versions()})
     write_model(str(folder), card, data)
     return card
 
@@ -103,6 +104,7 @@ def build(loaded: LoadedGenerator, precision: ComputePrecision, output: Output, 
     assert program is not None
     model: Any = program.model_proto
     _strip(model)
+    _lower(model)
     for key, value in metadata(loaded.config, source_of(loaded), precision, max_batch).items():
         model.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(model, full_check=True)
@@ -141,6 +143,20 @@ def _strip(model: Any) -> None:
         if item is not graph:
             item.ClearField("doc_string")
     model.ClearField("doc_string")
+
+
+def _lower(model: Any) -> None:
+    """State the oldest opset and IR in which every node means what it does here, so that old runtimes take the file."""
+    (version,) = [entry.version for entry in model.opset_import if entry.domain == ""]
+    pending, oldest = [model.graph], 1
+    while pending:
+        for node in pending.pop().node:
+            assert node.domain == "", node.op_type
+            oldest = max(oldest, onnx.defs.get_schema(node.op_type, version).since_version)
+            pending += [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    del model.opset_import[:]  # the exporter also names a domain of its own, of which no node is
+    model.opset_import.append(onnx.helper.make_opsetid("", oldest))
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
 
 
 def check_parity(generator: Generator, card: Card, data: bytes, model: str, images: int) -> list[Parity]:

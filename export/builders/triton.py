@@ -20,13 +20,19 @@ def export_repository(
     name: str = "dcgan",
     instances: int = 1,
     max_queue_delay_microseconds: int = 500,
+    threads: int | None = None,
 ) -> Path:
     """Write `repository`/`name` from an ONNX file or an engine with its card; return the path of its config.pbtxt.
+
+    `threads` are those of an ONNX model on the CPU, over all instances. Without it ONNX Runtime takes one for each core
+    of the node, whatever the limit of the server's container.
 
     The configuration is written last, so a server that polls the repository never loads half a model.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):  # excludes `..`, hidden files and options
         raise UsageError(f"--name {name}: expected letters, digits, '_', '-' and '.', with no '-' or '.' first")
+    if threads is not None and threads < instances:
+        raise UsageError(f"--threads {threads}: expected at least one for each of {instances} --instances")
     if instances < 1 or max_queue_delay_microseconds < 0:
         raise UsageError(
             f"--instances {instances} --queue-delay-microseconds {max_queue_delay_microseconds}: "
@@ -38,7 +44,7 @@ def export_repository(
         raise UnavailableError(
             f"{model}: Triton's server has no {card.engine.runtime} backend; use the ONNX file, or --runtime tensorrt"
         )
-    text = make_config(card, name, instances, max_queue_delay_microseconds)
+    text = make_config(card, name, instances, max_queue_delay_microseconds, threads)
     check_config(text, card)
     file = "model.plan" if card.engine else "model.onnx"
     files = {
@@ -50,7 +56,9 @@ def export_repository(
     return repository / name / "config.pbtxt"
 
 
-def make_config(card: Card, name: str, instances: int, max_queue_delay_microseconds: int) -> str:
+def make_config(
+    card: Card, name: str, instances: int, max_queue_delay_microseconds: int, threads: int | None = None
+) -> str:
     """Return the text of config.pbtxt. Its dims omit the batch, which `max_batch_size` implies."""
     is_engine = card.engine is not None
     warm_ups = "\n".join(_warm_up(card, batch) for batch in sorted({1, card.max_batch}))
@@ -65,6 +73,7 @@ def make_config(card: Card, name: str, instances: int, max_queue_delay_microseco
         scalar = "" if card.label.shape[1:] else " reshape: { shape: [ ] }"
         label = f'name: "{card.label.name}" data_type: {TYPES[card.label.dtype]} dims: [ {_dims(card.label.shape)} ]'
         inputs += f", {{ {label}{scalar} }}"
+    per_instance = "" if is_engine or threads is None else _parameter("intra_op_thread_count", threads // instances)
     return f"""# Made by dcgan-export triton from {card.source.kind} weights {card.source.sha256}.
 name: "{name}"
 backend: "{"tensorrt" if is_engine else "onnxruntime"}"
@@ -79,9 +88,13 @@ instance_group [
     count: {instances}
     kind: {"KIND_GPU" if is_engine else "KIND_AUTO"}{profiles}
   }}
-]{graphs}
+]{graphs}{per_instance}
 {warm_ups}
 """
+
+
+def _parameter(key: str, value: int) -> str:
+    return f'\nparameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}'
 
 
 def _preferred(card: Card) -> str:

@@ -114,7 +114,9 @@ class Card(Record):
     network: NetworkConfig
     source: Source
     versions: dict[str, str]
-    """Versions of the packages that took part in the export."""
+    """Versions of the packages that took part in the export: those that the process had imported."""
+    processor: str = ""
+    """Name of the CPU that parity was measured on; '' in cards of an earlier version."""
     parity: list[Parity] = Field(default_factory=list)
     engine: Engine | None = None
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import sys
 from contextlib import suppress
 from importlib import metadata
@@ -45,6 +46,48 @@ def use_no_signal_stack() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).sigaltstack(ctypes.byref(SignalStack(None, NO_SIGNAL_STACK, 0)), None)
+
+
+PACKAGES_OF_DEVELOPMENT = ("dev", "interop")
+"""Extras of pyproject.toml that take no part in anyone's result."""
+
+
+def processor() -> str:
+    """Return the name of the processor, as the system gives it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith(("model name", "Model")) and ":" in line:
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def imported_versions() -> dict[str, str]:
+    """Return the versions of Python, of this project, and of those of its dependencies that this process has imported.
+
+    Call it when the work is done: what is installed but did nothing is not there, and a new dependency is there by
+    itself. Without the project's own metadata every imported package counts.
+    """
+    try:
+        requirements = metadata.requires("dcgan-pipeline") or []
+    except metadata.PackageNotFoundError:
+        requirements = None
+    found: dict[str, str] = {}
+    for module, packages in metadata.packages_distributions().items():
+        if sys.modules.get(module) is not None:
+            found |= {_normal(package): metadata.version(package) for package in packages}
+    if requirements is not None:
+        ours = {_normal(re.split(r"[^A-Za-z0-9._-]", one)[0]) for one in requirements if not _is_for_development(one)}
+        # TensorRT's packages are shells: what is imported comes from others, whose names begin with theirs.
+        found = {name: found[name] for name in found if any(name == own or name.startswith(f"{own}-") for own in ours)}
+    return versions() | dict(sorted(found.items()))
+
+
+def _normal(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def _is_for_development(requirement: str) -> bool:
+    return any(re.search(rf"extra == .{extra}.", requirement) for extra in PACKAGES_OF_DEVELOPMENT)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,8 +61,14 @@ def members(*folders: Path) -> dict[str, bytes]:
     return images
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+def files(folder: Path) -> dict[str, Any]:
+    """Return what every file holds; of the manifest not the versions, since this process imports more for its tests."""
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    if "manifest.json" in found:
+        found["manifest.json"] = json.loads(found["manifest.json"])
+        for maker in found["manifest.json"]["made_by"]:
+            assert maker.pop("versions")["python"]
+    return found
 
 
 def packed(*folders: Path) -> np.ndarray:
@@ -98,7 +105,7 @@ def test_parts_merge_to_the_same_files(
     assert files(tmp_path) == files(whole)
 
 
-def test_killed_and_resumed_is_the_same(start: Start, run: Run, tmp_path: Path, model: str, whole: Path) -> None:
+def test_killed_and_resumed_is_the_same(start: Start, tmp_path: Path, model: str, whole: Path) -> None:
     options = ["--model", model, "--count", 1000, "--shard-images", 96, "--out", tmp_path, "--batch", 64]
     kills = 0
     for pattern, target in (("*", 1), ("*.tar", 1), ("*.tar", 6)):
@@ -108,7 +115,7 @@ def test_killed_and_resumed_is_the_same(start: Start, run: Run, tmp_path: Path, 
         process.kill()
         kills += process.wait() == -signal.SIGKILL
     assert kills  # else nothing was tried
-    run(*options)
+    assert start("dcgan-generate", *options).wait() == 0
     assert files(tmp_path) == files(whole)
 
 
@@ -310,7 +317,11 @@ def test_the_manifest_says_where_images_came_from(whole: Path, model: str) -> No
     assert (manifest["plan"]["seed"], manifest["plan"]["start"], manifest["plan"]["count"]) == (0, 0, 1000)
     assert manifest["plan"]["purpose"] == "sample"
     assert manifest["plan"]["block_images"] == 64
-    assert manifest["made_by"][0]["device"] == "cpu"
+    (made_by,) = manifest["made_by"]
+    assert made_by["device"] == "cpu"
+    assert made_by["processor"]
+    assert {"python", "numpy", "dcgan-pipeline"} <= set(made_by["versions"])
+    assert not {"pytest", "mypy", "hypothesis"} & set(made_by["versions"]), "tools of development made no image"
     for shard in manifest["shards"]:
         assert sha256_file(whole / shard["name"]) == shard["sha256"]
 

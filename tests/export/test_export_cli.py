@@ -42,7 +42,16 @@ def test_export_verify_inspect(cli: Cli, exported: Export, tmp_path: Path) -> No
     code, output, _ = cli("inspect", tmp_path / "model.onnx")
     assert code == 0
     assert "z float32 (batch, 100), U(-1, 1)" in output
-    assert "opset 20" in output
+    assert "opset 19" in output
+
+
+def test_the_file_asks_for_the_oldest_runtime_that_will_do(exported: Export) -> None:
+    import onnx
+
+    model = onnx.load(exported.model)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 19)]
+    assert model.ir_version == 9
+    assert max(onnx.defs.get_schema(node.op_type, 20).since_version for node in model.graph.node) == 19
 
 
 def test_the_file_says_what_it_is_without_its_card(exported: Export) -> None:

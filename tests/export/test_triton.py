@@ -57,6 +57,17 @@ def test_an_engine(exported: Export, tmp_path: Path) -> None:
     assert (path.parent / "1" / "model.plan").read_bytes() == b"plan"
 
 
+def test_the_threads_of_a_model_on_the_cpu(cli: Cli, exported: Export, tmp_path: Path) -> None:
+    options = ["triton", "--model", exported.model, "--out", tmp_path, "--instances", 2]
+    code, _, error = cli(*options, "--threads", 5)
+    assert code == 0, error
+    assert parse(tmp_path / "dcgan" / "config.pbtxt").parameters["intra_op_thread_count"].string_value == "2"
+    code, _, error = cli(*options, "--threads", 1, "--name", "few")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "--threads 1: expected at least one for each of 2 --instances" in error
+    assert not (tmp_path / "few").exists()
+
+
 @pytest.mark.parametrize("name", ["..", ".", ".hidden", "-x", "a/b", "../up", ""])
 def test_a_name_stays_inside_the_repository(exported: Export, tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="--name"):

@@ -8,6 +8,7 @@
 Image i depends on the model, the seed and i alone. An interrupted command resumes when it is run again.
 """
 
+import math
 import re
 import signal
 import sys
@@ -90,6 +91,12 @@ def generate(
         LabelDraw | None,
         typer.Option(help="balanced: every class in turn; as-trained (default): as often as the training set has it."),
     ] = None,
+    restore_aspect: Annotated[
+        bool,
+        typer.Option(
+            "--restore-aspect", help="Give images the proportion of the pictures, which --fit stretch took from them."
+        ),
+    ] = False,
     part: Annotated[
         str | None,
         typer.Option(help="i/N makes part i of N, from 0; N alone takes i from the index of a pod or array."),
@@ -161,6 +168,7 @@ def generate(
                 telemetry=telemetry,
                 given=None if given is None else given[:count],
                 sheet=(rows, columns),
+                restore_aspect=restore_aspect,
                 choices={
                     "layout": None if layout is Layout.shards else layout.value,
                     "seed": seed,
@@ -221,6 +229,7 @@ def _generate(
     telemetry: "Telemetry",
     given: "NDArray[np.float32] | None",
     sheet: tuple[int, int],
+    restore_aspect: bool,
     choices: dict[str, Any],
 ) -> None:
     """Make the shards or pictures of this part, and merge if none of another part is missing."""
@@ -242,7 +251,8 @@ def _generate(
         telemetry.set("dcgan_generate_model_refused", 1)
         raise
     with sampler:
-        plan = _plan(sampler, choices, given)
+        size = _restored(sampler) if restore_aspect else sampler.image_size
+        plan = _plan(sampler, choices | {"image_size": size}, given)
         folder = plan.layout == "folder"
         finished_before = (begin_folder if folder else begin)(store, plan)
         if part.index == 0:
@@ -388,7 +398,7 @@ def _write_sheet(
     """Write the first `rows` times `columns` images of the generation as one picture; nothing for none."""
     import numpy as np
 
-    from deploy.generation.pipeline import block_rows, cut, needed_blocks
+    from deploy.generation.pipeline import cut, image_blocks, needed_blocks
     from deploy.generation.plan import ShardRange
     from pipeline.common.imaging import encode, grid
 
@@ -396,7 +406,7 @@ def _write_sheet(
         return
     wanted = [ShardRange(plan.start, plan.start + rows * columns)]
     firsts = [block * plan.block_images for block in needed_blocks(wanted, plan.block_images)]
-    blocks = sampler.stream(block_rows(plan, first, given) for first in firsts)
+    blocks = image_blocks(sampler, plan, firsts, given)
     parts = [part for first, images in zip(firsts, blocks, strict=True) for _, part in cut(wanted, first, images)]
     store.write(SHEET, encode(grid(np.concatenate(parts), columns), "png"))
     print(f"written: {store.path(SHEET)}")
@@ -409,16 +419,19 @@ def _plan(sampler: "Sampler", choices: dict[str, Any], given: "NDArray[np.float3
     """
     from deploy.generation.labels import plan_labels
     from deploy.generation.plan import Plan, default_shard_images
+    from pipeline.common.shapes.size import parse_size
     from pipeline.common.storage import sha256_bytes
 
     if given is not None and given.shape[1] != sampler.latent_dim:
         raise UsageError(f"--latents: z of {given.shape[1]} values, but the model takes {sampler.latent_dim}")
+    if sampler.image_shape[2] == 4 and choices["format"] == "jpg":
+        raise UsageError("--format jpg: the images have transparency, and a JPEG has none; use webp, png or packed")
     label, draw = choices.pop("label"), choices.pop("labels")
     if not sampler.network.label and (label, draw) != (None, None):
         option = f"--label {label}" if label is not None else f"--labels {draw}"
         raise UsageError(f"{option}: the model is not conditioned on a label; leave the option out")
     labels = plan_labels(sampler.network, label, draw) if sampler.network.label else None
-    image_bytes = sampler.image_size**2 * sampler.channels
+    image_bytes = math.prod(parse_size(choices["image_size"])) * sampler.image_shape[2]
     label_bytes = 0 if labels is None else labels.largest_bytes
     shard_images = choices["shard_images"] or default_shard_images(image_bytes, choices["format"], label_bytes)
     return Plan.model_validate(
@@ -432,10 +445,25 @@ def _plan(sampler: "Sampler", choices: dict[str, Any], given: "NDArray[np.float3
             "block_images": sampler.batch,
             "latent_dim": sampler.latent_dim,
             "latent_distribution": sampler.latent_distribution,
-            "image_size": sampler.image_size,
-            "channels": sampler.channels,
+            "channels": sampler.image_shape[2],
         }
     )
+
+
+def _restored(sampler: "Sampler") -> int | str:
+    """Return the size of images in the proportion of the pictures, of which no side is shorter than the network's.
+
+    Raises UsageError when the pictures were not stretched.
+    """
+    from pipeline.common.shapes.size import with_aspect
+
+    if sampler.network.aspect is None:
+        raise UsageError(
+            "--restore-aspect: the model does not say that its images were stretched; it does when its data set was "
+            "built with --fit stretch"
+        )
+    height, width, _ = sampler.image_shape
+    return with_aspect(width, height, sampler.network.aspect)
 
 
 def _provenance(sampler: "Sampler") -> Any:

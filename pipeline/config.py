@@ -3,7 +3,7 @@
 import difflib
 import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from pipeline.common.division import batch_refusal, ranks_refusal
 from pipeline.common.errors import ConfigConflict, UsageError
+from pipeline.common.shapes.size import Channels, Stages, between, parse_size, refusal, stages
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200  # a small file with aliases may stand for gigabytes of text
@@ -66,6 +67,16 @@ LARGEST_CLASSES = 1000
 """Classes, or combinations of true-or-false labels, that a network can be conditioned on."""
 
 
+def _trainable(size: int | str) -> int | str:
+    """Return a size that the networks can have. Raises ValueError with the two nearest."""
+    if problem := refusal(*parse_size(size)):
+        raise ValueError(problem)
+    return size
+
+
+MOST_STRETCHED = 8
+"""The largest proportion of pictures that images are given back, as width over height or the reverse."""
+
 SWITCH = {True: "on", False: "off"}
 """What YAML makes of `on` and `off`."""
 
@@ -91,10 +102,10 @@ class NetworkConfig(Section):
 
     architecture: one_of(NETWORKS) = "dcgan"  # type: ignore[valid-type]
     """What the networks are built of: `dcgan` is the paper's."""
-    image_size: Literal[32, 64, 128] = 64
-    """Height and width in pixels."""
-    channels: Literal[1, 3] = 3
-    """1 for gray, 3 for RGB."""
+    image_size: Annotated[between(1, 999_999), AfterValidator(_trainable)] = 64  # type: ignore[valid-type]
+    """Pixels: 64 is a square, 96x64 is width x height. Each side is 3 to 7 times the same power of two; 16 to 512."""
+    channels: Channels = 3
+    """1 for gray, 3 for RGB, 4 for RGBA with the color multiplied by the alpha."""
     width: int = Field(128, ge=4, le=1024)
     """Channels of the largest feature maps; each halving of the size doubles them. 128 is the paper's at 64 px."""
     kernel_size: Literal[4, 5] = 4
@@ -102,7 +113,7 @@ class NetworkConfig(Section):
     upsampling: Literal["transposed", "bilinear"] = "transposed"
     """Transposed convolution (the paper's), or bilinear resizing followed by a convolution. Only for dcgan."""
     head: Literal["convolution", "average"] = "convolution"
-    """D's last layer: one 4x4 convolution (the paper's), or global average pooling."""
+    """D's last layer: one convolution over the last maps, 4x4 (the paper's), or global average pooling."""
     bias: bool = Field(False, exclude_if=lambda chosen: not chosen)
     """Add a bias in layers without BatchNorm (G's last, D's first and last), as some others' do. Only for dcgan."""
     latent_dim: int = Field(100, ge=1, le=4096)
@@ -117,6 +128,8 @@ class NetworkConfig(Section):
     """The label's values in the order in which the networks have them. A run takes them from its data set."""
     class_images: tuple[int, ...] = Field((), max_length=LARGEST_CLASSES, exclude_if=lambda counts: not counts)
     """Images of each class in the training set. A run counts them."""
+    aspect: float | None = Field(None, ge=1 / MOST_STRETCHED, le=MOST_STRETCHED, exclude_if=lambda value: value is None)
+    """Width over height of the pictures that were stretched to image_size. A run takes it from its data set."""
 
     @model_validator(mode="after")
     def _classes_belong_to_the_label(self) -> "NetworkConfig":
@@ -141,6 +154,19 @@ class NetworkConfig(Section):
     def class_titles(self) -> tuple[str, ...]:
         """The classes as people name them."""
         return class_titles(self.label, self.classes)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images."""
+        width, height = parse_size(self.image_size)
+        return height, width, self.channels
+
+    @property
+    def stages(self) -> Stages:
+        """The smallest maps of both networks, and how often they are doubled."""
+        found = stages(*parse_size(self.image_size))
+        assert found is not None  # validated
+        return found
 
 
 class RecipeConfig(Section):
@@ -271,7 +297,8 @@ class RunConfig(Section):
         """Return the settings that decide what is learned, as {"section.key": value}."""
         sections = {name: getattr(self, name) for name in self.IDENTITY}
         settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
-        del settings["network.class_images"]  # it follows from the data, which has a fingerprint
+        for name in ("network.class_images", "network.aspect"):
+            del settings[name]  # they follow from the data, which has a fingerprint
         return settings
 
     def check_processes(self, num_processes: int) -> None:
@@ -317,9 +344,11 @@ def load_config(
     overrides: list[str] | None = None,
     *,
     base: RunConfig | None = None,
+    of_data: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Return a validated RunConfig: `base` or defaults, then the preset, the file, and `key=value` overrides.
 
+    `of_data` are settings of the network that the data set decides, unless the file or an override names them.
     Raises UsageError that names the file or override, the key, and the nearest valid one.
     """
     merged: dict[str, dict[str, Any]] = base.model_dump() if base is not None else {}
@@ -327,6 +356,7 @@ def load_config(
         if preset not in preset_names():
             raise UsageError(f"--preset {preset}: no such preset{_nearest(preset, preset_names())}")
         _merge(merged, PRESETS / f"{preset}.yaml", f"preset {preset}")
+    merged.setdefault("network", {}).update(of_data or {})
     if file is not None:
         _merge(merged, file, f"--config {file}")
     keys = _leaves()

@@ -17,8 +17,8 @@ def test_every_preset_is_valid(name: str) -> None:
 def test_the_presets_of_the_mission_are_there() -> None:
     wanted = {"demo", "tutorial64", "paper64", "lsun_bedroom", "faces", "cifar32", "imagenet32"}
     assert wanted <= set(preset_names())
-    assert stage_widths(64, load_config("paper64").network.width) == [1024, 512, 256, 128]
-    assert stage_widths(64, load_config("tutorial64").network.width) == [512, 256, 128, 64]
+    assert stage_widths(load_config("paper64").network) == [1024, 512, 256, 128]
+    assert stage_widths(load_config("tutorial64").network) == [512, 256, 128, 64]
 
 
 def test_overrides_win_over_file_and_preset(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_overrides_win_over_file_and_preset(tmp_path: Path) -> None:
         (None, ["recipe.bach=3"], ["recipe.bach", "recipe.batch"]),
         (None, ["recipe.batch"], ["recipe.batch", "key=value"]),
         (None, ["recipe.batch=many"], ["recipe.batch", "'many'", "integer"]),
-        (None, ["network.image_size=48"], ["network.image_size=48", "32, 64 or 128"]),
+        (None, ["network.image_size=100"], ["network.image_size=100", "no network makes 100x100", "96x96, 112x112"]),
         (None, ["recipe.batch=100"], ["recipe.batch=100", "recipe.streams=16", "96"]),
         (None, ["best_metric=fid"], ["schedule.best_metric=fid", "schedule.extractor"]),
         (None, ["recipe.batch=[1"], ["recipe.batch=[1", "YAML"]),

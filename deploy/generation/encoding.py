@@ -48,7 +48,7 @@ class Piece:
     index: int
     """Index of the first image in the generation."""
     shape: tuple[int, ...]
-    """(n, size, size, channels)."""
+    """(n, height, width, channels)."""
     labels: Sequence[Sequence[Any]] | None
     """Values of the labels of each image."""
 
@@ -101,7 +101,7 @@ class Encoders:
         index: int,
         labels: Sequence[Sequence[Any]] | None = None,
     ) -> None:
-        """Send `images` to an encoder: blocks (n, size, size, channels) uint8, which may change afterwards.
+        """Send `images` to an encoder: blocks (n, height, width, channels) uint8, which may change afterwards.
 
         The first image is at position `number` of the shard with that prefix, and has index `index` in the generation.
         `labels` are the values of each, in the order of `label_names`.

@@ -28,7 +28,7 @@ from deploy.generation.manifest import (
     claim,
     read_plan,
 )
-from deploy.generation.pipeline import SampleStream, block_rows, needed_blocks
+from deploy.generation.pipeline import SampleStream, image_blocks, needed_blocks
 from deploy.generation.plan import Plan, ShardRange
 from pipeline.common.errors import DataError, TryAgainError
 from pipeline.common.imaging import BadImage, Pixels, decode, encode
@@ -140,7 +140,7 @@ def _images(
 ) -> Iterator[tuple[int, Pixels]]:
     """Yield (index, image (H, W, C)) for every image of `ranges`."""
     firsts = [block * plan.block_images for block in needed_blocks(ranges, plan.block_images)]
-    blocks = sampler.stream(block_rows(plan, first, given) for first in firsts)
+    blocks = image_blocks(sampler, plan, firsts, given)
     wanted = iter(ranges)
     current = next(wanted)
     for first, images in zip(firsts, blocks, strict=True):

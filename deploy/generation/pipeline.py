@@ -4,11 +4,12 @@ The caller's thread runs the sampler and puts images into their shards. Processe
 and writes. The number of images in flight is bounded, and so is memory.
 """
 
+import math
 import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Protocol, Self
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 
 from deploy.generation.encoding import Encoders
 from deploy.generation.plan import Plan, ShardRange
-from pipeline.common.imaging import Pixels
+from pipeline.common.imaging import Pixels, reframe
 from pipeline.common.randomness import Purpose
+from pipeline.common.shapes.frame import Frame, sound
 from pipeline.data.shard_writer import Members, ShardWriter
 from pipeline.model.latents import latents
 
@@ -69,7 +71,7 @@ def generate_shards(
     in_turns = sampler.device == "cpu"
     with _ShardAssembler(plan, finish, encoders, in_turns, report_time, report_images) as assembler:
         firsts = [block * plan.block_images for block in needed_blocks(shards, plan.block_images)]
-        blocks = sampler.stream(block_rows(plan, first, given) for first in firsts)
+        blocks = image_blocks(sampler, plan, firsts, given)
         began = time.perf_counter()
         for first, images in zip(firsts, blocks, strict=True):
             report_time("sample", time.perf_counter() - began)
@@ -97,7 +99,7 @@ class _ShardAssembler:
     ) -> None:
         self._plan, self._finish, self._in_turns = plan, finish, in_turns
         self._report_time, self._report_images = report_time, report_images
-        image_bytes = plan.image_size**2 * plan.channels
+        image_bytes = math.prod(plan.image_shape)
         self._encoders = (
             None
             if plan.format == "packed"
@@ -186,6 +188,20 @@ class _ShardAssembler:
                 writer.add_all(images, [f"{index:012d}" for index in range(first, first + len(images))], labels)
         self._finish(shard, writer)
         self._report_time("write", time.perf_counter() - began)
+
+
+def image_blocks(
+    sampler: SampleStream, plan: Plan, firsts: Iterable[int], given: NDArray[np.float32] | None
+) -> Iterator[Pixels]:
+    """Yield the images of the whole blocks that begin at `firsts`, as the plan has them.
+
+    No color of RGBA is larger than its alpha, which a network does not know, and images that the plan has in another
+    size than the network are stretched to it.
+    """
+    frame = Frame(plan.image_size, plan.channels, fit="stretch")
+    for made in sampler.stream(block_rows(plan, first, given) for first in firsts):
+        images = sound(made) if plan.channels == 4 else made
+        yield images if images.shape[1:] == plan.image_shape else np.stack([reframe(image, frame) for image in images])
 
 
 def block_rows(plan: Plan, first: int, given: NDArray[np.float32] | None = None) -> NDArray[np.float32]:

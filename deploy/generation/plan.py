@@ -9,6 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from deploy.generation.labels import LabelPlan, LabelValue
 from pipeline.common.imaging import Format
 from pipeline.common.records import LARGEST, Record
+from pipeline.common.shapes.size import Channels, between, parse_size
 from pipeline.common.storage import sha256_bytes
 from pipeline.data.dataset import LARGEST_IMAGE, Encoding, LabelType
 from pipeline.model.latents import Distribution
@@ -42,8 +43,9 @@ class Plan(Record):
     """Images in all parts together."""
     latent_dim: int = Field(ge=1)
     latent_distribution: Distribution
-    image_size: int = Field(ge=1, le=LARGEST_IMAGE)
-    channels: Literal[1, 3]
+    image_size: between(1, LARGEST_IMAGE)  # type: ignore[valid-type]
+    """Pixels: 64 is a square, "96x64" is width x height."""
+    channels: Channels
     format: Encoding
     quality: int | None
     """Quality of jpg and webp; null for packed and png."""
@@ -81,7 +83,8 @@ class Plan(Record):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of an image."""
-        return self.image_size, self.image_size, self.channels
+        width, height = parse_size(self.image_size)
+        return height, width, self.channels
 
     def sha256(self) -> str:
         """Return the hash that all parts of one generation share."""

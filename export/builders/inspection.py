@@ -34,7 +34,7 @@ def _port(port: Port) -> str:
 def _network(card: Card) -> str:
     net = card.network
     return (
-        f"{net.image_size}x{net.image_size}, {net.channels} channels, width {net.width}, "
+        f"{net.image_shape[1]}x{net.image_shape[0]}, {net.channels} channels, width {net.width}, "
         f"{net.kernel_size}x{net.kernel_size} {net.upsampling}"
     )
 

@@ -128,12 +128,12 @@ class Card(Record):
 
 def ports(network: NetworkConfig, output: Output) -> tuple[Port, Port]:
     """Return input and output of a graph made from `network`."""
-    size, channels = network.image_size, network.channels
+    height, width, channels = network.image_shape
     values = "U(-1, 1)" if network.latent_distribution == "uniform" else "N(0, 1)"
     z = Port(name="z", dtype="float32", shape=["batch", network.latent_dim], values=values)
     if output == "uint8":
-        return z, Port(name="image", dtype="uint8", shape=["batch", size, size, channels], values="0 to 255, NHWC")
-    return z, Port(name="image", dtype="float32", shape=["batch", channels, size, size], values="-1 to 1, NCHW")
+        return z, Port(name="image", dtype="uint8", shape=["batch", height, width, channels], values="0 to 255, NHWC")
+    return z, Port(name="image", dtype="float32", shape=["batch", channels, height, width], values="-1 to 1, NCHW")
 
 
 def label_port(network: NetworkConfig) -> Port | None:

@@ -37,8 +37,8 @@ class Sampler(ABC):
     def __init__(self, network: NetworkConfig, batch: int, model_sha256: str) -> None:
         self.batch = batch
         self.model_sha256 = model_sha256
-        self.image_size: int = network.image_size
-        self.channels: int = network.channels
+        self.image_size = network.image_size
+        self.image_shape = network.image_shape
         self.latent_dim = network.latent_dim
         self.latent_distribution = network.latent_distribution
         self.network = network
@@ -66,8 +66,7 @@ class Sampler(ABC):
         rows = with_labels(self.network, z, labels)
         starts = range(0, len(rows), self.batch)
         images = list(self.stream(rows[start : start + self.batch] for start in starts))
-        shape = (0, self.image_size, self.image_size, self.channels)
-        return np.concatenate(images) if images else np.empty(shape, np.uint8)
+        return np.concatenate(images) if images else np.empty((0, *self.image_shape), np.uint8)
 
     def sample_range(
         self, seed: int, start: int, count: int, purpose: Purpose = Purpose.SAMPLE

@@ -32,7 +32,7 @@ class CudaSampler(Sampler):
     def __init__(self, network: NetworkConfig, batch: int, model_sha256: str) -> None:
         super().__init__(network, batch, model_sha256)
         self.device = torch.cuda.get_device_name()
-        shape = (batch, network.image_size, network.image_size, network.channels)
+        shape = (batch, *network.image_shape)
         self._compute = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._copy = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._compute):

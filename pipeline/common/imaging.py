@@ -1,6 +1,7 @@
 """Images to bytes and back: safe decoding of anything users have, encoding, grids and captioned sheets.
 
-Everywhere an image is a uint8 array (height, width, channels), channels 1 or 3; a batch is NHWC.
+Everywhere an image is a uint8 array (height, width, channels); a batch is NHWC. Channels are 1 gray, 3 RGB, or 4 RGBA
+with the color multiplied by the alpha; encoded images have straight alpha.
 """
 
 import io
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from pipeline.common.pictures.color import is_srgb, to_srgb
 from pipeline.common.pictures.formats import HEAD_BYTES, USUAL, advice, enable, kind_of
+from pipeline.common.shapes.frame import MODES, Frame, over_checkerboard, place, premultiply, sound, straight
 from pipeline.common.storage import write_atomic
 
 Pixels = NDArray[np.uint8]
@@ -61,12 +63,12 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def upright(image: Image.Image, channels: int) -> Image.Image:
-    """Decode the first frame, apply its EXIF orientation, and return it as mode RGB or L. Raises BadImage.
+    """Decode the first frame, apply its EXIF orientation, and return it as mode L, RGB or RGBA. Raises BadImage.
 
-    Colors become sRGB by an embedded profile; transparency is composited on white; 16-bit gray is scaled to 8 bits,
-    and so are floating-point pixels from 0 to 1, while others are refused.
+    Colors become sRGB by an embedded profile; transparency is composited on white, except in RGBA; 16-bit gray is
+    scaled to 8 bits, and so are floating-point pixels from 0 to 1, while others are refused.
     """
-    mode = "L" if channels == 1 else "RGB"
+    mode = MODES[channels]
     try:
         image.load()
         image = to_srgb(ImageOps.exif_transpose(image))
@@ -76,7 +78,7 @@ def upright(image: Image.Image, channels: int) -> Image.Image:
         elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
             picture = image.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
-            image = Image.alpha_composite(white, picture)
+            image = picture if channels == 4 else Image.alpha_composite(white, picture)
         elif image.mode == "F":
             image = _from_unit(np.asarray(image))
         return image if image.mode == mode else image.convert(mode)
@@ -102,36 +104,62 @@ def to_pixels(images: NDArray[np.float32]) -> Pixels:
     return pixels
 
 
-def square(image: Image.Image, size: int) -> Pixels:
-    """Return the central square of an RGB, RGBX or L image, resized to `size` with antialiasing: (size, size, C)."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    image = image.crop(box) if side == size else image.resize((size, size), Image.Resampling.LANCZOS, box)
-    pixels: Pixels = np.asarray(image).reshape(size, size, -1)
-    return np.ascontiguousarray(pixels[..., :3]) if image.mode == "RGBX" else pixels
-
-
-def load_square(data: bytes, size: int, channels: int, *, min_side: int = 1) -> Pixels:
-    """Decode, put upright, crop and resize an encoded image: (size, size, channels). Raises BadImage.
+def load_image(data: bytes, frame: Frame) -> Pixels:
+    """Decode an encoded image, put it upright and into its frame: (height, width, channels). Raises BadImage.
 
     JPEGs much larger than needed are decoded at a fraction of their size, never below twice the target.
     """
-    image = _plain_jpeg(data, size, min_side)
+    image = _plain_jpeg(data, frame)
     if image is None:
         image = open_image(data)
-        if min(image.size) < min_side:
-            raise BadImage(f"smaller than {min_side} pixels")
-        image.draft(None, (2 * size, 2 * size))
-        image = upright(image, channels)
-    if channels == 1 and image.mode != "L":
-        image = image.convert("RGB").convert("L")
-    elif channels == 3 and image.mode == "L":
+        if min(image.size) < frame.min_side:
+            raise BadImage(f"smaller than {frame.min_side} pixels")
+        image.draft(None, _twice(image, frame))
+        image = upright(image, frame.channels)
+    mode = MODES[frame.channels]
+    if image.mode == "RGBX" and mode != "RGB":
         image = image.convert("RGB")
-    return square(image, size)
+    return place(image if image.mode in (mode, "RGBX") else image.convert(mode), frame)
 
 
-def _plain_jpeg(data: bytes, size: int, min_side: int) -> Image.Image | None:
+def _twice(image: Image.Image, frame: Frame) -> tuple[int, int]:
+    """Return the width and height below which a picture, as it is stored, is not to be decoded."""
+    turned = frame.width != frame.height and _turned(image)
+    width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
+    return 2 * width, 2 * height
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether EXIF puts an image on its side. What is broken there, `upright` reports."""
+    try:
+        return int(image.getexif().get(0x0112, 1)) >= 5
+    except Exception:  # decoders meet hostile bytes here and raise whatever they like
+        return False
+
+
+def reframe(pixels: Pixels, frame: Frame) -> Pixels:
+    """Return an image (height, width, channels) of ours in another frame. Raises BadImage."""
+    height, width, channels = pixels.shape
+    if min(height, width) < frame.min_side:
+        raise BadImage(f"smaller than {frame.min_side} pixels")
+    if pixels.shape == (frame.height, frame.width, frame.channels):
+        return pixels
+    image = _picture(pixels)
+    mode = MODES[frame.channels]
+    if channels == 4 and mode != "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return place(image.convert(mode), frame)
+
+
+def aspect_of(picture: bytes | Pixels) -> float:
+    """Return width over height of a picture as it is seen, upright. Raises BadImage."""
+    if not isinstance(picture, bytes):
+        return float(picture.shape[1] / picture.shape[0])
+    image = open_image(picture)
+    return image.height / image.width if _turned(image) else image.width / image.height
+
+
+def _plain_jpeg(data: bytes, frame: Frame) -> Image.Image | None:
     """Decode a JPEG that nothing is special about, to the very pixels of Pillow's `draft`, in RGBX or L.
 
     None where Pillow must look at it: EXIF or XMP that may turn it, colors that are not sRGB, CMYK, anything that
@@ -142,9 +170,10 @@ def _plain_jpeg(data: bytes, size: int, min_side: int) -> Image.Image | None:
         return None
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-        if min(height, width) < min_side or height * width > MAX_PIXELS or colors not in ("YCbCr", "RGB", "Gray"):
+        if min(height, width) < frame.min_side or height * width > MAX_PIXELS or colors not in ("YCbCr", "RGB", "Gray"):
             return None
-        scale = next((s for s in (8, 4, 2) if min(height, width) // (2 * size) >= s), 1)
+        fraction = min(height // (2 * frame.height), width // (2 * frame.width))
+        scale = next((s for s in (8, 4, 2) if fraction >= s), 1)
         low_height, low_width = -(-height // scale), -(-width // scale)
         # Pillow takes pixels of four bytes without a copy, and resizes them a third quicker than those of three.
         order = "GRAY" if colors == "Gray" else "RGBX"
@@ -175,18 +204,18 @@ def _needs_pillow(jpeg: bytes) -> bool:
     return True
 
 
-def is_ready(data: bytes, format: Format, size: int, channels: int) -> bool:
-    """Whether an encoded image can be kept as it is: right format, size and mode, upright, opaque, one frame.
+def is_ready(data: bytes, format: Format, frame: Frame) -> bool:
+    """Whether an encoded image can be kept as it is: right format, size and mode, upright, one frame.
 
     A JPEG that `decode` refuses is not: Pillow reads some that libjpeg warns of, and encoded anew they are sound.
     Raises BadImage when a PNG or WebP looks right but its pixels cannot be decoded.
     """
     image = open_image(data)
     wanted = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}[format]
-    if image.format != wanted or image.size != (size, size) or image.mode != ("L" if channels == 1 else "RGB"):
+    if image.format != wanted or image.size != (frame.width, frame.height) or image.mode != MODES[frame.channels]:
         return False
     if format != "jpg":
-        upright(image, channels)  # before anything asks for EXIF, which reads a PNG to its end
+        upright(image, frame.channels)  # before anything asks for EXIF, which reads a PNG to its end
     if getattr(image, "n_frames", 1) > 1 or "transparency" in image.info or image.getexif().get(0x0112, 1) != 1:
         return False
     if isinstance(profile := image.info.get("icc_profile"), bytes) and not is_srgb(profile):
@@ -195,7 +224,7 @@ def is_ready(data: bytes, format: Format, size: int, channels: int) -> bool:
         return False
     if format == "jpg":
         try:
-            decode(data, channels)
+            decode(data, frame.channels)
         except BadImage:
             return False
     return True
@@ -209,25 +238,31 @@ def decode(data: bytes | memoryview, channels: int = 3) -> Pixels:
             if height * width > MAX_PIXELS:
                 raise BadImage("too many pixels")
             pixels: Pixels = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB")
+            if channels == 4:
+                pixels = np.concatenate([pixels, np.full((height, width, 1), 255, np.uint8)], -1)
         except BadImage:
             raise
         except ValueError as error:
             raise BadImage(f"undecodable ({error})") from None
         return pixels
     picture = np.asarray(upright(open_image(bytes(data)), channels))
-    return picture.reshape(*picture.shape[:2], channels)
+    return premultiply(picture) if channels == 4 else picture.reshape(*picture.shape[:2], channels)
 
 
 def encode(image: Pixels, format: Format, quality: int = 95) -> bytes:
-    """Encode (height, width, 1 or 3) as jpg (full color resolution), webp (lossless at quality 100) or png."""
+    """Encode (height, width, channels) as jpg (full color resolution), webp (lossless at quality 100) or png.
+
+    RGBA is written with straight alpha; jpg has none.
+    """
     gray = image.shape[-1] == 1
     if format == "jpg":
+        assert image.shape[-1] != 4, "refused by the option: a JPEG has no transparency"
         data: bytes = simplejpeg.encode_jpeg(
             np.ascontiguousarray(image), quality, "GRAY" if gray else "RGB", "Gray" if gray else "444"
         )
         return data
     buffer = io.BytesIO()
-    picture = Image.fromarray(image[..., 0] if gray else image)
+    picture = _picture(image)
     if format == "webp":
         picture.save(buffer, "WEBP", quality=quality, lossless=quality == 100, method=4)
     else:
@@ -235,8 +270,17 @@ def encode(image: Pixels, format: Format, quality: int = 95) -> bytes:
     return buffer.getvalue()
 
 
+def _picture(image: Pixels) -> Image.Image:
+    """Return (height, width, channels) as Pillow's L, RGB or RGBA, which has straight alpha."""
+    if image.shape[-1] == 1:
+        return Image.fromarray(image[..., 0])
+    return Image.fromarray(np.ascontiguousarray(straight(sound(image)) if image.shape[-1] == 4 else image))
+
+
 def grid(images: Pixels, columns: int, *, gap: int = 0, background: int = 255) -> Pixels:
-    """Lay out a batch (N, H, W, C) row by row as one image (height, width, C)."""
+    """Lay out a batch (N, H, W, C) row by row as one image (height, width, C); RGBA as RGB over a checkerboard."""
+    if images.shape[-1] == 4:
+        images = over_checkerboard(images)
     num, height, width, channels = images.shape
     columns = max(1, min(columns, num))
     rows = -(-num // columns)
@@ -255,7 +299,8 @@ def labeled_sheet(
     font = ImageFont.load_default(text_size)
     blocks = []
     for caption, images in rows:
-        block = np.repeat(grid(images, columns, gap=gap), 4 - images.shape[-1], 2)[..., :3]
+        block = grid(images, columns, gap=gap)
+        block = np.repeat(block, 3, 2) if block.shape[-1] == 1 else block
         blocks.append((caption, block))
     width = max([int(font.getlength(caption)) for caption, _ in blocks] + [block.shape[1] for _, block in blocks])
     line = text_size + 7
@@ -273,5 +318,5 @@ def labeled_sheet(
 
 
 def save_png(path: Path, image: Pixels) -> None:
-    """Write (height, width, 1 or 3) as a PNG, whole or not at all."""
+    """Write (height, width, channels) as a PNG, whole or not at all."""
     write_atomic(path, encode(image, "png"))

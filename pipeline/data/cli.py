@@ -3,12 +3,14 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
 from pipeline.common.command_line import command_group, run_command
 from pipeline.common.errors import UsageError
+from pipeline.common.shapes.size import Channels as ChannelCount
+from pipeline.common.shapes.size import parse_size, written
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 from pipeline.data.build.options import DEFAULT_MARGIN, DEFAULT_MAX_BAD, DEFAULT_QUALITY, LARGEST_SEED, BuildOptions
 from pipeline.data.sources.registry import SOURCES
@@ -26,8 +28,73 @@ class EncodingName(StrEnum):
 
 
 Location = Annotated[str, typer.Argument(metavar="DATA", help="Folder or URL of a data set, or the name of tars.")]
-Size = Annotated[int, typer.Option(min=4, max=4096, help="Height and width of the images in pixels.")]
-Channels = Annotated[int, typer.Option(min=1, max=3, help="3 for RGB, 1 for gray.")]
+
+
+def _size(value: str) -> str:
+    """Return `--size`, checked."""
+    try:
+        sides = parse_size(value)
+    except ValueError as error:
+        raise typer.BadParameter(f"{value}: {error}") from None
+    if not (min(sides) >= SMALLEST_SIDE and max(sides) <= LARGEST_SIDE):
+        raise typer.BadParameter(f"{value}: expected sides of {SMALLEST_SIDE} to {LARGEST_SIDE} pixels")
+    return value
+
+
+def _channels(value: int) -> int:
+    """Return `--channels`, checked."""
+    if value not in get_args(ChannelCount):
+        raise typer.BadParameter(f"{value}: expected 1 (gray), 3 (RGB) or 4 (RGBA)")
+    return value
+
+
+def _fill(value: str) -> str:
+    """Return `--fill`, checked."""
+    if value in ("", "edge"):
+        return value
+    from pipeline.common.shapes.frame import check_fill
+
+    try:
+        return check_fill(value)
+    except ValueError as error:
+        raise typer.BadParameter(f"{value}: {error}") from None
+
+
+SMALLEST_SIDE, LARGEST_SIDE = 4, 4096
+
+
+class FitName(StrEnum):
+    """How a picture of another proportion becomes an image."""
+
+    crop = "crop"
+    pad = "pad"
+    stretch = "stretch"
+
+
+Size = Annotated[
+    str, typer.Option(metavar="SIZE", callback=_size, help="Pixels: 64 is a square, 96x64 is width x height.")
+]
+Channels = Annotated[
+    int,
+    typer.Option(metavar="1|3|4", callback=_channels, help="1 for gray, 3 for RGB, 4 for RGBA with transparency."),
+]
+FitOption = Annotated[
+    FitName,
+    typer.Option(
+        "--fit",
+        help="Pictures of another proportion: crop the middle, pad the whole picture with margins, or stretch it.",
+    ),
+]
+Fill = Annotated[
+    str,
+    typer.Option(
+        metavar="COLOR|edge",
+        callback=_fill,
+        help="Margins of --fit pad: a color such as white or #102030, or edge to repeat the outermost pixels.  "
+        "[default: black; of RGBA transparent]",
+        show_default=False,
+    ),
+]
 MinSide = Annotated[int, typer.Option(min=1, help="Refuse pictures whose shorter side has fewer pixels.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; default: one a core.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another data set in OUT.")]
@@ -35,6 +102,12 @@ MaxBad = Annotated[
     float | None,
     typer.Option(min=0, max=1, help=f"Largest share of pictures that may be unusable.  [default: {DEFAULT_MAX_BAD}]"),
 ]
+
+
+def _check_fill(fit: FitName, fill: str) -> None:
+    """Raise UsageError for a fill that would be ignored."""
+    if fill and fit is not FitName.pad:
+        raise UsageError(f"--fill {fill}: applies to --fit pad only, which gives pictures margins")
 
 
 def _require_source(kind: str) -> str:
@@ -62,7 +135,7 @@ def build(
         ),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the new data set.")],
-    size: Size = BuildOptions.size,
+    size: Size = str(BuildOptions.size),
     channels: Channels = BuildOptions.channels,
     encoding: Annotated[
         EncodingName, typer.Option(help="Format of the stored images. packed: raw pixels in blocks, lossless, fastest.")
@@ -77,6 +150,8 @@ def build(
         ),
     ] = BuildOptions.quality,
     min_side: MinSide = BuildOptions.min_side,
+    fit: FitOption = FitName(BuildOptions.fit),
+    fill: Fill = BuildOptions.fill,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -141,18 +216,19 @@ def build(
     """Turn the pictures in SRC into the data set OUT. After an interruption, run the same command to resume."""
     from pipeline.data.build.command import build_all
 
-    if channels == 2:
-        raise UsageError("--channels 2: expected 1 (gray) or 3 (RGB)")
+    _check_fill(fit, fill)
     build_all(
         BuildOptions(
             kind=kind,
             src=src,
             out=out,
-            size=size,
-            channels=channels,
+            size=written(*parse_size(size)),
+            channels=cast(ChannelCount, channels),
             encoding=encoding.value,
             quality=quality,
             min_side=min_side,
+            fit=fit.value,
+            fill=fill,
             labels=labels,
             all_files=all_files,
             categories=tuple(category or ()),
@@ -187,9 +263,11 @@ def index(
         ),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the index: a new data set.")],
-    size: Size = BuildOptions.size,
+    size: Size = str(BuildOptions.size),
     channels: Channels = BuildOptions.channels,
     min_side: MinSide = BuildOptions.min_side,
+    fit: FitOption = FitName(BuildOptions.fit),
+    fill: Fill = BuildOptions.fill,
     max_bad: MaxBad = BuildOptions.max_bad,
     part: Annotated[
         str | None, typer.Option(help="Index only part i of N, as i/N, counted from 0; `dcgan-data merge` joins them.")
@@ -204,6 +282,7 @@ def index(
     from pipeline.data.build.process_pool import start_server
     from pipeline.data.specification import expand
 
+    _check_fill(fit, fill)
     tars = expand(spec)
     if workers != 1:
         start_server("pipeline.data.index.indexer")  # which imports while this process does
@@ -216,9 +295,11 @@ def index(
             spec=spec,
             tars=tars,
             out=out,
-            size=size,
-            channels=channels,
+            size=written(*parse_size(size)),
+            channels=cast(ChannelCount, channels),
             min_side=min_side,
+            fit=fit.value,
+            fill=fill,
             max_bad=max_bad,
             part=part,
             workers=workers,

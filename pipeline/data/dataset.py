@@ -1,6 +1,7 @@
 """The data set: what its dataset.json says, checked, and the store of its shards (docs/architecture.md, contract 2)."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from pydantic import Field, PrivateAttr, field_serializer
 
 from pipeline.common.errors import DataError
 from pipeline.common.records import Record, read_record
+from pipeline.common.shapes.frame import Frame
+from pipeline.common.shapes.size import Channels, between, in_words, parse_size
 from pipeline.common.storage import Store, is_url, locate, sha256_bytes
 from pipeline.data.index.sidecar import MemberColumns, Sidecar, read_sidecar, write_arrays
 from pipeline.data.shard_table import ADVICE, TABLE_FILE, Shard, ShardTable, Terse, read_table
@@ -60,11 +63,12 @@ class Dataset(Terse):
     """
 
     version: int = VERSION
-    image_size: int = Field(ge=1, le=LARGEST_IMAGE)
-    """Height and width of every image in pixels."""
-    channels: Literal[1, 3]
+    image_size: between(1, LARGEST_IMAGE)  # type: ignore[valid-type]
+    """Size of every image in pixels: 64 is a square, "96x64" is width x height."""
+    channels: Channels
+    """1 gray, 3 RGB, 4 RGBA: packed with the color multiplied by the alpha, encoded with straight alpha."""
     encoding: Encoding | Literal["tar"]
-    """`packed`: members are uint8 .npy blocks (n, size, size, channels); else one encoded image a member.
+    """`packed`: members are uint8 .npy blocks (n, height, width, channels); else one encoded image a member.
 
     `tar`: image files as others made them, cropped and resized when they are read."""
     labels: dict[str, LabelType] = Field(default_factory=dict)
@@ -125,14 +129,34 @@ class Dataset(Terse):
         return self.store.location
 
     @property
-    def min_side(self) -> int:
-        """Shorter side in pixels below which an image was refused; with size and channels, it decides the pixels."""
-        return int(self.source.get("min_side", 1))
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        width, height = parse_size(self.image_size)
+        return height, width, self.channels
+
+    @property
+    def frame(self) -> Frame:
+        """What decides the pixels that an image of an indexed data set has when it is read."""
+        source = self.source
+        fitted = {name: source[name] for name in ("min_side", "fit", "fill") if name in source}
+        return Frame(self.image_size, self.channels, **fitted)
+
+    @property
+    def aspect(self) -> float | None:
+        """Width over height of the pictures, where they were stretched to `image_size`."""
+        found = self.source.get("aspect")
+        return float(found) if isinstance(found, int | float) and 0 < found < LARGEST_IMAGE else None
+
+    @property
+    def in_words(self) -> str:
+        """Width, height and channels for messages: 96x64x3."""
+        height, width, channels = self.image_shape
+        return f"{in_words(width, height)}x{channels}"
 
     @property
     def image_bytes(self) -> int:
         """Bytes of one decoded image."""
-        return self.image_size * self.image_size * self.channels
+        return math.prod(self.image_shape)
 
     @property
     def shard_starts(self) -> list[int]:
@@ -148,6 +172,8 @@ class Dataset(Terse):
         digest = self.shards.joined_hashes()
         if self.index is not None:
             digest.update(f"\n{self.index.sha256}\n{self.image_size}x{self.channels}".encode())
+            if self.frame.fit != "crop":
+                digest.update(f"\n{self.frame.fit} {self.frame.fill}".encode())
         return digest.hexdigest()
 
     def place(self, shard: Shard) -> tuple[Store, str]:

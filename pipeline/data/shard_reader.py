@@ -68,35 +68,35 @@ def read_shard(store: Store, shard: Shard) -> bytes:
 def shard_images(dataset: Dataset, index: int, data: bytes) -> Iterator[Pixels]:
     """Yield the images of shard number `index`, whose file is `data`, in order.
 
-    They come as blocks (n, size, size, channels) if packed, else one by one (n = 1). Raises DataError.
+    They come as blocks (n, height, width, channels) if packed, else one by one (n = 1). Raises DataError.
     """
-    side, channels = dataset.image_size, dataset.channels
+    shape = dataset.image_shape
     shard = dataset.shards[index]
     view = memoryview(data)
     offsets, sizes = dataset.members(index)
     for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
         piece = view[offset : offset + size]
         if dataset.encoding == "packed":
-            yield np.frombuffer(piece, np.uint8).reshape(-1, side, side, channels)
+            yield np.frombuffer(piece, np.uint8).reshape(-1, *shape)
             continue
         where = f"{dataset.store.path(shard.name)}: the image at offset {offset}"
         try:
-            image = decode(piece, channels)
+            image = decode(piece, shape[2])
         except BadImage as error:
             raise DataError(f"{where}: {error}") from None
-        if image.shape != (side, side, channels):
-            raise DataError(f"{where} is {image.shape}, not {(side, side, channels)}")
+        if image.shape != shape:
+            raise DataError(f"{where} is {image.shape}, not {shape}")
         yield image[None]
 
 
 def tar_images(dataset: Dataset, tars: Tars, index: int, rows: list[int]) -> Iterator[Pixels]:
-    """Yield the images at `rows` of tar number `index` of an indexed data set, each (1, size, size, channels).
+    """Yield the images at `rows` of tar number `index` of an indexed data set, each (1, height, width, channels).
 
     The tar may be large, and is read image by image. Raises DataError.
     """
     with tars.open(index) as file:
         for row in rows:
-            image = np.empty((1, dataset.image_size, dataset.image_size, dataset.channels), np.uint8)
+            image = np.empty((1, *dataset.image_shape), np.uint8)
             tars.decode(index, row, file.fileno(), image[0])
             yield image
 
@@ -151,7 +151,7 @@ def iterate(
 def iterate(
     dataset: Dataset, *, batch: int = 256, labels: bool = False, limit: int | None = None
 ) -> Iterator[Pixels] | Iterator[tuple[Pixels, Columns]]:
-    """Yield all images in the data set's own order as uint8 batches (n, size, size, channels); the last is smaller.
+    """Yield all images in the data set's own order as uint8 batches (n, height, width, channels); the last is smaller.
 
     With `labels`, yield (images, columns): columns hold every label and `key`, the name in the source.
 

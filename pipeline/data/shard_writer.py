@@ -1,6 +1,6 @@
 """Writes shards: tars that stock webdataset reads and whose images can be reached by offset.
 
-A `packed` shard holds blocks `NAME.npy` (uint8 (n, size, size, channels)) beside `NAME.json` with one column a
+A `packed` shard holds blocks `NAME.npy` (uint8 (n, height, width, channels)) beside `NAME.json` with one column a
 label; any other holds `NAME.webp` (or jpg, png) beside `NAME.json`. Both JSONs are
 {"key": …, "labels": {…}, "crc32": …}, with lists in place of values for a block.
 """
@@ -76,7 +76,7 @@ class ShardWriter:
         return self._length + self._pending + 8 * RECORD
 
     def add(self, image: Pixels | bytes, key: str, labels: Sequence[Any]) -> bool:
-        """Add an image: pixels (size, size, channels) if packed, else its encoded bytes.
+        """Add an image: pixels (height, width, channels) if packed, else its encoded bytes.
 
         Returns False, and adds nothing, when the shard would become larger than its limit. The first always fits.
         """
@@ -106,7 +106,7 @@ class ShardWriter:
     ) -> None:
         """Add images, each with a row of labels or all without, however large the shard becomes.
 
-        As `add` does one by one, but fast. Pixels (n, size, size, channels) are not copied, so they must not change
+        As `add` does one by one, but fast. Pixels (n, height, width, channels) are not copied, so they must not change
         before the shard is written.
         """
         rows = [()] * len(keys) if labels is None else labels

@@ -45,8 +45,7 @@ def show(dataset: Dataset, sheet: Path | None, images: int, label: tuple[str, ..
                 columns.setdefault(name, []).extend(values)
             seen += len(batch)
     table = Table(show_header=False, box=None)
-    shape = f"{dataset.image_size}x{dataset.image_size}x{dataset.channels}"
-    table.add_row("images", f"{dataset.images:,} of {shape}, {dataset.encoding}")
+    table.add_row("images", f"{dataset.images:,} of {dataset.in_words}, {dataset.encoding}")
     table.add_row("shards", f"{len(dataset.shards):,}, {dataset.bytes / 1e6:,.1f} MB")
     source = ", ".join(f"{k}={v}" for k, v in dataset.source.items() if v not in (None, [], ""))
     table.add_row("source", one_line(source))

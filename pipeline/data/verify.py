@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, one_line
-from pipeline.common.imaging import BadImage, decode, load_square
+from pipeline.common.imaging import BadImage, decode, load_image
 from pipeline.common.machine import available_cores
 from pipeline.common.progress import Progress
 from pipeline.common.records import parse_json
@@ -166,7 +166,7 @@ def _check_members(dataset: Dataset, indexed: IndexedShard, file: FileIO, where:
     for key, offset, size in zip(indexed.keys, indexed.offsets.tolist(), indexed.sizes.tolist(), strict=True):
         try:
             data = os.pread(file.fileno(), size, offset)
-            load_square(data, dataset.image_size, dataset.channels, min_side=dataset.min_side)
+            load_image(data, dataset.frame)
         except BadImage as error:
             yield Damage(where, str(error), key, offset)
 
@@ -265,5 +265,5 @@ def _check_entry(
             except BadImage as error:
                 yield Damage(shard, str(error), key, offset)
                 continue
-            if shape != (dataset.image_size, dataset.image_size, dataset.channels):
+            if shape != dataset.image_shape:
                 yield Damage(shard, f"an image of {shape}", key, offset)

@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.checkpoints.weights import METADATA_KEY, deserialize
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import Pixels
+from pipeline.common.shapes.size import Channels
 from pipeline.common.storage import locate, write_atomic
 from pipeline.evaluation.device import device, to_network
 
@@ -42,9 +42,10 @@ class Head:
 
 
 class AttributeNet(nn.Module):
-    """Images (N, channels, size, size) float in [-1, 1] -> one number a head (N, heads), logits or standardized."""
+    """Images (N, channels, height, width) float in [-1, 1] -> one number a head (N, heads), logits or standardized."""
 
     def __init__(self, channels: int, size: int, heads: int) -> None:
+        """`size` is the shorter side of the images."""
         super().__init__()
         widths = [(channels, WIDTH, 2), (WIDTH, 2 * WIDTH, 2), (2 * WIDTH, 4 * WIDTH, 2), (4 * WIDTH, 4 * WIDTH, 1)]
         if size >= 64:
@@ -108,7 +109,7 @@ class Classifier:
 class _Card(BaseModel):
     """What a classifier's file says of it."""
 
-    shape: tuple[int, int, Literal[1, 3]]
+    shape: tuple[int, int, Channels]
     heads: list[Head] = Field(max_length=4096)
     data: str
 
@@ -126,7 +127,7 @@ def parse_classifier(data: bytes, where: str) -> Classifier:
         raise DataError(f"{where}: not an attribute classifier; make one with `dcgan-eval classifier`")
     try:
         card = _Card.model_validate(content)
-        network = AttributeNet(card.shape[2], card.shape[1], len(card.heads))
+        network = AttributeNet(card.shape[2], min(card.shape[:2]), len(card.heads))
         network.load_state_dict(tensors)
     except (ValidationError, RuntimeError):
         raise DataError(f"{where}: of another version; make it again with `dcgan-eval classifier`") from None

@@ -106,7 +106,7 @@ def train_classifier(labeled: Labeled, *, seed: int, epochs: int = EPOCHS) -> Cl
         raise DataError("the data set has no bool or float label that varies, so there is nothing to learn")
     height, width, channels = labeled.images.shape[1:]
     torch.manual_seed(seed)
-    network = AttributeNet(channels, width, len(heads)).to(device())
+    network = AttributeNet(channels, min(height, width), len(heads)).to(device())
     targets = np.stack([_target(labeled, head) for head in heads], 1)
     is_bool = torch.tensor([head.kind == "bool" for head in heads], device=device())
 

@@ -85,7 +85,7 @@ class ShardImages:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.dataset.image_size, self.dataset.image_size, self.dataset.channels
+        return self.dataset.image_shape
 
     def blocks(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Pixels]]:
         from pipeline.data.shard_reader import iterate
@@ -101,7 +101,7 @@ class GeneratedImages:
         config = generator.config
         self.count = count
         self.seed = seed
-        self.shape = (config.image_size, config.image_size, config.channels)
+        self.shape = config.image_shape
         self._generator = generator
         self._kept: dict[tuple[int, int], IO[bytes]] = {}
 

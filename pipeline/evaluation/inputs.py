@@ -4,7 +4,7 @@ import atexit
 import functools
 import shutil
 import tempfile
-from typing import Any
+from typing import Any, cast
 
 from pipeline.checkpoints.reference import (
     LoadedDiscriminator,
@@ -14,6 +14,7 @@ from pipeline.checkpoints.reference import (
     require_unconditional,
 )
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.shapes.size import Channels, written
 from pipeline.common.storage import public_name
 from pipeline.config import NetworkConfig
 from pipeline.data.dataset import Dataset, open_dataset
@@ -74,8 +75,9 @@ def data_set(location: str, shape: tuple[int, int, int] | None = None, limit: in
 def preparation(dataset: Dataset) -> str:
     """Return what was done to the pictures before they are measured, as far as this process did it."""
     if dataset.encoding == "tar":
-        size = f"{dataset.image_size}x{dataset.image_size}"
-        return f"pictures of other sizes cropped to their central square and resized to {size} by {FILTER}"
+        height, width, _ = dataset.image_shape
+        part = "square" if width == height else "part of the images' proportion"
+        return f"pictures of other sizes cropped to their central {part} and resized to {width}x{height} by {FILTER}"
     return str(dataset.source.get("preparation", "as the data set stores them"))
 
 
@@ -84,18 +86,20 @@ def _index(spec: str, shape: tuple[int, int, int] | None) -> Dataset:
     """Return a data set of anyone's tars, whose index lives as long as this process."""
     folder = tempfile.mkdtemp(prefix="dcgan-index-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    size, channels = (shape[0], shape[2]) if shape else (1, 3)
-    dataset = make_index(expand(spec), folder, spec=spec, size=size, channels=3 if channels == 3 else 1)
+    height, width, channels = shape or (1, 1, 3)
+    size = written(width, height)
+    dataset = make_index(expand(spec), folder, spec=spec, size=size, channels=cast(Channels, channels))
     assert dataset is not None  # not a part
     if shape is not None:
         return dataset
-    sides = {*dataset.columns.width.tolist(), *dataset.columns.height.tolist()}
-    if len(sides) > 1:
+    sizes = {*zip(dataset.columns.width.tolist(), dataset.columns.height.tolist(), strict=True)}
+    if len(sizes) > 1:
+        sides = {side for size in sizes for side in size}
         raise UsageError(
-            f"{spec}: its images have sides of {min(sides)} to {max(sides)} pixels, not of one length; choose it: "
+            f"{spec}: its images have sides of {min(sides)} to {max(sides)} pixels, not all one size; choose it: "
             f"dcgan-data index {spec} OUT --size N, and name OUT"
         )
-    return dataset.model_copy(update={"image_size": sides.pop()})
+    return dataset.model_copy(update={"image_size": written(*sizes.pop())})
 
 
 def preparations(samples: dict[str, Any], data: dict[str, Any] | None) -> dict[str, str]:
@@ -169,7 +173,7 @@ def check_fits(config: NetworkConfig, shape: tuple[int, ...]) -> None:
 
 def shape_of(config: NetworkConfig) -> tuple[int, int, int]:
     """Return the height, width and channels of the images that a network of `config` makes and reads."""
-    return config.image_size, config.image_size, config.channels
+    return config.image_shape
 
 
 def _in_words(shape: tuple[int, ...]) -> str:

@@ -1,6 +1,5 @@
-"""The paper's networks (Radford et al. 2015, section 3) for 32, 64 and 128 pixels: `network.architecture=dcgan`."""
+"""The paper's networks (Radford et al. 2015, section 3) for 16 to 512 pixels: `network.architecture=dcgan`."""
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,27 +12,34 @@ if TYPE_CHECKING:
     from pipeline.config import NetworkConfig
 
 
-def stage_widths(image_size: int, width: int) -> list[int]:
-    """Return the channels of the feature maps from 4x4 outwards: 64 px, width 128 is 1024-512-256-128."""
-    stages = int(math.log2(image_size // 4))
-    return [width << stage for stage in reversed(range(stages))]
+LARGE = 6
+"""Doublings from which on the widths are capped: 256 pixels have 6 from the paper's 4x4."""
+CAP = 8
+"""The most channels of a map of such networks, in multiples of `network.width`: the paper's 1024 at its width."""
 
 
-def make_head(kind: str, inputs: int, *, bias: bool = False) -> nn.Module:
-    """Return D's last layer, maps (N, inputs, 4, 4) -> (N, 1, 1, 1): one 4x4 convolution, or global average pooling."""
-    if kind == "convolution":
-        return nn.Conv2d(inputs, 1, 4, bias=bias)
+def stage_widths(config: "NetworkConfig") -> list[int]:
+    """Return the channels of the feature maps, smallest map first: 64 px, width 128 is 1024-512-256-128."""
+    doublings = config.stages.doublings
+    multiples = [1 << stage for stage in reversed(range(doublings))]
+    return [config.width * (multiple if doublings < LARGE else min(multiple, CAP)) for multiple in multiples]
+
+
+def make_head(config: "NetworkConfig", inputs: int, *, bias: bool = False) -> nn.Module:
+    """Return D's last layer, maps (N, inputs, h, w) -> (N, 1, 1, 1): one h x w convolution, or average pooling."""
+    if config.head == "convolution":
+        return nn.Conv2d(inputs, 1, config.stages[1:], bias=bias)
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(inputs, 1, 1))
 
 
 class Generator(networks.Generator):
-    """z (N, latent_dim) float -> images (N, channels, size, size) float in [-1, 1]."""
+    """z (N, latent_dim) float -> images (N, channels, height, width) float in [-1, 1]."""
 
     def __init__(self, config: "NetworkConfig") -> None:
         super().__init__(config)
-        widths = stage_widths(config.image_size, config.width)
+        widths = stage_widths(config)
         layers: list[nn.Module] = [
-            nn.ConvTranspose2d(config.latent_dim, widths[0], 4, bias=False),  # (N, widths[0], 4, 4)
+            nn.ConvTranspose2d(config.latent_dim, widths[0], config.stages[1:], bias=False),  # (N, widths[0], h, w)
             BatchNorm2d(widths[0]),
             nn.ReLU(inplace=True),
         ]
@@ -63,11 +69,11 @@ class Generator(networks.Generator):
 
 
 class Discriminator(networks.Discriminator):
-    """Images (N, channels, size, size) float in [-1, 1] -> logits (N,), positive for real."""
+    """Images (N, channels, height, width) float in [-1, 1] -> logits (N,), positive for real."""
 
     def __init__(self, config: "NetworkConfig") -> None:
         super().__init__(config)
-        widths = stage_widths(config.image_size, config.width)[::-1]
+        widths = stage_widths(config)[::-1]
         kernel = config.kernel_size
 
         def halve(inputs: int, outputs: int, *, bias: bool = False) -> nn.Conv2d:
@@ -76,8 +82,8 @@ class Discriminator(networks.Discriminator):
         layers: list[nn.Module] = [halve(config.channels, widths[0], bias=config.bias), nn.LeakyReLU(0.2, inplace=True)]
         for inputs, outputs in zip(widths, widths[1:], strict=False):
             layers += [halve(inputs, outputs), BatchNorm2d(outputs), nn.LeakyReLU(0.2, inplace=True)]
-        self.layers = nn.Sequential(*layers)  # (N, widths[-1], 4, 4)
-        self.head = make_head(config.head, widths[-1], bias=config.bias)
+        self.layers = nn.Sequential(*layers)  # (N, widths[-1], h, w)
+        self.head = make_head(config, widths[-1], bias=config.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.layers(images))  # (N, 1, 1, 1)
@@ -85,7 +91,7 @@ class Discriminator(networks.Discriminator):
 
     @property
     def activation_widths(self) -> list[int]:
-        return stage_widths(self.config.image_size, self.config.width)[::-1]
+        return stage_widths(self.config)[::-1]
 
     def activations(self, images: Tensor) -> Iterator[Tensor]:
         maps = images

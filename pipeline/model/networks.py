@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Generator(nn.Module):
-    """z (N, latent_dim) float -> images (N, channels, size, size) float in [-1, 1]."""
+    """z (N, latent_dim) float -> images (N, channels, height, width) float in [-1, 1]."""
 
     def __init__(self, config: "NetworkConfig") -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, channels, size, size) float in [-1, 1] -> logits (N,), positive for real."""
+    """Images (N, channels, height, width) float in [-1, 1] -> logits (N,), positive for real."""
 
     def __init__(self, config: "NetworkConfig") -> None:
         super().__init__()

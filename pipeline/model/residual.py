@@ -61,14 +61,16 @@ class DownBlock(nn.Module):
 
 
 class Generator(networks.Generator):
-    """z (N, latent_dim) float -> images (N, channels, size, size) float in [-1, 1]."""
+    """z (N, latent_dim) float -> images (N, channels, height, width) float in [-1, 1]."""
 
     def __init__(self, config: "NetworkConfig") -> None:
         super().__init__(config)
         _refuse_options_of_dcgan(config)
-        widths = stage_widths(config.image_size, config.width)
-        self.project = nn.ConvTranspose2d(config.latent_dim, widths[0], 4, bias=False)  # (N, widths[0], 4, 4)
-        self.blocks = nn.Sequential(*map(UpBlock, widths, [*widths[1:], widths[-1]]))  # (N, width, size, size)
+        widths = stage_widths(config)
+        self.project = nn.ConvTranspose2d(
+            config.latent_dim, widths[0], config.stages[1:], bias=False
+        )  # (N, widths[0], h, w)
+        self.blocks = nn.Sequential(*map(UpBlock, widths, [*widths[1:], widths[-1]]))  # (N, widths[-1], H, W)
         self.normalize = nn.Sequential(BatchNorm2d(widths[-1]), nn.ReLU(inplace=True))
         self.to_image = nn.Sequential(nn.Conv2d(widths[-1], config.channels, 3, padding=1, bias=False), nn.Tanh())
 
@@ -83,14 +85,14 @@ class Generator(networks.Generator):
 
 
 class Discriminator(networks.Discriminator):
-    """Images (N, channels, size, size) float in [-1, 1] -> logits (N,), positive for real."""
+    """Images (N, channels, height, width) float in [-1, 1] -> logits (N,), positive for real."""
 
     def __init__(self, config: "NetworkConfig") -> None:
         super().__init__(config)
         _refuse_options_of_dcgan(config)
         widths = self.activation_widths
-        self.blocks = nn.Sequential(*map(DownBlock, [config.channels, *widths], widths))  # (N, widths[-1], 4, 4)
-        self.head = make_head(config.head, widths[-1])
+        self.blocks = nn.Sequential(*map(DownBlock, [config.channels, *widths], widths))  # (N, widths[-1], h, w)
+        self.head = make_head(config, widths[-1])
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.blocks(images))  # (N, 1, 1, 1)
@@ -98,7 +100,7 @@ class Discriminator(networks.Discriminator):
 
     @property
     def activation_widths(self) -> list[int]:
-        return stage_widths(self.config.image_size, self.config.width)[::-1]
+        return stage_widths(self.config)[::-1]
 
     def activations(self, images: Tensor) -> Iterator[Tensor]:
         maps = images

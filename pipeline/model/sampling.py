@@ -40,12 +40,12 @@ def to_float(
 
 @torch.no_grad()
 def images_of(generator: "Generator", z: NDArray[np.float32], *label: NDArray[np.float32]) -> Pixels:
-    """Return the images of z (N, latent_dim) by a generator in eval mode: uint8 (N, size, size, channels).
+    """Return the images of z (N, latent_dim) by a generator in eval mode: uint8 (N, height, width, channels).
 
     One that reads a label needs it too, (N, label_dim).
     """
-    config, device = generator.config, next(generator.parameters()).device
-    images = [torch.empty(0, config.image_size, config.image_size, config.channels, dtype=torch.uint8)]
+    device = next(generator.parameters()).device
+    images = [torch.empty(0, *generator.config.image_shape, dtype=torch.uint8)]
     for start in range(0, len(z), BLOCK):
         blocks = [np.ascontiguousarray(values[start : start + BLOCK], np.float32) for values in (z, *label)]
         images.append(to_uint8(generator(*(torch.from_numpy(block).to(device) for block in blocks))).cpu())
@@ -53,7 +53,7 @@ def images_of(generator: "Generator", z: NDArray[np.float32], *label: NDArray[np
 
 
 def sample(generator: "Generator", seed: int, purpose: Purpose, start: int, count: int) -> Pixels:
-    """Return samples `start` to `start + count` of an eval-mode generator, uint8 (count, size, size, channels).
+    """Return samples `start` to `start + count` of an eval-mode generator, uint8 (count, height, width, channels).
 
     Their labels are drawn as in training.
     """

@@ -73,8 +73,7 @@ class Evaluator:
         share = -(-self.samples // ranks.world_size)
         start = min(ranks.rank * share, self.samples)
         count = min(share, self.samples - start)
-        size, channels = self.dataset.image_size, self.dataset.channels
-        mine = np.zeros((share, size, size, channels), np.uint8)
+        mine = np.zeros((share, *self.dataset.image_shape), np.uint8)
         mine[:count] = sample(generator, self.seed, Purpose.EVALUATE, start, count)
         gathered = self.accelerator.gather(torch.from_numpy(mine).to(device))
         fakes = gathered.cpu().numpy()[: self.samples]

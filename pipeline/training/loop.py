@@ -29,7 +29,7 @@ from pipeline.training.run_log import RunLog
 from pipeline.training.schedule import Due, Schedule
 from pipeline.training.step import AdversarialStep
 from pipeline.training.stop_requests import StopRequests, stopped
-from pipeline.training.update.labels import label_batches, with_classes
+from pipeline.training.update.labels import label_batches, with_aspect, with_classes
 from pipeline.training.watchdog import Watchdog
 from pipeline.training.window import Window
 
@@ -68,7 +68,7 @@ def train(
         def open_run() -> tuple[Dataset, RunConfig, Classes | None, RunDirectory | None, CheckpointManager]:
             dataset = open_dataset(data)
             check_settings(config, dataset, accelerator)
-            settled, classes = with_classes(config, dataset)
+            settled, classes = with_classes(with_aspect(config, dataset), dataset)
             run = resources.enter_context(RunDirectory(out, dataset.location)) if main else None
             manager = CheckpointManager(settled, describe_run(settled, dataset), accelerator, out, mirror)
             return dataset, settled, classes, run, manager

@@ -55,7 +55,7 @@ class AdversarialStep:
         self._stream = torch.cuda.Stream(self.device) if self.graphed else None  # type: ignore[no-untyped-call]
         with on_stream(self._stream):
             self._build(config)
-        shape = (recipe.batch // accelerator.num_processes, network.image_size, network.image_size, network.channels)
+        shape = (recipe.batch // accelerator.num_processes, *network.image_shape)
         self.recipe = recipe
         self._rank = accelerator.process_index, accelerator.num_processes
         self._values = sum(values_of(recipe).values())
@@ -126,7 +126,7 @@ class AdversarialStep:
     ) -> None:
         """Update D, then G, then the average, on this rank's share of a global batch.
 
-        reals (n, size, size, channels) uint8, an array or a tensor, which may be the device's; z (n, latent_dim)
+        reals (n, height, width, channels) uint8, an array or a tensor, which may be the device's; z (n, latent_dim)
         float32. `position`, the images seen before, decides what options beyond the paper do. `labels` are those of
         the reals and of the fakes of a conditional network, each (n, label_dim). The means over this rank's share are
         added to `statistics`; one that is not finite counts as 0.
@@ -158,7 +158,7 @@ class AdversarialStep:
             labels = real_labels[index], fake_labels[index]
             with self._reduce_only_last(self._ddp_d, index):
                 with self._autocast:  # left before the backward pass; inside it, each weight is cast once
-                    fake = self._fake(z, *labels[1])  # (n / micro_batches, channels, size, size) in [-1, 1]
+                    fake = self._fake(z, *labels[1])  # (n / micro_batches, channels, height, width) in [-1, 1]
                     images = [leaf(one, self.dtype) if any(gammas) else one for one in (real, fake.detach())]
                     seen = [self._seen(one, index, use) for one, use in zip(images, (Use.REAL, Use.FAKE), strict=True)]
                     logits = [self._ddp_d(one, *label).to(self.dtype) for one, label in zip(seen, labels, strict=True)]
@@ -192,7 +192,7 @@ class AdversarialStep:
         return [fake.detach() for fake in fakes]
 
     def _reals(self) -> tuple[Tensor, ...]:
-        """Return the real images of each micro-batch, (n / micro_batches, channels, size, size) in [-1, 1]."""
+        """Return the real images of each micro-batch, (n / micro_batches, channels, height, width) in [-1, 1]."""
         pixels = flip(self.inputs.reals, self.inputs.chances[:, 0]) if self.recipe.flips else self.inputs.reals
         return to_float(pixels, self.dtype, self.memory_format).chunk(self.micro_batches)
 

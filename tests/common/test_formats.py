@@ -9,9 +9,10 @@ import pytest
 from picture_files import as_bytes, make_picture
 from PIL import Image, ImageCms
 
-from pipeline.common.imaging import BadImage, _plain_jpeg, is_ready, load_square, open_image
+from pipeline.common.imaging import BadImage, _plain_jpeg, is_ready, load_image, open_image
 from pipeline.common.pictures import formats
 from pipeline.common.pictures.formats import EXTRAS, SUFFIXES, is_enabled, kind_of, picture_suffixes
+from pipeline.common.shapes.frame import Frame
 
 ADOBE = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
 """Colorants of Adobe RGB (1998), as its profile states them: X, Y, Z of red, green and blue."""
@@ -49,8 +50,8 @@ def test_a_profile_of_other_colors_is_converted(kind: str) -> None:
     options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
     data = as_bytes(flat(), kind, icc_profile=matrix_profile(ADOBE), **options)
     for size in (64, 16):
-        assert np.abs(load_square(data, size, 3).astype(int) - (0, 200, 41)).max() <= 1 + (kind == "JPEG")
-    assert not is_ready(data, "png" if kind == "PNG" else "jpg", 64, 3)
+        assert np.abs(load_image(data, Frame(size, 3)).astype(int) - (0, 200, 41)).max() <= 1 + (kind == "JPEG")
+    assert not is_ready(data, "png" if kind == "PNG" else "jpg", Frame(64, 3))
 
 
 def test_srgb_profiles_of_any_maker_change_nothing() -> None:
@@ -59,30 +60,31 @@ def test_srgb_profiles_of_any_maker_change_nothing() -> None:
     picture = Image.fromarray(make_picture(1, 64, 64))
     for profile in (own, other, b"no profile at all"):
         data = as_bytes(picture, "JPEG", icc_profile=profile)
-        assert np.array_equal(load_square(data, 32, 3), load_square(as_bytes(picture, "JPEG"), 32, 3))
-        assert _plain_jpeg(data, 32, 1) is not None, "the quick way stays open"
-        assert is_ready(data, "jpg", 64, 3)
+        assert np.array_equal(load_image(data, Frame(32, 3)), load_image(as_bytes(picture, "JPEG"), Frame(32, 3)))
+        assert _plain_jpeg(data, Frame(32, 3)) is not None, "the quick way stays open"
+        assert is_ready(data, "jpg", Frame(64, 3))
 
 
 def test_alpha_gray_and_cmyk_are_converted_too() -> None:
     profile = matrix_profile(ADOBE)
     half = as_bytes(flat("RGBA", (60, 200, 60, 0)), "PNG", icc_profile=profile)
-    assert load_square(half, 8, 3).min() == 255, "what is transparent stays so"
+    assert load_image(half, Frame(8, 3)).min() == 255, "what is transparent stays so"
     solid = as_bytes(flat("RGBA", (60, 200, 60, 255)), "PNG", icc_profile=profile)
-    assert np.abs(load_square(solid, 8, 3).astype(int) - (0, 200, 41)).max() <= 1
+    assert np.abs(load_image(solid, Frame(8, 3)).astype(int) - (0, 200, 41)).max() <= 1
     expected = np.asarray(Image.new("RGB", (1, 1), (0, 200, 41)).convert("L"))[0, 0]
-    assert abs(int(load_square(solid, 8, 1)[0, 0, 0]) - int(expected)) <= 1
+    assert abs(int(load_image(solid, Frame(8, 1))[0, 0, 0]) - int(expected)) <= 1
     cmyk = as_bytes(flat("CMYK", (0, 255, 255, 0)), "JPEG", icc_profile=profile, quality=95)
-    assert np.abs(load_square(cmyk, 8, 3).astype(int) - (255, 0, 0)).max() <= 2, "an RGB profile says nothing of CMYK"
+    red = load_image(cmyk, Frame(8, 3)).astype(int)
+    assert np.abs(red - (255, 0, 0)).max() <= 2, "an RGB profile says nothing of CMYK"
 
 
 def test_floating_point_from_0_to_1_is_gray_and_else_refused() -> None:
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    read = load_square(as_bytes(Image.fromarray(values), "TIFF"), 8, 1)[..., 0]
+    read = load_image(as_bytes(Image.fromarray(values), "TIFF"), Frame(8, 1))[..., 0]
     assert np.array_equal(read, np.round(values * 255).astype(np.uint8))
     for wrong in (values * 300, values - 1, np.full((8, 8), np.nan, np.float32)):
         with pytest.raises(BadImage, match="floating-point pixels from"):
-            load_square(as_bytes(Image.fromarray(wrong.astype(np.float32)), "TIFF"), 8, 1)
+            load_image(as_bytes(Image.fromarray(wrong.astype(np.float32)), "TIFF"), Frame(8, 1))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SUFFIXES if kind not in EXTRAS])
@@ -95,7 +97,7 @@ def test_each_format_is_known_by_its_first_bytes(kind: str) -> None:
     Image.init()
     claimed = {suffix for suffix, name in Image.registered_extensions().items() if name == kind}
     assert claimed - {".dib", ".bw"} <= picture_suffixes()
-    assert np.abs(load_square(data, 40, 3).astype(int) - np.asarray(picture)).mean() < 12
+    assert np.abs(load_image(data, Frame(40, 3)).astype(int) - np.asarray(picture)).mean() < 12
 
 
 def test_text_is_no_picture() -> None:
@@ -112,7 +114,7 @@ def test_ten_bits_are_scaled() -> None:
     buffer = io.BytesIO()
     file.save(buffer, quality=-1)
     assert kind_of(buffer.getvalue()[:64]) == "HEIF"
-    assert np.abs(load_square(buffer.getvalue(), 64, 3).astype(int) - 700 / 1023 * 255).max() <= 2
+    assert np.abs(load_image(buffer.getvalue(), Frame(64, 3)).astype(int) - 700 / 1023 * 255).max() <= 2
 
 
 def test_jpeg_xl_is_read_with_its_extra() -> None:
@@ -120,7 +122,7 @@ def test_jpeg_xl_is_read_with_its_extra() -> None:
     picture = make_picture(2, 40, 40)
     data = as_bytes(Image.fromarray(picture), "JXL", lossless=True)
     assert kind_of(data[:64]) == "JXL"
-    assert np.array_equal(load_square(data, 40, 3), picture)
+    assert np.array_equal(load_image(data, Frame(40, 3)), picture)
 
 
 def test_a_format_without_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

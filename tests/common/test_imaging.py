@@ -18,11 +18,11 @@ from pipeline.common.imaging import (
     grid,
     is_ready,
     labeled_sheet,
-    load_square,
+    load_image,
     open_image,
-    square,
     upright,
 )
+from pipeline.common.shapes.frame import Frame, place
 from pipeline.data.build.transform import Recipe
 
 RED = (200, 30, 40)
@@ -88,13 +88,13 @@ def cmyk() -> bytes:
     ],
 )
 def test_every_mode_becomes_rgb(data: bytes, expected: tuple[int, int, int]) -> None:
-    image = load_square(data, 8, 3)
+    image = load_image(data, Frame(8, 3))
     assert image.shape == (8, 8, 3)
     assert np.abs(image.astype(int) - expected).max() <= 2
 
 
 def test_transparency_of_a_palette_is_white_only_where_it_is() -> None:
-    image = load_square(palette_with_hole(), 20, 3)
+    image = load_image(palette_with_hole(), Frame(20, 3))
     assert tuple(image[5, 2]) == (255, 255, 255)
     assert tuple(image[5, 17]) == RED
 
@@ -104,7 +104,7 @@ def test_exif_rotation_is_applied() -> None:
     image.paste((255, 255, 255), (0, 0, 20, 10))  # the upper half is white
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise: white on the right
-    shown = load_square(as_bytes(image, "JPEG", quality=95, exif=exif), 20, 3)
+    shown = load_image(as_bytes(image, "JPEG", quality=95, exif=exif), Frame(20, 3))
     assert shown[:, 12:].min() > 240
     assert shown[:, :8].max() < 15
 
@@ -112,15 +112,15 @@ def test_exif_rotation_is_applied() -> None:
 def test_the_middle_is_cropped_and_resizing_antialiases() -> None:
     stripes = np.zeros((64, 200, 3), np.uint8)
     stripes[:, 68:132] = np.tile(np.array([0, 255], np.uint8).repeat(1), 32)[None, :, None]
-    small = load_square(encode(stripes, "png"), 16, 3)
+    small = load_image(encode(stripes, "png"), Frame(16, 3))
     assert np.abs(small.astype(int) - 128).max() < 20  # stripes of one pixel average to gray, nothing of the border
 
 
 def by_pillow(data: bytes, size: int, channels: int) -> Pixels:
-    """Return what `load_square` makes of an image by Pillow alone."""
+    """Return what `load_image` makes of an image by Pillow alone."""
     image = open_image(data)
     image.draft(None, (2 * size, 2 * size))
-    return square(upright(image, channels), size)
+    return place(upright(image, channels), Frame(size, channels))
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_plain_jpegs_get_the_pixels_of_pillow_without_it(mode: str, options: dic
         picture = np.clip(make_picture(width, width, height) + noise[:height, :width], 0, 255).astype(np.uint8)
         data = as_bytes(Image.fromarray(picture).convert(mode), "JPEG", quality=80, **options)
         for size, channels in ((16, 3), (32, 1), (128, 3)):
-            assert np.array_equal(load_square(data, size, channels), by_pillow(data, size, channels))
-            assert _plain_jpeg(data, size, 1) is not None
+            assert np.array_equal(load_image(data, Frame(size, channels)), by_pillow(data, size, channels))
+            assert _plain_jpeg(data, Frame(size, channels)) is not None
 
 
 @pytest.mark.parametrize("what", ["exif", "xmp", "cmyk", "cut", "damaged"])
@@ -156,7 +156,7 @@ def test_other_jpegs_are_left_to_pillow(what: str) -> None:
         "cut": lambda: as_bytes(image, "JPEG")[:-40],
         "damaged": lambda: as_bytes(image, "JPEG", quality=95).replace(b"\xff\xda", b"\xff\xda\xff\xff"),
     }[what]()
-    assert _plain_jpeg(data, 32, 1) is None
+    assert _plain_jpeg(data, Frame(32, 3)) is None
 
 
 @pytest.mark.parametrize(
@@ -176,24 +176,24 @@ def test_other_jpegs_are_left_to_pillow(what: str) -> None:
 )
 def test_what_cannot_be_used_is_refused_with_its_reason(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage, match=reason):
-        load_square(data, 16, 3)
+        load_image(data, Frame(16, 3))
 
 
 def test_only_a_finished_image_is_passed_through() -> None:
     picture = make_picture(3, 32, 32)
-    assert is_ready(encode(picture, "png"), "png", 32, 3)
-    assert not is_ready(encode(picture, "png"), "png", 31, 3)
-    assert not is_ready(encode(picture, "png"), "png", 32, 1)
-    assert not is_ready(encode(picture, "webp"), "png", 32, 3)
+    assert is_ready(encode(picture, "png"), "png", Frame(32, 3))
+    assert not is_ready(encode(picture, "png"), "png", Frame(31, 3))
+    assert not is_ready(encode(picture, "png"), "png", Frame(32, 1))
+    assert not is_ready(encode(picture, "webp"), "png", Frame(32, 3))
     exif = Image.Exif()
     exif[0x0112] = 3
-    assert not is_ready(as_bytes(Image.fromarray(picture), "JPEG", exif=exif), "jpg", 32, 3)
-    assert not is_ready(animation(), "webp", 20, 3)
-    assert not is_ready(encode(picture, "jpg")[:-200], "jpg", 32, 3)
+    assert not is_ready(as_bytes(Image.fromarray(picture), "JPEG", exif=exif), "jpg", Frame(32, 3))
+    assert not is_ready(animation(), "webp", Frame(20, 3))
+    assert not is_ready(encode(picture, "jpg")[:-200], "jpg", Frame(32, 3))
     with pytest.raises(BadImage, match="truncated"):
-        is_ready(encode(picture, "png")[:-200], "png", 32, 3)
+        is_ready(encode(picture, "png")[:-200], "png", Frame(32, 3))
     with pytest.raises(BadImage, match="undecodable"):
-        is_ready(as_bytes(Image.fromarray(picture), "PNG", exif=b"Exif\0\0nonsense"), "png", 32, 3)
+        is_ready(as_bytes(Image.fromarray(picture), "PNG", exif=b"Exif\0\0nonsense"), "png", Frame(32, 3))
 
 
 def test_a_jpeg_that_only_pillow_reads_is_encoded_anew() -> None:
@@ -202,7 +202,7 @@ def test_a_jpeg_that_only_pillow_reads_is_encoded_anew() -> None:
     doubtful = sound[:-2] + b"more" + sound[-2:]  # bytes before the end marker
     with pytest.raises(BadImage):
         decode(doubtful)
-    assert not is_ready(doubtful, "jpg", 32, 3)
+    assert not is_ready(doubtful, "jpg", Frame(32, 3))
     stored = Recipe(size=32, channels=3, encoding="jpg", quality=95, min_side=1).convert(doubtful)
     assert isinstance(stored, bytes)
     assert np.abs(decode(stored).astype(int) - decode(sound)).mean() < 2

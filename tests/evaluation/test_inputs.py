@@ -9,7 +9,8 @@ import pytest
 from picture_files import make_picture
 
 from pipeline.common.errors import UsageError
-from pipeline.common.imaging import Pixels, encode, load_square
+from pipeline.common.imaging import Pixels, encode, load_image
+from pipeline.common.shapes.frame import Frame
 from pipeline.evaluation import inputs
 from pipeline.evaluation.images import ShardImages
 
@@ -47,7 +48,7 @@ def test_samples_are_measured_at_their_own_size(tmp_path: Path) -> None:
 def test_real_images_become_what_they_are_compared_with(tmp_path: Path) -> None:
     files = write_tars(tmp_path, [(40, 24), (24, 30)])
     images, description = inputs.reals(f"{tmp_path}/*.tar", None, (16, 16, 1))
-    assert np.array_equal(pixels(images), np.stack([load_square(file, 16, 1) for file in files]))
+    assert np.array_equal(pixels(images), np.stack([load_image(file, Frame(16, 1)) for file in files]))
     assert description["location"] == "*.tar"
     with pytest.raises(UsageError, match=r"sides of 24 to 40 pixels, .*dcgan-data index .* --size N"):
         inputs.reals(f"{tmp_path}/*.tar", None)

@@ -10,7 +10,8 @@ from evaluation_cases import Outcome
 from picture_files import make_folder, make_picture
 
 from pipeline.common.errors import DataError, UsageError
-from pipeline.common.imaging import encode, load_square
+from pipeline.common.imaging import encode, load_image
+from pipeline.common.shapes.frame import Frame
 from pipeline.data.dataset import open_dataset
 from pipeline.evaluation import inputs
 
@@ -46,7 +47,7 @@ def test_samples_of_anyone_stand_beside_real_pictures(
 
 def test_a_folder_gives_the_images_of_a_build(tmp_path: Path) -> None:
     files = [write(tmp_path / "pictures", f"{index}.png", 30 + index, 24, index) for index in range(6)]
-    expected = [load_square(file, 16, 3).tobytes() for file in files]
+    expected = [load_image(file, Frame(16, 3)).tobytes() for file in files]
     some, every = (images_of(tmp_path / "pictures", count, (16, 16, 3)) for count in (4, None))
     assert sorted(image.tobytes() for image in every) == sorted(expected)
     assert np.array_equal(some, every[:4])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.config import NetworkConfig
+from pipeline.model.dcgan import stage_widths
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 
 FAMILY = [
@@ -14,7 +15,7 @@ FAMILY = [
         image_size=size, channels=channels, width=4, kernel_size=kernel, upsampling=up, head=head, latent_dim=6
     )
     for size, channels, kernel, up, head in itertools.product(
-        (32, 64, 128), (1, 3), (4, 5), ("transposed", "bilinear"), ("convolution", "average")
+        (32, 64, 128, 28, "96x64"), (1, 3), (4, 5), ("transposed", "bilinear"), ("convolution", "average")
     )
 ]
 
@@ -22,9 +23,24 @@ FAMILY = [
 @pytest.mark.parametrize("config", FAMILY)
 def test_shapes_and_ranges(config: NetworkConfig) -> None:
     images = build_generator(config)(torch.rand(2, 6) * 2 - 1)
-    assert images.shape == (2, config.channels, config.image_size, config.image_size)
+    height, width, channels = config.image_shape
+    assert images.shape == (2, channels, height, width)
     assert images.abs().max() <= 1
     assert build_discriminator(config)(images).shape == (2,)
+
+
+def test_the_first_maps_have_the_proportion_of_the_image() -> None:
+    config = NetworkConfig(image_size="96x64", channels=4, width=4)
+    generator, discriminator = build_generator(config), build_discriminator(config)
+    assert generator.state_dict()["layers.0.weight"].shape[2:] == (4, 6)
+    assert discriminator.state_dict()["head.weight"].shape[2:] == (4, 6)
+    assert stage_widths(config) == stage_widths(NetworkConfig(width=4))  # four doublings, as at 64
+
+
+def test_no_more_than_the_papers_1024_channels_at_256_and_512() -> None:
+    assert stage_widths(NetworkConfig(image_size=128)) == [2048, 1024, 512, 256, 128]
+    assert stage_widths(NetworkConfig(image_size=256)) == [1024, 1024, 1024, 512, 256, 128]
+    assert stage_widths(NetworkConfig(image_size=512, width=32)) == [256, 256, 256, 256, 128, 64, 32]
 
 
 def test_parameter_counts_of_the_tutorial_and_the_paper() -> None:

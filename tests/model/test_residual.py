@@ -12,26 +12,27 @@ from pipeline.model import residual
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 
 
-def config(size: int = 32, **settings: Any) -> NetworkConfig:
+def config(size: int | str = 32, **settings: Any) -> NetworkConfig:
     return NetworkConfig.model_validate(
         {"architecture": "residual", "image_size": size, "width": 4, "latent_dim": 6, **settings}
     )
 
 
-@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("size", [32, 64, 128, "64x96"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("head", ["convolution", "average"])
-def test_shapes(size: int, channels: int, head: str) -> None:
+def test_shapes(size: int | str, channels: int, head: str) -> None:
     settings = config(size, channels=channels, head=head)
     generator, discriminator = build_generator(settings), build_discriminator(settings)
     assert isinstance(generator, residual.Generator)
     images = generator(torch.rand(2, 6) * 2 - 1)
-    assert images.shape == (2, channels, size, size)
+    height, width, _ = settings.image_shape
+    assert images.shape == (2, channels, height, width)
     assert images.abs().max() <= 1
     assert discriminator(images).shape == (2,)
     maps = list(discriminator.activations(images))
     assert [found.shape[1] for found in maps] == discriminator.activation_widths
-    assert [found.shape[2] for found in maps] == [size >> stage for stage in range(1, len(maps) + 1)]
+    assert [found.shape[2] for found in maps] == [height >> stage for stage in range(1, len(maps) + 1)]
     assert isinstance(discriminator, residual.Discriminator)
     torch.testing.assert_close(discriminator.head(maps[-1]).flatten(), discriminator(images))
 

@@ -4,6 +4,7 @@ During a build, OUT/.build holds its plan and one record for each finished group
 and then the records are removed. Without dataset.json there is no data set.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from pipeline.common.errors import DataError, escaped
-from pipeline.common.imaging import BadImage, Pixels
+from pipeline.common.imaging import BadImage, Pixels, aspect_of
 from pipeline.common.partition import Partition
 from pipeline.common.progress import Progress
 from pipeline.common.records import first_problem
@@ -89,11 +90,14 @@ class Builder:
         log, skipped = RefusalLog(), []
         shards: list[Shard] = []
         writer = self._writer(task.index, 0)
+        aspects: list[float] = []
         for item, picture in self._pictures(task.items):
             try:
                 if isinstance(picture, BadImage):
                     raise picture
                 made = self.recipe.make(item, picture)
+                if self.recipe.fit == "stretch":
+                    aspects.append(math.log(aspect_of(picture)))
             except BadImage as error:
                 log.add(item.key, str(error))
                 continue
@@ -107,7 +111,7 @@ class Builder:
                     writer.add(image, key, labels)
         if writer.images:
             shards.append(write_shard(store, shard_name(task.index, len(shards)), writer))
-        record = Group(shards=shards, refused=log.entries, skipped=skipped)
+        record = Group(shards=shards, refused=log.entries, skipped=skipped, stretched=aspects)
         store.write(group_name(task.index), record.model_dump_json().encode())
         return Built(len(task.items), log.count, sum(shard.bytes for shard in shards))
 
@@ -287,7 +291,7 @@ def _finish(store: Store, state: BuildState, found: Records, max_bad: float | No
             channels=plan.source.get("channels"),
             encoding=plan.source.get("encoding"),
             labels=plan.labels,
-            source={"location": public_name(state.location), **identity(plan)},
+            source={"location": public_name(state.location), **identity(plan), **found.aspect()},
             images=sum(found.shards.images.tolist()),
             bytes=sum(found.shards.bytes.tolist()),
             shards=found.shards,

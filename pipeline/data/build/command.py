@@ -9,6 +9,7 @@ from pipeline.common.errors import UsageError, one_line
 from pipeline.common.imaging import encode, grid
 from pipeline.common.machine import available_cores
 from pipeline.common.partition import Partition, parse_partition
+from pipeline.common.shapes.size import parse_size, refusal
 from pipeline.common.storage import require_writable, sha256_file
 from pipeline.common.telemetry import Telemetry
 from pipeline.data.build import builder, state
@@ -116,13 +117,19 @@ def _recipe(options: BuildOptions) -> Recipe:
         "encoding": options.encoding,
         "quality": options.quality or DEFAULT_QUALITY[options.encoding],
         "min_side": options.min_side,
+        "fit": options.fit,
+        "fill": options.fill,
     }
+    if options.encoding == "jpg" and options.channels == 4:
+        raise UsageError("--encoding jpg with --channels 4: a JPEG has no transparency; use packed, png or webp")
     given = {"min_face": options.min_face, "margin": options.margin, "model": options.model}
     given = {name: value for name, value in given.items() if value is not None}
     if options.kind != "faces":
         if given:
             raise UsageError(f"--{next(iter(given)).replace('_', '-')}: applies to the source faces only")
         return Recipe(**values)
+    if options.fit != "crop":
+        raise UsageError(f"--fit {options.fit}: a face is cropped; leave it out, or build from another source")
     from pipeline.data.build.faces import FaceRecipe
 
     detector, model_sha256 = "haar", ""
@@ -131,7 +138,9 @@ def _recipe(options: BuildOptions) -> Recipe:
             raise UsageError(f"--model {options.model}: no such file; expected YuNet's ONNX file")
         detector, model_sha256 = "yunet", sha256_file(Path(options.model))
     values |= {"detector": detector, "model_sha256": model_sha256}
-    return FaceRecipe(**values, **{"min_face": options.size, "margin": DEFAULT_MARGIN, **given})
+    return FaceRecipe(
+        **values, **{"min_face": max(8, min(parse_size(options.size))), "margin": DEFAULT_MARGIN, **given}
+    )
 
 
 def report(dataset: Dataset) -> None:
@@ -139,10 +148,12 @@ def report(dataset: Dataset) -> None:
     if dataset.source.get("kind") == "faces":
         _write_sheet(dataset)
     print(
-        f"{dataset.location}: {dataset.images:,} images of "
-        f"{dataset.image_size}x{dataset.image_size}x{dataset.channels} in "
+        f"{dataset.location}: {dataset.images:,} images of {dataset.in_words} in "
         f"{len(dataset.shards):,} shards ({dataset.encoding}, {dataset.bytes / 1e6:,.1f} MB)"
     )
+    width, height = parse_size(dataset.image_size)
+    if problem := refusal(width, height):
+        print(f"note: {problem}")
     if dataset.refused.count:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in dataset.refused.reasons.items())
         names = dataset.store.path(state.REFUSED)

@@ -1,4 +1,4 @@
-"""Crops faces from pictures, as for the paper's face set: found with OpenCV, enlarged by a margin, cropped square."""
+"""Crops faces from pictures, as for the paper's face set: found with OpenCV, enlarged by a margin, cropped."""
 
 import functools
 from typing import Any, ClassVar, Literal
@@ -9,6 +9,7 @@ from pydantic import Field
 
 from pipeline.common.errors import DataError, UnavailableError
 from pipeline.common.imaging import BadImage, Pixels, encode, open_image, upright
+from pipeline.common.shapes.frame import MODES
 from pipeline.data.build.transform import Made, Recipe, Skipped
 from pipeline.data.dataset import LabelType
 from pipeline.data.sources.interface import Item, printable
@@ -70,14 +71,20 @@ class FaceRecipe(Recipe):
         return boxes
 
     def _crop(self, image: Image.Image, box: Box) -> Pixels:
-        """Cut a face with its margin as a square that lies inside the picture, and resize it with antialiasing."""
+        """Cut a face with its margin as a part that lies inside the picture, and resize it with antialiasing.
+
+        The part has the proportion of the image; its shorter side is that of the face with its margin.
+        """
         left, top, side = box
-        wanted = min(side * (1 + 2 * self.margin), *image.size)
-        x = min(max(left + side / 2 - wanted / 2, 0), image.width - wanted)
-        y = min(max(top + side / 2 - wanted / 2, 0), image.height - wanted)
-        square = (x, y, x + wanted, y + wanted)
-        face = image.resize((self.size, self.size), Image.Resampling.LANCZOS, square)
-        return np.asarray(face.convert("L" if self.channels == 1 else "RGB")).reshape(self.size, self.size, -1)
+        frame = self.frame
+        short = min(frame.width, frame.height)
+        across, down = frame.width / short, frame.height / short
+        wanted = min(side * (1 + 2 * self.margin), image.width / across, image.height / down)
+        wide, high = wanted * across, wanted * down
+        x = min(max(left + side / 2 - wide / 2, 0), image.width - wide)
+        y = min(max(top + side / 2 - high / 2, 0), image.height - high)
+        face = image.resize((frame.width, frame.height), Image.Resampling.LANCZOS, (x, y, x + wide, y + high))
+        return np.asarray(face.convert(MODES[self.channels])).reshape(frame.height, frame.width, -1)
 
 
 def _haar_boxes(rgb: Pixels) -> list[list[float]]:

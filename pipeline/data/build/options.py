@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pipeline.common.shapes.frame import Fit
+    from pipeline.common.shapes.size import Channels
     from pipeline.data.dataset import Encoding
 
 LARGEST_SEED = 2**64 - 1
@@ -25,11 +27,13 @@ class BuildOptions:
     kind: str
     src: str
     out: str
-    size: int = 64
-    channels: int = 3
+    size: int | str = 64
+    channels: "Channels" = 3
     encoding: "Encoding" = "packed"
     quality: int | None = None
     min_side: int = 1
+    fit: "Fit" = "crop"
+    fill: str = ""
     labels: str | None = None
     all_files: bool = False
     categories: tuple[str, ...] = ()

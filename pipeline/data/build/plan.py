@@ -200,7 +200,7 @@ def _bytes_each(source: Source, pictures: Items, recipe: Recipe, num_labels: int
         for key, image, labels in made:
             writer.add(image, key, labels)
     if not writer.images:  # none is usable: the build will report that
-        return recipe.size**2 * recipe.channels + 4 * RECORD
+        return recipe.frame.width * recipe.frame.height * recipe.channels + 4 * RECORD
     return max(1.0, writer.nbytes / used)
 
 

@@ -1,5 +1,6 @@
 """What the records of finished groups add up to. They are read in parallel, and kept as columns: there may be many."""
 
+import math
 from array import array
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,14 @@ class Records:
     shards: ShardTable = field(default_factory=lambda: ShardTable.of([]))
     group_of: "array[int]" = field(default_factory=lambda: array("q"))
     """The group of each shard."""
+    stretched: "array[float]" = field(default_factory=lambda: array("d"))
+    """Of stretched pictures, the logarithms of width over height."""
+
+    def aspect(self) -> dict[str, float]:
+        """Return {"aspect": the geometric mean of width over height} of stretched pictures, {} without any."""
+        if not self.stretched:
+            return {}
+        return {"aspect": round(math.exp(math.fsum(self.stretched) / len(self.stretched)), 6)}
 
 
 def read_records(origins: Mapping[int, Store]) -> Records:
@@ -40,6 +49,7 @@ def read_records(origins: Mapping[int, Store]) -> Records:
         for index, group in _read(origins, found.groups):
             found.refused += group.refused
             found.skipped += group.skipped
+            found.stretched.extend(group.stretched)
             found.group_of.extend([index] * len(group.shards))
             yield from group.shards
 

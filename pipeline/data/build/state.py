@@ -52,6 +52,8 @@ class Group(Record):
     refused: list[tuple[str, str]]
     skipped: list[tuple[str, str]]
     """Good pictures that give no image, for example without a face, as (name, reason)."""
+    stretched: list[float] = Field(default_factory=list)
+    """Of pictures that were stretched: the logarithm of width over height of each."""
 
 
 def group_name(group: int) -> str:
@@ -176,7 +178,7 @@ def identity(plan: Plan) -> dict[str, Any]:
 
 def built_as(dataset: Dataset) -> dict[str, Any]:
     """Return the identity of the build that made a data set."""
-    return {key: value for key, value in dataset.source.items() if key != "location"}
+    return {key: value for key, value in dataset.source.items() if key not in ("location", "aspect")}
 
 
 def compare(wanted: dict[str, Any], found: dict[str, Any], where: str, advice: str = REPLACE) -> None:

@@ -1,18 +1,18 @@
 """The recipe: how a picture of a source becomes an image of a data set, and so which bytes it has."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-import numpy as np
-from PIL import Image
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from pipeline.common.imaging import BadImage, Pixels, encode, is_ready, load_square, square
+from pipeline.common.imaging import Pixels, encode, is_ready, load_image, reframe
 from pipeline.common.records import Record
-from pipeline.data.dataset import Encoding, LabelType
+from pipeline.common.shapes.frame import Fit, Frame, check_fill
+from pipeline.common.shapes.size import Channels, between
+from pipeline.data.dataset import LARGEST_IMAGE, Encoding, LabelType
 from pipeline.data.sources.interface import Item, printable
 
 Made = tuple[str, bytes | Pixels, tuple[Any, ...]]
-"""An image of the data set: key, encoded bytes or pixels (size, size, channels), labels."""
+"""An image of the data set: key, encoded bytes or pixels (height, width, channels), labels."""
 
 
 class Skipped(Exception):
@@ -22,18 +22,27 @@ class Skipped(Exception):
 class Recipe(Record):
     """What decides the bytes of the images; the same for all of them."""
 
-    size: int = Field(ge=4, le=4096)
-    """Height and width in pixels."""
-    channels: Literal[1, 3]
-    """1 gray, 3 RGB."""
+    size: between(4, LARGEST_IMAGE)  # type: ignore[valid-type]
+    """Pixels: 64 is a square, "96x64" is width x height."""
+    channels: Channels
+    """1 gray, 3 RGB, 4 RGBA."""
     encoding: Encoding
     quality: int = Field(ge=1, le=100)
     """Of jpg and webp; webp at 100 is lossless."""
     min_side: int = Field(ge=1)
     """Pictures whose shorter side has fewer pixels are refused."""
+    fit: Fit = Field("crop", exclude_if=lambda fit: fit == "crop")
+    """How a picture of another proportion becomes an image."""
+    fill: Annotated[str, AfterValidator(check_fill)] = Field("", exclude_if=lambda fill: not fill)
+    """The margins of `pad`."""
 
     extra_labels: ClassVar[dict[str, LabelType]] = {}
     """Labels that `make` adds to those of the picture."""
+
+    @property
+    def frame(self) -> Frame:
+        """The form that every picture is brought to."""
+        return Frame(self.size, self.channels, self.min_side, self.fit, self.fill)
 
     def make(self, item: Item, picture: bytes | Pixels) -> list[Made]:
         """Return the images that a picture becomes, as (key, image, labels). Raises BadImage."""
@@ -45,18 +54,9 @@ class Recipe(Record):
         A picture that already has the size, mode and format is passed through byte for byte.
         """
         if isinstance(picture, bytes):
-            if self.encoding != "packed" and is_ready(picture, self.encoding, self.size, self.channels):
+            if self.encoding != "packed" and is_ready(picture, self.encoding, self.frame):
                 return picture
-            pixels = load_square(picture, self.size, self.channels, min_side=self.min_side)
+            pixels = load_image(picture, self.frame)
         else:
-            pixels = self._resize(picture)
+            pixels = reframe(picture, self.frame)
         return pixels if self.encoding == "packed" else encode(pixels, self.encoding, self.quality)
-
-    def _resize(self, picture: Pixels) -> Pixels:
-        height, width, channels = picture.shape
-        if min(height, width) < self.min_side:
-            raise BadImage(f"smaller than {self.min_side} pixels")
-        if (height, width, channels) == (self.size, self.size, self.channels):
-            return picture
-        image = Image.fromarray(picture[..., 0] if channels == 1 else np.ascontiguousarray(picture))
-        return square(image.convert("L" if self.channels == 1 else "RGB"), self.size)

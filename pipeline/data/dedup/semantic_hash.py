@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import Pixels
 from pipeline.common.randomness import Purpose, permutation, raw_bits
+from pipeline.common.shapes.frame import over
 from pipeline.common.storage import atomic_path
 
 SIDE = 32
@@ -127,7 +128,9 @@ def _inputs(images: Pixels) -> NDArray[np.float32]:
 
 
 def shrink(images: Pixels) -> Pixels:
-    """Return images (N, H, W, 1 or 3) as (N, 32, 32, 3) by averaging over areas; gray is repeated."""
+    """Return images (N, H, W, C) as (N, 32, 32, 3) by averaging over areas; gray is repeated, RGBA laid on white."""
+    if images.shape[3] == 4:
+        images = over(images, 255)
     height, width, channels = images.shape[1:]
     factor = height // SIDE
     if height == width == SIDE * factor and factor <= 16:

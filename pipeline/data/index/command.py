@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pipeline.common.errors import UsageError
 from pipeline.common.partition import parse_partition
+from pipeline.common.shapes.frame import Fit
+from pipeline.common.shapes.size import Channels
 from pipeline.common.storage import Store, require_writable
 from pipeline.common.telemetry import Telemetry
 from pipeline.data.build.options import BuildOptions
@@ -23,9 +24,11 @@ class IndexOptions:
     tars: list[str]
     """What `spec` names."""
     out: str
-    size: int
-    channels: int
+    size: int | str
+    channels: Channels
     min_side: int
+    fit: Fit
+    fill: str
     max_bad: float | None
     part: str | None
     workers: int | None
@@ -37,8 +40,6 @@ class IndexOptions:
 
 def index(options: IndexOptions) -> None:
     """Index the tars that SPEC names in OUT, and print the result."""
-    if options.channels == 2:
-        raise UsageError("--channels 2: expected 1 (gray) or 3 (RGB)")
     part = parse_partition(options.part)
     with Telemetry("build", run=options.out, part=str(part)) as telemetry:
         telemetry.start(options.metrics_port, options.metrics_address, options.push_gateway)
@@ -48,8 +49,10 @@ def index(options: IndexOptions) -> None:
             options.out,
             spec=options.spec,
             size=options.size,
-            channels=3 if options.channels == 3 else 1,
+            channels=options.channels,
             min_side=options.min_side,
+            fit=options.fit,
+            fill=options.fill,
             workers=options.workers,
             part=part,
             max_bad=options.max_bad,
@@ -66,7 +69,7 @@ def report(dataset: Dataset) -> None:
     """Print what an index holds."""
     print(
         f"{dataset.location}: {dataset.images:,} images in {len(dataset.shards):,} tars "
-        f"({dataset.bytes / 1e6:,.1f} MB), read as {dataset.image_size}x{dataset.image_size}x{dataset.channels}"
+        f"({dataset.bytes / 1e6:,.1f} MB), read as {dataset.in_words}"
     )
     if dataset.refused.count:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in dataset.refused.reasons.items())

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -21,6 +20,8 @@ from pipeline.common.errors import DataError, UsageError
 from pipeline.common.machine import available_cores
 from pipeline.common.partition import Partition
 from pipeline.common.progress import Progress
+from pipeline.common.shapes.frame import Fit
+from pipeline.common.shapes.size import Channels
 from pipeline.common.storage import Store, is_url, locate, sha256_bytes
 from pipeline.common.telemetry import Telemetry
 from pipeline.data.build.options import DEFAULT_MAX_BAD
@@ -44,8 +45,6 @@ NAMED = 5
 """Damaged tars, and samples that cannot be used, that an error names."""
 CUT = "damaged: only what precedes the damage is used"
 """The reason of a damaged tar in refused.txt."""
-
-Channels = Literal[1, 3]
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,11 @@ def make_index(
     out: str | Path | Store,
     *,
     spec: str | None = None,
-    size: int,
+    size: int | str,
     channels: Channels = 3,
     min_side: int = 1,
+    fit: Fit = "crop",
+    fill: str = "",
     workers: int | None = None,
     part: Partition | None = None,
     max_bad: float | None = None,
@@ -160,6 +161,8 @@ def make_index(
         size=size,
         channels=channels,
         min_side=min_side,
+        fit=fit,
+        fill=fill,
     )
     if (finished := state.prepare(store, plan, overwrite=overwrite)) is not None:
         return finished
@@ -249,10 +252,10 @@ def finish(store: Store, *, max_bad: float | None) -> Dataset:
         store.write(SIDECAR_FILE, packed)
     dataset = Dataset(
         image_size=plan.size,
-        channels=3 if plan.channels == 3 else 1,
+        channels=plan.channels,
         encoding="tar",
         labels={name: typed.kind for name, typed in labels.items()},
-        source=plan.source(),
+        source=plan.source() | _aspect(plan, groups),
         images=sum(shard.images for shard in shards),
         bytes=sum(shard.bytes for shard in shards),
         shards=shards,
@@ -265,6 +268,14 @@ def finish(store: Store, *, max_bad: float | None) -> Dataset:
     state.tidy(store)
     _say(metas, labels)
     return dataset
+
+
+def _aspect(plan: Plan, groups: list[Group]) -> dict[str, float]:
+    """Return {"aspect": the geometric mean of width over height}, where pictures are stretched."""
+    if plan.fit != "stretch":
+        return {}
+    ratios = np.concatenate([group.columns.width / np.maximum(group.columns.height, 1) for group in groups])
+    return {"aspect": round(float(np.exp(np.log(np.maximum(ratios, 1e-6)).mean())), 6)}
 
 
 def _shard(plan: Plan, entry: IndexedShard) -> Shard:

@@ -8,8 +8,10 @@ import numpy as np
 
 from pipeline.common.errors import ConfigConflict, DataError, UsageError
 from pipeline.common.records import Record, read_record
+from pipeline.common.shapes.frame import Fit
+from pipeline.common.shapes.size import Channels, between
 from pipeline.common.storage import Store
-from pipeline.data.dataset import DATASET_FILE, Dataset, LabelType, open_dataset
+from pipeline.data.dataset import DATASET_FILE, LARGEST_IMAGE, Dataset, LabelType, open_dataset
 from pipeline.data.index.labels import Labels, TypedColumn
 from pipeline.data.index.sidecar import SIDECAR_FILE, MemberColumns, read_arrays, write_arrays
 
@@ -31,9 +33,11 @@ class Plan(Record):
     """What was typed; no part of the identity."""
     tars: list[str]
     """Absolute paths and URLs, in their order."""
-    size: int
-    channels: int
+    size: between(1, LARGEST_IMAGE)  # type: ignore[valid-type]
+    channels: Channels
     min_side: int
+    fit: Fit = "crop"
+    fill: str = ""
 
     @property
     def group_tars(self) -> int:
@@ -59,6 +63,7 @@ class Plan(Record):
             "size": self.size,
             "channels": self.channels,
             "min_side": self.min_side,
+            **({} if self.fit == "crop" else {"fit": self.fit, "fill": self.fill}),
         }
 
 
@@ -180,7 +185,7 @@ def compare(wanted: dict[str, Any], found: dict[str, Any], where: str, advice: s
 
 
 def _different(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    return [key for key in {**found, **wanted} if key != "spec" and found.get(key) != wanted.get(key)]
+    return [key for key in {**found, **wanted} if key not in ("spec", "aspect") and found.get(key) != wanted.get(key)]
 
 
 def tidy(store: Store) -> None:

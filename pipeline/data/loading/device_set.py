@@ -179,8 +179,7 @@ def load_images(
 
     Shards are read and decoded as for training: verified, by `threads`, with `lookahead` bytes of them ahead.
     """
-    side, channels, count = dataset.image_size, dataset.channels, dataset.images
-    images = torch.empty((count, side, side, channels), dtype=torch.uint8, device=device)
+    images = torch.empty((dataset.images, *dataset.image_shape), dtype=torch.uint8, device=device)
     with Loader(
         dataset,
         seed=0,
@@ -190,11 +189,11 @@ def load_images(
         cache_dir=cache_dir,
         resident_limit=0,
         lookahead_bytes=lookahead,
-        end=count,
+        end=dataset.images,
         order=InOrder(dataset.shards.images),
     ) as loader:
         done = 0
-        while done < count:
+        while done < dataset.images:
             with waiting():
                 chunk = torch.from_numpy(loader.next_batch())
             images[done : done + len(chunk)].copy_(chunk, non_blocking=True)

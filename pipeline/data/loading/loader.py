@@ -92,7 +92,7 @@ class Loader:
         self._shuffle = order or Shuffle(dataset.shards.images, seed=seed, streams=streams, mix=mix)
         self._end = end
         self._in_use: set[int] = set()
-        self._shape = (self.dataset.image_size, self.dataset.image_size, self.dataset.channels)
+        self._shape = self.dataset.image_shape
         self._pinned = torch.cuda.is_available()
 
         resident = self.dataset.images * self.dataset.image_bytes <= resident_limit

@@ -38,7 +38,7 @@ class ShardBuffer(SlotBuffer):
         # Of a set larger than the cache, only as many shards as stay in it: to evict one for another gains nothing.
         stored = np.cumsum(dataset.shards.bytes)
         self._stays = stored <= (self._cache.limit_bytes if self._cache is not None else 0)
-        self._shape = (dataset.image_size, dataset.image_size, dataset.channels)
+        self._shape = dataset.image_shape
         self._decode = (_jpeg_decoder if dataset.encoding == "jpg" else _picture_decoder)(self._shape)
         self._first_member = dataset.shards.member_starts
         self._offsets, self._sizes = dataset.shards.offset, dataset.shards.size

@@ -55,7 +55,7 @@ class ResidentTars(SlotBuffer):
         super().__init__(len(dataset.shards), len(dataset.shards))
         self._tars = Tars(dataset, cache_dir)
         self._starts = np.asarray(dataset.shard_starts, np.int64)
-        self._images = np.empty((dataset.images, dataset.image_size, dataset.image_size, dataset.channels), np.uint8)
+        self._images = np.empty((dataset.images, *dataset.image_shape), np.uint8)
         self.nbytes = self._images.nbytes
 
     def bases(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ from io import FileIO
 from pathlib import Path
 
 from pipeline.common.errors import DataError
-from pipeline.common.imaging import BadImage, Pixels, load_square
+from pipeline.common.imaging import BadImage, Pixels, load_image
 from pipeline.data.dataset import Dataset
 from pipeline.data.index.scan import verify_headers
 from pipeline.data.loading.shard_cache import ShardCache, open_cache
@@ -29,6 +29,7 @@ class Tars:
     def __init__(self, dataset: Dataset, cache_dir: Path | None) -> None:
         self.dataset = dataset
         self._cache_dir = cache_dir
+        self._frame = dataset.frame
         self._first = dataset.shard_starts
         self._offsets, self._sizes = dataset.columns.offset, dataset.columns.size
         self._verified: dict[int, Identity] = {}
@@ -78,13 +79,13 @@ class Tars:
         One that cannot be decoded is replaced by the next of its tar that can: a rule that depends on the data alone,
         so that every rank and every restart sees the same. Raises DataError when none of REPLACEMENTS can.
         """
-        dataset, count = self.dataset, self._first[shard + 1] - self._first[shard]
+        count = self._first[shard + 1] - self._first[shard]
         for step in range(min(count, 1 + REPLACEMENTS)):
             member = self._first[shard] + (row + step) % count
             size = int(self._sizes[member])
             data = os.pread(handle, size, int(self._offsets[member]))
             try:
-                out[:] = load_square(data, dataset.image_size, dataset.channels, min_side=dataset.min_side)
+                out[:] = load_image(data, self._frame)
             except BadImage as error:
                 if _identity(handle) != self._verified[shard]:
                     raise DataError(f"{self._where(shard)}: changed while it was read; index the tars again") from None

@@ -91,7 +91,6 @@ class Tars:
 def list_dataset(dataset: Dataset) -> Listing:
     """Return the images of one of our own data sets, checked, by the names that they had in its source."""
     listing = Listing(dict(dataset.labels))
-    side, channels = dataset.image_size, dataset.channels
     for index, shard in enumerate(dataset.shards):
         columns = shard_columns(dataset, shard, read_shard(dataset.store, shard))
         tar = dataset.store.path(shard.name)
@@ -102,7 +101,7 @@ def list_dataset(dataset: Dataset) -> Listing:
                 places.append((tar, offset, size, None))
                 continue
             for start in range(0, size, dataset.image_bytes):
-                places.append((tar, offset + start, dataset.image_bytes, (side, side, channels)))
+                places.append((tar, offset + start, dataset.image_bytes, dataset.image_shape))
         rows = zip(*(columns[label] for label in dataset.labels), strict=True) if dataset.labels else [()] * len(places)
         for key, labels, where in zip(columns["key"], rows, places, strict=True):
             listing.items.append(Item(key, tuple(labels), where))

@@ -20,7 +20,7 @@ from pipeline.common.imaging import Pixels
 from pipeline.common.onnx_graph import refuse_external_data
 from pipeline.common.storage import is_url, locate, sha256_bytes
 from pipeline.evaluation.classifier import parse_classifier
-from pipeline.evaluation.device import device
+from pipeline.evaluation.device import device, opaque
 from pipeline.evaluation.metrics.protocols import NETWORKS, fetch_network
 
 FALLBACK = "fallback"
@@ -46,7 +46,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def extract(self, images: Pixels) -> Extraction:
-        """Return the features of images uint8 (N, H, W, C); gray images are repeated to three channels if needed."""
+        """Return the features of images uint8 (N, H, W, C); gray and RGBA become RGB where needed."""
 
 
 def load_extractor(reference: str, sha256: str | None = None, *, resize: int | None = None) -> Extractor:
@@ -100,9 +100,9 @@ class FallbackExtractor(Extractor):
 
     def extract(self, images: Pixels) -> Extraction:
         maps = _prepare(images, self.resize) / 127.5 - 1
-        if maps.shape[2] < self.SMALLEST:
+        if min(maps.shape[2:]) < self.SMALLEST:
             raise UsageError(
-                f"the fallback extractor got images of {maps.shape[2]} pixels; expected at least {self.SMALLEST} "
+                f"the fallback extractor got images of {min(maps.shape[2:])} pixels; expected at least {self.SMALLEST} "
                 "(--resize)"
             )
         means, deviations = [], []
@@ -209,10 +209,10 @@ def _refused(name: str, batch: Tensor | NDArray[np.float32], error: Exception) -
 
 def _prepare(images: Pixels, resize: int | None) -> Tensor:
     """uint8 NHWC -> float32 (N, 3, H, W) in [0, 255] on the device, resized with antialiasing if asked."""
-    batch = torch.from_numpy(np.ascontiguousarray(images)).to(device()).permute(0, 3, 1, 2).float()
+    batch = torch.from_numpy(np.ascontiguousarray(opaque(images))).to(device()).permute(0, 3, 1, 2).float()
     if batch.shape[1] == 1:
         batch = batch.expand(-1, 3, -1, -1)
-    if resize is not None and batch.shape[2] != resize:
+    if resize is not None and batch.shape[2:] != (resize, resize):
         batch = F.interpolate(batch, (resize, resize), mode="bilinear", align_corners=False, antialias=True)
         batch = batch.clamp(0, 255).round()
     return batch.contiguous()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.common.errors import UsageError
 from pipeline.common.ranks import ALONE, Ranks, ranks_of
 from pipeline.evaluation import charts, inputs
+from pipeline.evaluation.device import background
 from pipeline.evaluation.images import Images, ShardImages
 from pipeline.evaluation.metrics.extractors import Extraction, Extractor, load_extractor
 from pipeline.evaluation.metrics.feature_distances import (
@@ -74,6 +75,7 @@ class Measurement:
             "extractor_sha256": self.extractor.sha256,
             "resize": request.resize,
             "processes": self.ranks.world_size,
+            **background(self.fakes.shape),
         }
         self.result = Result(name, request.out, subject, settings=settings)
         self.reals: ShardImages | None = None

@@ -20,7 +20,10 @@ from pipeline.evaluation.images import Images, num_blocks
 WEIGHTS = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])
 WINDOW = 11
 DEVIATION = 1.5
-SMALLEST = 32
+SMALLEST = 4
+"""Shorter side in pixels of the smallest images: two scales."""
+SMALLEST_MAP = 2
+"""Shorter side of the smallest map that still has a structure."""
 
 
 @cache
@@ -51,22 +54,38 @@ def _similarity(a: Tensor, b: Tensor, *, luminance: bool) -> Tensor:
     return similarity.mean((1, 2, 3), dtype=torch.float64)
 
 
+def num_scales(height: int, width: int) -> int:
+    """Return the number of scales: five, or as many as leave a map of two pixels a side; from 32 pixels on five."""
+    scales = 1
+    while scales < len(WEIGHTS) and min(height, width) >> scales >= SMALLEST_MAP:
+        scales += 1
+    return scales
+
+
 def _halve(maps: Tensor) -> Tensor:
+    """Average over 2 x 2 pixels; of an odd number of rows or columns the last is left out."""
+    maps = maps[..., : maps.shape[-2] // 2 * 2, : maps.shape[-1] // 2 * 2]
     total: Tensor = maps[..., ::2, ::2] + maps[..., 1::2, ::2] + maps[..., ::2, 1::2] + maps[..., 1::2, 1::2]
     return total / 4
 
 
 @torch.no_grad()
 def ms_ssim_of_pairs(a: Pixels, b: Pixels, device: torch.device | str = "cpu") -> NDArray[np.float64]:
-    """Return MS-SSIM of a[i] and b[i], float64 (n,). Images are uint8 (n, height, width, channels)."""
+    """Return MS-SSIM of a[i] and b[i], float64 (n,). Images are uint8 (n, height, width, channels).
+
+    With fewer than five scales their weights are enlarged so that they sum to one.
+    """
+    weights = WEIGHTS[: num_scales(*a.shape[1:3])]
+    if len(weights) < len(WEIGHTS):
+        weights = weights / weights.sum()
     left, right = (to_maps(images, device) for images in (a, b))
     scales = []
     with full_float32():
-        for last in range(1 - len(WEIGHTS), 1):
+        for last in range(1 - len(weights), 1):
             scales.append(_similarity(left, right, luminance=last == 0))
             left, right = (_halve(maps) if last else maps for maps in (left, right))
     found = torch.stack(scales, -1).cpu().numpy()
-    return np.asarray(np.prod(np.maximum(found, 0) ** WEIGHTS, axis=-1))
+    return np.asarray(np.prod(np.maximum(found, 0) ** weights, axis=-1))
 
 
 def ms_ssim(images: Images, *, ranks: Ranks = ALONE, device: torch.device | str = "cpu") -> float:
@@ -75,8 +94,9 @@ def ms_ssim(images: Images, *, ranks: Ranks = ALONE, device: torch.device | str 
     It is near 0 for varied images and 1 for copies. It is computed on `device`, and the same, bit for bit, for every
     number of ranks. Raises DataError for images that are too small.
     """
-    if images.shape[0] < SMALLEST:
-        raise DataError(f"images of {images.shape[0]} pixels are too small for MS-SSIM: five scales need {SMALLEST}")
+    if min(images.shape[:2]) < SMALLEST:
+        height, width, _ = images.shape
+        raise DataError(f"images of {width}x{height} pixels are too small for MS-SSIM: it needs {SMALLEST}")
     sums = np.zeros(num_blocks(images.count))
     for block, pixels in images.blocks(ranks.rank, ranks.world_size):
         even = len(pixels) // 2 * 2

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from pipeline.evaluation import charts, inputs, published
-from pipeline.evaluation.device import device
+from pipeline.evaluation.device import background, device
 from pipeline.evaluation.images import Images, Subset, WithProgress
 from pipeline.evaluation.metrics.ms_ssim import ms_ssim
 from pipeline.evaluation.metrics.swd import Projections, Sampling, distances, project
@@ -20,7 +20,7 @@ def measure_swd(
     fakes, subject = inputs.fakes(ckpt, samples, count, sampling.seed)
     reals, data_description = inputs.reals(data, count, fakes.shape)
     inputs.check_same_shape(fakes, reals)
-    settings = {**asdict(sampling), "images": fakes.count, "images_real": reals.count}
+    settings = {**asdict(sampling), "images": fakes.count, "images_real": reals.count, **background(fakes.shape)}
     result = Result("swd", out, subject, data_description, settings)
     result.protocol = inputs.preparations(subject, data_description)
 
@@ -49,7 +49,7 @@ def measure_swd(
             "real_against_real_images": number,
         },
         note=published.SWD_NOTE,
-        published=[asdict(entry) for entry in published.SWD] if fakes.shape[0] == 64 else [],
+        published=[asdict(entry) for entry in published.SWD] if fakes.shape[:2] == (64, 64) else [],
     )
     return {
         **numbers,
@@ -63,7 +63,8 @@ def measure_ms_ssim(
 ) -> dict[str, float]:
     """Write ms_ssim.json and ms_ssim.png (the first pairs), and return the numbers."""
     fakes, subject = inputs.fakes(ckpt, samples, count, seed)
-    result = Result("ms_ssim", out, subject, settings={"images": fakes.count, "pairs": fakes.count // 2, "seed": seed})
+    settings = {"images": fakes.count, "pairs": fakes.count // 2, "seed": seed, **background(fakes.shape)}
+    result = Result("ms_ssim", out, subject, settings=settings)
     numbers = {"ms_ssim": ms_ssim(WithProgress(fakes, "MS-SSIM, samples"), device=device())}
     if data is not None:
         reals, result.data = inputs.reals(data, count, fakes.shape)
@@ -74,7 +75,7 @@ def measure_ms_ssim(
     result.write(
         dict(numbers),
         note=published.MS_SSIM_NOTE,
-        published=[asdict(entry) for entry in published.MS_SSIM] if fakes.shape[0] == 64 else [],
+        published=[asdict(entry) for entry in published.MS_SSIM] if fakes.shape[:2] == (64, 64) else [],
     )
     return numbers
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.common.errors import DataError
 from pipeline.common.randomness import Purpose, raw_bits
 from pipeline.common.ranks import ALONE, Ranks
+from pipeline.common.shapes.size import in_words, written
 from pipeline.evaluation.device import full_float32, to_maps
 from pipeline.evaluation.images import BLOCK, Images, num_blocks
 
@@ -46,21 +47,26 @@ class Sampling:
 class Projections:
     """The histograms of a set's projected patches: all that a comparison with another set needs."""
 
-    levels: list[int]
+    levels: list[int | str]
     """Resolutions, largest first."""
     counts: NDArray[np.int64]
     """(levels, directions, BINS)."""
     sampling: Sampling
 
 
-def resolutions(size: int) -> list[int]:
-    """Return the sizes of the pyramid's levels: `size`, halved down to 16. Raises DataError if there is none."""
-    levels = []
-    while size >= SMALLEST_LEVEL:
-        levels.append(size)
-        size //= 2
-    if not levels:
-        raise DataError(f"images of {size} pixels are too small for SWD: it needs at least {SMALLEST_LEVEL}")
+def resolutions(height: int, width: int) -> list[int | str]:
+    """Return the sizes of the pyramid's levels, as `written` writes them: halved while no side is below 16.
+
+    Raises DataError if there is none.
+    """
+    if min(height, width) < SMALLEST_LEVEL:
+        raise DataError(
+            f"images of {in_words(width, height)} pixels are too small for SWD: it needs at least {SMALLEST_LEVEL}"
+        )
+    levels = [written(width, height)]
+    while min(height, width) >= 2 * SMALLEST_LEVEL:
+        height, width = -(-height // 2), -(-width // 2)
+        levels.append(written(width, height))
     return levels
 
 
@@ -70,17 +76,17 @@ def laplacian_pyramid(maps: Tensor) -> list[Tensor]:
     The last level is the remaining image, not a detail.
     """
     pyramid = []
-    for size in resolutions(maps.shape[-1])[:-1]:
-        halve, double = _halve_and_double(size, maps.device)
-        smaller = halve @ (maps @ halve.T)
-        pyramid.append(maps - double @ (smaller @ double.T))
+    for _ in resolutions(*maps.shape[2:])[:-1]:
+        (halve_rows, double_rows), (halve, double) = (_halve_and_double(n, maps.device) for n in maps.shape[2:])
+        smaller = halve_rows @ (maps @ halve.T)
+        pyramid.append(maps - double_rows @ (smaller @ double.T))
         maps = smaller
     return [*pyramid, maps]
 
 
 @cache
 def _halve_and_double(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the matrices (length / 2, length) and (length, length / 2) that resize a row by half and back.
+    """Return the matrices (half, length) and (length, half) that resize a row by half, rounded up, and back.
 
     Both blur with the binomial 1-4-6-4-1 filter, mirrored at the edges: one before it leaves out every other pixel,
     one after it has put zeros between them. Matrix products are far faster than convolutions of so few channels.
@@ -133,8 +139,8 @@ def project(
     Reads the images twice: the first pass measures the means and deviations of the channels, the second one counts.
     The result is the same, bit for bit, for every number of ranks with the same device.
     """
-    levels = resolutions(images.shape[0])
-    channels = images.shape[2]
+    levels = resolutions(*images.shape[:2])
+    channels = min(images.shape[2], 3)  # RGBA is measured as RGB over a background
     lanes = [(3 * index, 3 * index + (1 if real else 2)) for index in range(len(levels))]
     with full_float32():
         # One row for each block, zeros in those of other ranks: x + 0 is exact, so the sum does not depend on them.

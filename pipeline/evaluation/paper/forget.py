@@ -79,7 +79,7 @@ def run_forget(
 ) -> dict[str, float]:
     """Write forget.json and a picture of samples with and without the maps, and return the numbers."""
     loaded, subject = inputs.generator(ckpt)
-    generator, size = loaded.generator, loaded.config.image_size
+    generator, shape = loaded.generator, loaded.config.image_shape
     settings: dict[str, Any] = {
         "boxes": str(boxes) if boxes else None,
         "attribute": attribute,
@@ -88,14 +88,14 @@ def run_forget(
         "strength": strength,
         "seed": seed,
     }
-    if region is not None and max(region) > size:
-        raise UsageError(f"--region {','.join(map(str, region))}: not inside an image of {size}x{size} pixels")
+    if region is not None and (max(region[::2]) > shape[1] or max(region[1::2]) > shape[0]):
+        raise UsageError(f"--region {','.join(map(str, region))}: not inside an image of {shape[1]}x{shape[0]} pixels")
     if boxes is None and (attribute is None or region is None):
         raise UsageError(
             "the place of the object is missing: give --boxes FILE, or --attribute NAME with "
             "--region LEFT,TOP,RIGHT,BOTTOM"
         )
-    drawn = [] if boxes is None else read_boxes(boxes, size)
+    drawn = [] if boxes is None else read_boxes(boxes, shape[1], shape[0])
     detector = None
     if attribute is not None:
         detector = _detector(attribute, get_classifier(classifier_file, data, out, attributes=[attribute]))
@@ -182,7 +182,7 @@ def object_maps(generator: Generator, boxes: Sequence[Box], seed: int) -> tuple[
     group: list[NDArray[np.int64]] = []
     for number, index in enumerate(dict.fromkeys(box.index for box in boxes)):
         maps = generator.feature_maps(torch.from_numpy(draw(config, seed, index, 1)).to(device()))[0]
-        pixels = config.image_size // maps.shape[1]
+        pixels = config.image_shape[0] // maps.shape[1]
         mask = np.zeros(maps.shape[1:], bool)
         for box in boxes:  # a position outside one box may be inside another
             if box.index == index:
@@ -215,7 +215,7 @@ def without_maps(generator: Generator, dropped: NDArray[np.int64], z: Z, strengt
     return np.asarray(torch.cat(images).numpy())
 
 
-def read_boxes(path: Path, size: int) -> list[Box]:
+def read_boxes(path: Path, width: int, height: int) -> list[Box]:
     """Read a CSV with the columns index,left,top,right,bottom. Raises DataError that names the line."""
     boxes = []
     try:
@@ -231,8 +231,8 @@ def read_boxes(path: Path, size: int) -> list[Box]:
                     raise DataError(
                         f"{path}: line {number}: there is no sample {box.index}; expected 0 to {NUMBERED_SAMPLES - 1}"
                     )
-                if not (0 <= box.left < box.right <= size and 0 <= box.top < box.bottom <= size):
-                    raise DataError(f"{path}: line {number}: the box is not inside an image of {size}x{size} pixels")
+                if not (0 <= box.left < box.right <= width and 0 <= box.top < box.bottom <= height):
+                    raise DataError(f"{path}: line {number}: the box is not inside an image of {width}x{height} pixels")
                 boxes.append(box)
     except (UnicodeDecodeError, csv.Error):
         raise DataError(f"{path}: not a text file; expected CSV") from None

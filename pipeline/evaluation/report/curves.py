@@ -16,7 +16,10 @@ def charts(metrics: Entries, timing: Entries) -> list[dict[str, str]]:
     def line(key: str, name: str, source: Entries = metrics, dashed: bool = False) -> Line:
         return Line(name, [(e["images"], float(e[key])) for e in source if e.get(key) is not None], dashed)
 
-    levels = sorted({k for e in metrics for k in e if re.fullmatch(r"swd_[0-9]{1,6}", k)}, key=lambda k: -int(k[4:]))
+    levels = sorted(
+        {k for e in metrics for k in e if re.fullmatch(r"swd_[0-9]{1,6}(x[0-9]{1,6})?", k)},
+        key=lambda k: -int(k[4:].split("x")[0]),
+    )
     made = [
         (
             "Losses",

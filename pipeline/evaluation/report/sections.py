@@ -63,9 +63,10 @@ def summary(content: dict[str, Any], metrics: Entries) -> str:
     what = "A GAN"
     if config is not None:
         network = config.network
-        kind = "color" if network.channels == 3 else "gray"
+        kind = {1: "gray", 3: "color", 4: "color and transparency"}[network.channels]
+        height, width, _ = network.image_shape
         name = "DCGAN" if network.architecture == "dcgan" else f"{network.architecture} GAN"
-        what = f"A {name} for {kind} images of {network.image_size}×{network.image_size} pixels"
+        what = f"A {name} for {kind} images of {width}×{height} pixels"
     trained = f", trained on {data_name(content)}" + (f" ({total:,} images)" if total else "")
     length = f" for {seen:,} images" + (f", {seen / total:.1f} passes over them" if total else "") if seen else ""
     return f"{what}{trained}{length}."

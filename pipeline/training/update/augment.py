@@ -13,7 +13,7 @@ CUTOUT = 1 / 2
 
 
 def augment(images: Tensor, chances: Tensor, kinds: str) -> Tensor:
-    """Return images (N, C, size, size) in [-1, 1], changed by the `kinds`, a comma-separated list; "" changes nothing.
+    """Return images (N, C, H, W) in [-1, 1], changed by the `kinds`, a comma-separated list; "" changes nothing.
 
     chances (N, VALUES) are in [-1, 1]. Constants and ranges are those of the authors' code. The result can be
     differentiated twice by the images, and is computed by a fixed list of operations of the device.

@@ -15,9 +15,9 @@ SLOTS = 2
 class Inputs:
     """One rank's share of a batch, always at the same place of the device.
 
-    `reals` are uint8 (n, size, size, channels); `z` is (n, latent_dim) in the dtype that the networks take, `chances`
-    (n, values) in that of their weights. `labels` are (n, 2 * label_dim) in the dtype of z: of the real images, then
-    of the fakes.
+    `reals` are uint8 (n, height, width, channels); `z` is (n, latent_dim) in the dtype that the networks take,
+    `chances` (n, values) in that of their weights. `labels` are (n, 2 * label_dim) in the dtype of z: of the real
+    images, then of the fakes.
     """
 
     def __init__(

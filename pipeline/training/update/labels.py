@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.randomness import Purpose
-from pipeline.config import RunConfig
+from pipeline.config import MOST_STRETCHED, RunConfig
 from pipeline.data.classes import Classes, read_classes
 from pipeline.data.dataset import Dataset
 from pipeline.data.loading.loader import mix_of
@@ -18,6 +18,12 @@ AHEAD_IMAGES = 8192
 
 Labels = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Of the real images and of the fakes of this rank's share of a batch, each (batch / world_size, label_dim)."""
+
+
+def with_aspect(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """Return the settings with the proportion of the pictures, where the data set has stretched them."""
+    aspect = dataset.aspect and min(max(dataset.aspect, 1 / MOST_STRETCHED), MOST_STRETCHED)
+    return config.model_copy(update={"network": config.network.model_copy(update={"aspect": aspect})})
 
 
 def with_classes(config: RunConfig, dataset: Dataset) -> tuple[RunConfig, Classes | None]:

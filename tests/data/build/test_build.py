@@ -20,7 +20,8 @@ import pytest
 from picture_files import as_bytes, make_folder, make_picture, tree
 from PIL import Image
 
-from pipeline.common.imaging import Pixels, decode, encode, load_square
+from pipeline.common.imaging import Pixels, decode, encode, load_image
+from pipeline.common.shapes.frame import Frame
 from pipeline.data.cli import EncodingName, main
 from pipeline.data.dataset import Encoding, open_dataset
 from pipeline.data.shard_reader import iterate
@@ -46,7 +47,7 @@ def test_images_and_classes_arrive_once_each(dcgan_data: Any, tmp_path: Path, en
     assert len(found) == 30
     for key, (image, labels) in found.items():
         assert labels == {"class": key.partition("/")[0]}
-        expected = load_square((src / key).read_bytes(), 16, 3)
+        expected = load_image((src / key).read_bytes(), Frame(16, 3))
         tolerance = 0 if encoding in ("packed", "png") else 12
         assert np.abs(image.astype(int) - expected).mean() <= tolerance
     assert dcgan_data("verify", tmp_path / "out").code == 0

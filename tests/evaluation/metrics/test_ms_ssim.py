@@ -69,5 +69,5 @@ def test_an_odd_last_image_has_no_partner_and_is_left_out(pictures: Pixels) -> N
 
 
 def test_too_small_images_are_refused() -> None:
-    with pytest.raises(DataError, match="16 pixels are too small"):
-        ms_ssim(ArrayImages(np.zeros((4, 16, 16, 3), np.uint8)))
+    with pytest.raises(DataError, match="3x16 pixels are too small"):
+        ms_ssim(ArrayImages(np.zeros((4, 16, 3, 3), np.uint8)))

@@ -57,7 +57,7 @@ def brute_force(reals: Pixels, fakes: Pixels, sampling: swd.Sampling) -> dict[st
         return stacked.reshape(len(stacked), -1)
 
     result = {}
-    for level, resolution in enumerate(swd.resolutions(reals.shape[1])):
+    for level, resolution in enumerate(swd.resolutions(*reals.shape[1:3])):
         a, b = described(reals, level, 3 * level + 1), described(fakes, level, 3 * level + 2)
         directions = swd._directions(a.shape[1], 3 * level, sampling).astype(np.float64)
         each = [scipy.stats.wasserstein_distance(a @ d, b @ d) for d in directions.T]
@@ -168,5 +168,5 @@ def test_memory_is_flat_in_the_number_of_images(peak_bytes: Callable[[Callable[[
 
 
 def test_too_small_images_are_refused() -> None:
-    with pytest.raises(DataError, match="8 pixels are too small"):
+    with pytest.raises(DataError, match="8x8 pixels are too small"):
         distance(np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 8, 8, 3), np.uint8))

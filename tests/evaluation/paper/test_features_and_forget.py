@@ -144,4 +144,4 @@ def test_forget_finds_the_object_by_attribute_and_measures_what_is_left(
 def test_object_boxes_are_read_in_order(tmp_path: Path) -> None:
     path = tmp_path / "boxes.csv"
     path.write_text("index,left,top,right,bottom\n3,0,1,4,5\n7,2,2,9,9\n")
-    assert read_boxes(path, 32) == [Box(3, 0, 1, 4, 5), Box(7, 2, 2, 9, 9)]
+    assert read_boxes(path, 32, 32) == [Box(3, 0, 1, 4, 5), Box(7, 2, 2, 9, 9)]

@@ -1,0 +1,1 @@
+"""The size of images, and how a picture becomes an image of that size."""

@@ -22,7 +22,7 @@ import sys
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     # Launchers put pipeline/ itself first on the path, where its modules must not be found as top-level ones.
@@ -41,6 +41,7 @@ from pipeline.common.errors import (
     first_line,
 )
 from pipeline.common.records import parse_json
+from pipeline.common.shapes.size import refusal
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 from pipeline.config import RunConfig, explain, load_config, preset_names, validate
 
@@ -95,15 +96,21 @@ def main(
     ] = None,
 ) -> None:
     """Read the options into a RunConfig and train."""
-    settings, data = resolve(out, data, preset, config, overrides or [])
+    settings, data, taken = resolve(out, data, preset, config, overrides or [])
     if show_config:
+        from pipeline.model.footprint import in_words
+
         print(explain(settings))
+        print("".join(f"# {line}\n" for line in in_words(settings.network, settings.recipe.batch)), end="")
         return
     if data is None:
         raise UsageError(
             "--data: missing; expected a data set (make one with dcgan-data build), or the names of WebDataset tars"
         )
     configure_logging()
+    if taken:
+        named = " and ".join(f"network.{name}={value}" for name, value in taken.items())
+        logging.getLogger("pipeline").info("%s: as the images of the data set", named)
     from pipeline.training.loop import train
 
     try:
@@ -132,11 +139,19 @@ def main(
 
 def resolve(
     out: Path, data: str | None, preset: str | None, config: Path | None, overrides: list[str]
-) -> tuple[RunConfig, str | None]:
-    """Return the settings and the data; without --preset and --config a run that is there keeps its own."""
+) -> tuple[RunConfig, str | None, dict[str, Any]]:
+    """Return the settings and the data; without --preset and --config a run that is there keeps its own.
+
+    Size and channels that neither --config nor an override names are those of the data set's images. Also return
+    which of them differ from the preset's.
+    """
     stored = out / "config.json"
     if preset is not None or config is not None or not stored.is_file():
-        return load_config(preset, config, overrides), data
+        of_data = _of_data(data)
+        usual = load_config(preset, config, overrides).network if of_data else None
+        settings = load_config(preset, config, overrides, of_data=of_data)
+        taken = {n: getattr(settings.network, n) for n in of_data if getattr(settings.network, n) != getattr(usual, n)}
+        return settings, data, taken
     advice = "name --preset or --config and --data to do without it"
     content = parse_json(stored.read_bytes(), str(stored), hint=advice)
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
@@ -154,7 +169,27 @@ def resolve(
         from pipeline.training.run_directory import known_location
 
         data = known_location(out, content)
-    return load_config(None, None, overrides, base=settings), data
+    return load_config(None, None, overrides, base=settings), data, {}
+
+
+def _of_data(data: str | None) -> dict[str, Any]:
+    """Return the settings that a data set decides; {} for tars of others, and for what the trainer will refuse.
+
+    Raises ConfigConflict when no network makes images of their size.
+    """
+    from pipeline.data.dataset import open_dataset
+    from pipeline.data.specification import is_specification
+
+    if data is None or is_specification(data):
+        return {}
+    try:
+        dataset = open_dataset(data)
+    except DataError:
+        return {}
+    height, width, channels = dataset.image_shape
+    if problem := refusal(width, height):
+        raise ConfigConflict(f"--data {dataset.location}: {problem}; build the shards again with one of them as --size")
+    return {"image_size": dataset.image_size, "channels": channels}
 
 
 def lost_peer(error: RuntimeError) -> str:

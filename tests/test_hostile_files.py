@@ -779,7 +779,7 @@ def test_a_run_of_others_does_not_choose_the_program_that_evaluates_it(tmp_path:
     config.write_text(json.dumps(content))
     with pytest.raises(UsageError, match=r"schedule\.extractor=run/evil\.pt"):
         resolve(tmp_path / "run", None, None, None, [])
-    settings, _ = resolve(tmp_path / "run", None, None, None, ["schedule.extractor=run/evil.pt"])
+    settings = resolve(tmp_path / "run", None, None, None, ["schedule.extractor=run/evil.pt"])[0]
     assert settings.schedule.extractor == "run/evil.pt"
 
 

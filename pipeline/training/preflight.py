@@ -11,6 +11,8 @@ from pipeline.common.errors import ConfigConflict
 from pipeline.common.machine import available_cores
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset
+from pipeline.data.loading.device_set import free_bytes
+from pipeline.model.footprint import at_most, footprint
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ def check_settings(config: RunConfig, dataset: Dataset, accelerator: Accelerator
         raise ConfigConflict("recipe.sync_batchnorm=true works on CUDA only; this run is on the CPU: leave it false")
     if config.recipe.r1 or config.recipe.r2:
         _check_second_derivatives(config, accelerator)
+    _check_memory(config, accelerator)
     for name in ("image_size", "channels"):
         has, wanted = getattr(dataset, name), getattr(config.network, name)
         if has != wanted:
@@ -32,6 +35,33 @@ def check_settings(config: RunConfig, dataset: Dataset, accelerator: Accelerator
                 f"--data {dataset.location} holds images of {name} {has}, network.{name} is {wanted}; "
                 f"set network.{name}={has} or build the shards again"
             )
+
+
+def _check_memory(config: RunConfig, accelerator: Accelerator) -> None:
+    """Raise ConfigConflict when an update certainly needs more memory than the device has free."""
+    accumulate, network = config.runtime.accumulate, config.network
+    share = config.recipe.batch // accelerator.num_processes
+    free = free_bytes(device := accelerator.device)
+    if device.type == "cpu":
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # which share this machine
+    if at_most(network, share) <= free:
+        return
+    found = footprint(network)
+
+    def needed(parts: int) -> int:
+        value_bytes = 4 if accelerator.mixed_precision == "no" else 2
+        return found.update_bytes(share // parts, accumulate=parts > 1, value_bytes=value_bytes)
+
+    if needed(accumulate) <= free:
+        return
+    divisors = (parts for parts in range(accumulate + 1, share + 1) if not share % parts)
+    parts = next((parts for parts in divisors if needed(parts) <= free), 0)
+    advice = f"use runtime.accumulate={parts}, or lower recipe.batch" if parts else "lower network.width"
+    raise ConfigConflict(
+        f"network.image_size={network.image_size} with network.width={network.width}: an update of {share:,} images in "
+        f"{accumulate} parts needs at least {needed(accumulate) / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB "
+        f"free for a process; {advice}"
+    )
 
 
 def _check_second_derivatives(config: RunConfig, accelerator: Accelerator) -> None:

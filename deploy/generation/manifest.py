@@ -233,6 +233,8 @@ def _read_finished(store: Store, plan: Plan, shard: ShardRange) -> FinishedShard
             f"{store.path(record_name(shard))}: belongs to another generation (another model or range); "
             "delete it and run its part again"
         )
+    if len(record.shard.offsets) != len(record.shard.sizes):
+        raise DataError(f"{store.path(record_name(shard))}: damaged; delete it and run its part again")
     return record
 
 

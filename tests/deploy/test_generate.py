@@ -242,6 +242,16 @@ def test_merge_removes_what_killed_parts_left_behind(run: Run, tmp_path: Path, m
     assert names == {"manifest.json", "dataset.json", "notes.txt", *(s.name for s in open_dataset(tmp_path).shards)}
 
 
+def test_a_record_that_contradicts_itself_is_named(run: Run, tmp_path: Path, model: str) -> None:
+    options = ["--model", model, "--count", 200, "--shard-images", 96, "--out", tmp_path]
+    run(*options, "--part", "0/2")
+    path = min((tmp_path / "records").iterdir())
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "shard": {**record["shard"], "offsets": []}}))
+    error = run(*options, "--part", "1/2", code=65)[1]
+    assert f"error: {path}: damaged; delete it and run its part again" in error
+
+
 @pytest.mark.parametrize("fault", ["missing", "short", "foreign"])
 def test_what_a_listing_contradicts_is_not_committed(run: Run, tmp_path: Path, model: str, fault: str) -> None:
     """Neither by the part that ends last nor by a quick merge; the same command makes again what is missing."""

@@ -103,6 +103,7 @@ REFUSED: list[tuple[str, int]] = [
     ("eval is --samples {shards} --out OUT", 2),
     ("eval precision-recall --samples {shards} --data {shards} --extractor {nosuch}.pt --out OUT --cache OUT/c", 65),
     ("eval classifier --data {shards} --out OUT", 65),
+    ("eval labels --ckpt {nosuch} --data {shards} --out OUT", 65),
     ("eval probe --ckpt {nosuch} --data {shards} --label x --out OUT", 65),
     ("eval interpolate --ckpt {nosuch} --out OUT", 65),
     ("eval walk --ckpt {nosuch} --out OUT", 65),

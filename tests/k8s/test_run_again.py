@@ -14,7 +14,7 @@ EVERY = {"train", "export", "generate", "generate-merge"}
 
 @pytest.fixture
 def edit(copy: Path) -> Edit:
-    """Change values in the one file that users edit: edit(COUNT=900), edit(newTag="0.2.0")."""
+    """Change values in the one file that users edit: edit(COUNT=900), edit(newTag="next")."""
 
     def change(**values: object) -> None:
         path = copy / "k8s/overlays/cpu-demo/edit/kustomization.yaml"
@@ -55,7 +55,7 @@ def test_the_same_again_is_done_before(run: Run, server: ApiServer, copy: Path) 
             {"generate", "generate-merge"},
         ),
         ({"TOTAL_IMAGES": 26000}, "train: finished T with TOTAL_IMAGES=128000 (now 26000)", EVERY),
-        ({"newTag": "0.2.0"}, "T with image localhost/dcgan:0.1.0 (now localhost/dcgan:0.2.0); runs again", EVERY),
+        ({"newTag": "next"}, "T with image localhost/dcgan:0.1.0 (now localhost/dcgan:next); runs again", EVERY),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -51,7 +51,7 @@ def check_fill(fill: str) -> str:
 
 
 def place(image: Image.Image, frame: Frame) -> NDArray[np.uint8]:
-    """Return an L, RGB, RGBX or RGBA picture in its frame, resized with antialiasing: uint8 (height, width, channels).
+    """Return an L, RGB or RGBA picture in its frame, resized with antialiasing: uint8 (height, width, channels).
 
     RGBA is multiplied by its alpha first: what is transparent has no color that could bleed.
     """
@@ -76,9 +76,8 @@ def place(image: Image.Image, frame: Frame) -> NDArray[np.uint8]:
 
 
 def _array(image: Image.Image) -> NDArray[np.uint8]:
-    """Return the pixels of a picture, uint8 (height, width, channels): of RGBX three."""
-    pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    return np.ascontiguousarray(pixels[..., :3]) if image.mode == "RGBX" else pixels
+    """Return the pixels of a picture, uint8 (height, width, channels)."""
+    return np.asarray(image).reshape(image.height, image.width, -1)
 
 
 def _padded(image: Image.Image, frame: Frame) -> NDArray[np.uint8]:

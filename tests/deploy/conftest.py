@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from deploy import generate
 from pipeline.checkpoints.weights import serialize
 from pipeline.config import NetworkConfig
 from pipeline.model.networks import build_generator, initialize
@@ -44,6 +45,22 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path
 def model(make_model: Callable[[int], Path]) -> str:
     """A generator's path."""
     return str(make_model(0))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Run dcgan-generate in this process (torch takes seconds to load) and return (output, errors)."""
+
+    def run(*arguments: object, code: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["dcgan-generate", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            generate.main()
+        out, error = capsys.readouterr()
+        assert (end.value.code or 0) == code, error
+        return out, error
+
+    return run
 
 
 @pytest.fixture

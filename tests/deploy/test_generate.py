@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from deploy.generate import main
 from deploy.generation.manifest import RECORDS, begin, merge, read_manifest
 from pipeline.common.errors import DataError, TryAgainError
 from pipeline.common.imaging import decode, encode
@@ -27,22 +26,6 @@ from pipeline.data.shard_reader import iterate
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Run = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run dcgan-generate in this process (torch takes seconds to load) and return (output, errors)."""
-
-    def run(*arguments: object, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["dcgan-generate", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, error = capsys.readouterr()
-        assert (end.value.code or 0) == code, error
-        return out, error
-
-    return run
 
 
 def members(*folders: Path) -> dict[str, bytes]:

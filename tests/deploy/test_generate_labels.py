@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.generate import main
 from deploy.generation.labels import plan_labels
 from export.builders.onnx_model import export_onnx
 from export.samplers.open import open_sampler
@@ -40,22 +39,6 @@ BOOL = {"label": ["smiling"], "classes": ["false", "true"], "class_images": [1, 
 def network(**settings: Any) -> NetworkConfig:
     values = {"image_size": 32, "width": 4, "latent_dim": 6, "channels": 1, "class_images": [500, 100, 400]}
     return NetworkConfig.model_validate(values | settings)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run dcgan-generate in this process and return (output, errors)."""
-
-    def run(*arguments: object, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["dcgan-generate", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, error = capsys.readouterr()
-        assert (end.value.code or 0) == code, error
-        return out, error
-
-    return run
 
 
 @pytest.fixture(scope="module")

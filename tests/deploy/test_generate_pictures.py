@@ -2,36 +2,18 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deploy.generate import main
 from deploy.generation.plan import Plan
 from pipeline.common.imaging import decode, grid
 from pipeline.common.randomness import Purpose
 from pipeline.model.latents import latents
 
 Run = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run dcgan-generate in this process and return (output, errors)."""
-
-    def run(*arguments: object, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["dcgan-generate", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, error = capsys.readouterr()
-        assert (end.value.code or 0) == code, error
-        return out, error
-
-    return run
 
 
 def expected(model: str, start: int, count: int) -> np.ndarray:

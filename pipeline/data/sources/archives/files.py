@@ -124,11 +124,11 @@ def scratch(listing: Listing) -> Path:
     return Path(folder.name)
 
 
-class RangeFile(io.RawIOBase):
-    """A file of a store, read by ranges. Every read is repeated after passing faults, as `Store` does."""
+class _Part(io.RawIOBase):
+    """A file to be read, of `size` bytes, whose position is kept here; subclasses read."""
 
-    def __init__(self, store: Store, name: str, size: int) -> None:
-        self._store, self._name, self._size, self._at = store, name, size, 0
+    def __init__(self, size: int) -> None:
+        self._size, self._at = size, 0
 
     def readable(self) -> bool:
         """Say that it is read."""
@@ -146,6 +146,14 @@ class RangeFile(io.RawIOBase):
     def tell(self) -> int:
         """Return the position."""
         return self._at
+
+
+class RangeFile(_Part):
+    """A file of a store, read by ranges. Every read is repeated after passing faults, as `Store` does."""
+
+    def __init__(self, store: Store, name: str, size: int) -> None:
+        super().__init__(size)
+        self._store, self._name = store, name
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` from the position on."""
@@ -156,28 +164,12 @@ class RangeFile(io.RawIOBase):
         return size
 
 
-class Window(io.RawIOBase):
+class Window(_Part):
     """A part of an open file, as a file of its own."""
 
     def __init__(self, file: Any, offset: int, size: int) -> None:
-        self._file, self._offset, self._size, self._at = file, offset, size, 0
-
-    def readable(self) -> bool:
-        """Say that it is read."""
-        return True
-
-    def seekable(self) -> bool:
-        """Say that it can seek."""
-        return True
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        """Move to a position."""
-        self._at = position + (0, self._at, self._size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._at
+        super().__init__(size)
+        self._file, self._offset = file, offset
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes."""

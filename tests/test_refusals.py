@@ -105,6 +105,7 @@ REFUSED: list[tuple[str, int]] = [
     ("eval classifier --data {shards} --out OUT", 65),
     ("eval labels --ckpt {nosuch} --data {shards} --out OUT", 65),
     ("eval probe --ckpt {nosuch} --data {shards} --label x --out OUT", 65),
+    ("eval nearest-class --ckpt {nosuch} --data {shards} --out OUT", 65),
     ("eval interpolate --ckpt {nosuch} --out OUT", 65),
     ("eval walk --ckpt {nosuch} --out OUT", 65),
     ("eval progress {texts} --out OUT", 65),

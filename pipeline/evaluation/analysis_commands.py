@@ -14,9 +14,13 @@ from pipeline.evaluation.options import (
     Count,
     Data,
     Limit,
+    OptionalCkpt,
     OptionalData,
     Out,
+    Samples,
     Seed,
+    WantedLabel,
+    names_of,
     show,
 )
 from pipeline.evaluation.results import output_folder
@@ -65,6 +69,38 @@ def probe(
     protocol = Protocol(labels, draws, seed)
     numbers = run_probe(folder, ckpt=ckpt, data=data, label=label, test_data=test_data, limit=limit, protocol=protocol)
     show(dict(numbers), folder, "probe")
+
+
+@commands.command()
+def nearest_class(
+    data: Data,
+    ckpt: OptionalCkpt = None,
+    samples: Samples = None,
+    test_data: Annotated[
+        str | None, typer.Option(help="Real images to classify; by default the last fifth of --data.")
+    ] = None,
+    label: WantedLabel = "",
+    count: Annotated[int, typer.Option(help="Samples of all classes together (the paper: 50,000).", min=1)] = 50_000,
+    limit: Limit = None,
+    out: Out = None,
+    seed: Seed = 0,
+) -> None:
+    """Classify real images by the class of their nearest sample (the supplement's Table 3), and by real ones."""
+    folder = output_folder(out, ckpt)
+    from pipeline.evaluation.paper.nearest_class import run_nearest_class
+
+    numbers = run_nearest_class(
+        folder,
+        ckpt=ckpt,
+        samples=samples,
+        data=data,
+        test_data=test_data,
+        label=names_of(label),
+        count=count,
+        limit=limit,
+        seed=seed,
+    )
+    show(dict(numbers), folder, "nearest-class")
 
 
 @commands.command()

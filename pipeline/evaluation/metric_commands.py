@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from pipeline.evaluation.options import Count, Data, OptionalCkpt, OptionalData, Out, Samples, Seed, show
+from pipeline.evaluation.options import (
+    Count,
+    Data,
+    OptionalCkpt,
+    OptionalData,
+    Out,
+    Samples,
+    Seed,
+    WantedLabel,
+    names_of,
+    show,
+)
 from pipeline.evaluation.results import output_folder
 
 commands = typer.Typer()
@@ -55,9 +66,7 @@ def labels(
     data: Data,
     ckpt: OptionalCkpt = None,
     samples: Samples = None,
-    label: Annotated[
-        str, typer.Option(help="NAME or NAME,NAME: what --samples of others were made to show.", show_default=False)
-    ] = "",
+    label: WantedLabel = "",
     out: Out = None,
     count: Annotated[int, typer.Option(help="Samples of each class.", min=2)] = 500,
     epochs: Annotated[int, typer.Option(help="Passes of the classifier over the real images.", min=1)] = 12,
@@ -67,9 +76,8 @@ def labels(
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.metrics.labels import measure_labels
 
-    names = [name.strip() for name in label.split(",") if name.strip()]
     numbers = measure_labels(
-        folder, ckpt=ckpt, samples=samples, data=data, label=names, count=count, seed=seed, epochs=epochs
+        folder, ckpt=ckpt, samples=samples, data=data, label=names_of(label), count=count, seed=seed, epochs=epochs
     )
     show(dict(numbers), folder, "labels")
 

@@ -37,6 +37,14 @@ Limit = Annotated[int | None, typer.Option(help="Use only the first images of --
 Count = Annotated[
     int, typer.Option(help="Samples, and as many real images; fewer if the data set has fewer.", callback=check_count)
 ]
+WantedLabel = Annotated[
+    str, typer.Option(help="NAME or NAME,NAME: what --samples of others were made to show.", show_default=False)
+]
+
+
+def names_of(label: str) -> list[str]:
+    """Return the names in a comma-separated list."""
+    return [name.strip() for name in label.split(",") if name.strip()]
 
 
 def show(numbers: dict[str, Any], out: Path, name: str) -> None:

@@ -27,6 +27,13 @@ PROBE = (
     PublishedResult("CIFAR-10, D trained on ImageNet-1k, L2-SVM", {"accuracy": 0.828}, f"{PAPER}, table 1"),
     PublishedResult("SVHN, 1,000 labels, D trained on CIFAR-10", {"error": 0.2248}, f"{PAPER}, table 2"),
 )
+NEAREST_CLASS = (
+    PublishedResult("MNIST, DCGAN, 50,000 samples", {"error": 0.0298}, f"{PAPER}, table 3"),
+    PublishedResult("MNIST, DCGAN, 10 million samples", {"error": 0.0148}, f"{PAPER}, table 3"),
+    PublishedResult("MNIST, another GAN, 50,000 samples", {"error": 0.0628}, f"{PAPER}, table 3"),
+    PublishedResult("MNIST, another GAN, 10 million samples", {"error": 0.0565}, f"{PAPER}, table 3"),
+    PublishedResult("MNIST, 50,000 real images", {"error_real": 0.031}, f"{PAPER}, table 3"),
+)
 
 PUBLISHED_IMAGES = 16_384
 SWD_NOTE = (

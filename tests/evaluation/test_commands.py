@@ -23,6 +23,7 @@ COMMANDS = {
     "precision-recall": "precision-recall --ckpt {run} --data {data} --count 65",
     "classifier": "classifier --data {data} --epochs 1",
     "probe": "probe --ckpt {run} --data {data} --label kind --labels 20 --draws 2",
+    "nearest-class": "nearest-class --samples {data} --data {data} --label kind --count 90 --limit 100",
     "interpolate": "interpolate --ckpt {run} --rows 2 --steps 3",
     "walk": "walk --ckpt {legible} --rows 1 --columns 4 --stops 2 --steps 3",
     "progress": "progress {graded} --format gif",

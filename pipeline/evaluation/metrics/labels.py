@@ -1,7 +1,6 @@
 """`dcgan-eval labels`: whether the samples of each class show it, by a classifier that has seen real images only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +10,23 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import Pixels
 from pipeline.common.progress import Progress
-from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig
-from pipeline.data.classes import read_classes, written
-from pipeline.data.labeled import load_labeled
-from pipeline.evaluation import charts, inputs
+from pipeline.evaluation import charts
 from pipeline.evaluation.classifier import BATCH, AttributeNet
 from pipeline.evaluation.classifier_training import HELD_OUT, fit
 from pipeline.evaluation.confidence import wilson
 from pipeline.evaluation.device import device, to_network
 from pipeline.evaluation.images import ArrayImages
+from pipeline.evaluation.metrics.class_samples import Places, load_reals, open_class_samples
 from pipeline.evaluation.metrics.swd import SMALLEST_LEVEL, Sampling, distances, project
 from pipeline.evaluation.results import Result
 from pipeline.model.labels import label_values
-from pipeline.model.latents import latents
-from pipeline.model.networks import Generator
-from pipeline.model.sampling import GRID_CLASSES, GRID_COLUMNS, images_of
+from pipeline.model.sampling import GRID_CLASSES, GRID_COLUMNS
 
 FEWEST = 32
 """Images that the SWD of a class needs at least, of each set that it compares."""
-
-Places = NDArray[np.int64]
-"""A number of a class for each image (N,)."""
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What is measured: its classes in their order, and samples of each."""
-
-    network: NetworkConfig
-    """Of samples as files, only the label and its classes."""
-    description: dict[str, Any]
-    shape: tuple[int, int, int]
-    samples: "Generator | dict[int, Pixels]"
-
-    def of_class(self, place: int, count: int, seed: int) -> Pixels:
-        """Return `count` samples of a class, fewer if there are fewer files. All classes have the same z."""
-        if isinstance(self.samples, dict):
-            return self.samples[place]
-        z = latents(seed, Purpose.EVALUATE, 0, count, self.network.latent_dim, self.network.latent_distribution)
-        return images_of(self.samples, z, label_values(self.network, np.full(count, place)))
 
 
 def measure_labels(
@@ -72,19 +45,9 @@ def measure_labels(
     Raises UsageError for samples without labels and networks without `network.label`, DataError when `data` lacks one
     of the classes.
     """
-    if (ckpt is None) == (samples is None):
-        raise UsageError("give either --ckpt (a checkpoint) or --samples (images), and not both")
-    subject = _of_checkpoint(ckpt, label) if ckpt is not None else _of_files(str(samples), label, count)
+    subject = open_class_samples(ckpt, samples, label)
     names, titles = subject.network.classes, subject.network.class_titles
-    dataset = inputs.data_set(data, subject.shape)
-    found = read_classes(dataset, subject.network.label, "--data").names
-    if absent := [title for title, name in zip(titles, names, strict=True) if name not in found]:
-        raise DataError(f"{data}: has no images of class {absent[0]} (and of {len(absent) - 1} others)")
-    reals = load_labeled(dataset)
-    inputs.check_same_shape(ArrayImages(np.empty((1, *subject.shape), np.uint8)), ArrayImages(reals.images[:1]))
-    truth = _places(reals.columns, subject.network)
-    if len(known := np.flatnonzero(truth >= 0)) < len(truth):  # classes that the samples do not have
-        reals, truth = reals.take(known), truth[known]
+    reals, truth = load_reals(data, subject)
     settings = {"samples_of_each_class": count, "seed": seed, "epochs": epochs, "held_out": HELD_OUT}
     result = Result("labels", out, subject.description, reals.description, settings)
 
@@ -135,36 +98,6 @@ def measure_labels(
         "with the same half of the class's real images; it depends on their number.",
     )
     return numbers
-
-
-def _of_checkpoint(ckpt: str, label: Sequence[str]) -> _Subject:
-    loaded, description = inputs.conditional(ckpt)
-    if label and tuple(label) != loaded.config.label:
-        raise UsageError(f"--label {','.join(label)}: {ckpt} is conditioned on {', '.join(loaded.config.label)}")
-    return _Subject(loaded.config, description, inputs.shape_of(loaded.config), loaded.generator)
-
-
-def _of_files(location: str, label: Sequence[str], count: int) -> _Subject:
-    images, description = inputs.fakes(None, location, 2**48, 0)
-    dataset = inputs.data_set(location)
-    planned = dataset.source.get("labels")
-    label = label or (planned.get("label", ()) if isinstance(planned, dict) else ())
-    if not label:
-        raise UsageError(f"--samples {location}: name what they were made to show: --label NAME, or NAME,NAME")
-    names = read_classes(dataset, label, "--label").names
-    network = NetworkConfig(label=tuple(label), classes=names)
-    labeled = load_labeled(dataset)
-    places = _places(labeled.columns, network)
-    chosen = {place: labeled.images[np.flatnonzero(places == place)[:count]] for place in range(len(names))}
-    return _Subject(network, description, images.shape, chosen)
-
-
-def _places(columns: dict[str, NDArray[Any]], network: NetworkConfig) -> Places:
-    """Return the number of each image's class; -1 of a class that `network` does not have."""
-    number = {name: place for place, name in enumerate(network.classes)}
-    values = [columns[name].tolist() for name in network.label]
-    texts = (written(row if len(row) > 1 else row[0]) for row in zip(*values, strict=True))
-    return np.array([number.get(text, -1) for text in texts], np.int64)
 
 
 class _Judge:

@@ -19,6 +19,7 @@ ANALYSES = {
     "progress": ("The same samples over training", ""),
     "walk": ("A walk through latent space", "As Figure 4 of the paper, moving"),
     "labels": ("The class that was wanted", "As a classifier of real images sees it"),
+    "nearest-class": ("Real images by their nearest sample", "Table 3 of the paper"),
     "interpolate": ("Walks between samples", "Figure 4 of the paper"),
     "arithmetic": ("Arithmetic with faces", "Figure 7 of the paper"),
     "turn": ("Turning a head", "Figure 8 of the paper"),

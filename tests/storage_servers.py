@@ -13,16 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
+
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def wait_for_port(port: int, patience_seconds: float = 20) -> None:
+def wait_for_port(port: int, patience_seconds: float = 200) -> None:
     """Return when somebody listens."""
     end = time.monotonic() + patience_seconds
     while True:
@@ -147,7 +143,7 @@ def nginx(root: Path, scratch: Path) -> Iterator[int]:
         yield port
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(200)
 
 
 def _nginx_binary() -> str:
@@ -165,7 +161,7 @@ def s3_server(log: Path) -> Iterator[int]:
     with log.open("w") as file:
         server = subprocess.Popen(command, stdout=file, stderr=file)
     try:
-        wait_for_port(port, 60)
+        wait_for_port(port)
         yield port
     finally:
         server.kill()
@@ -194,4 +190,4 @@ def python_server(root: Path) -> Iterator[int]:
         yield port
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(200)

@@ -22,6 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
+
 PRELOADED = (
     "PIL.GifImagePlugin",
     "PIL.PngImagePlugin",
@@ -108,9 +110,7 @@ def start_ranks(
     """Start `count` processes of one world, as a launcher would. What they say goes to `output`."""
     if count == 1:
         return [Popen(args, env=env, stdout=output, stderr=output)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     place = [{**env, **world, "MASTER_PORT": str(port), "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)]
     return [Popen(args, env=one, stdout=output, stderr=output) for one in place]

@@ -158,7 +158,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(TryAgainError, match=r"127\.0\.0\.1"):
         Store("http://127.0.0.1:9/set").read("a.tar")
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
 
 
 def test_writing_over_plain_http_is_refused(web: FaultyProxy) -> None:

@@ -171,7 +171,7 @@ def test_shards_of_a_store_are_read_at_the_same_time(tmp_path: Path, monkeypatch
     for path in folder.iterdir():
         Store("memory://verified").write(path.name, path.read_bytes())
     dataset = open_dataset("memory://verified")
-    everyone, read = threading.Barrier(verify_module.TASK_SHARDS, timeout=2), Store.read
+    everyone, read = threading.Barrier(verify_module.TASK_SHARDS, timeout=200), Store.read
 
     def together(store: Store, name: str) -> bytes:
         everyone.wait()

@@ -66,4 +66,4 @@ if what == "orphan":
 if what == "deaf" and rank == "1":
     wait_for_all()
     sys.exit(69)
-time.sleep(60)
+time.sleep(280)

@@ -27,7 +27,7 @@ def touch_everything(telemetry: Telemetry) -> None:
 
 
 def scrape(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
         text: str = response.read().decode()
         return text
 

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports import free_port
 from support import ROOT, TINY, Trainer
 from training_cases import ENVIRONMENT
-
-from deploy.prometheus.servers import free_port
 
 OPTIONS = (
     "schedule.total_images=1000000",
     "schedule.log_every_images=32",
     "schedule.checkpoint_every_images=640",
     "schedule.evaluate_samples=64",
-    "runtime.step_timeout_seconds=6",
+    "runtime.step_timeout_seconds=15",
 )
 
 
@@ -104,11 +103,11 @@ def test_a_rank_that_dies_or_hangs_takes_the_other_down(
     start = time.monotonic()
     ranks[victim].send_signal(number)
     try:
-        _, errors = process.communicate(timeout=110)
+        _, errors = process.communicate(timeout=240)
     finally:
         if number == signal.SIGSTOP and ranks[victim].is_running():
             ranks[victim].kill()
-    assert time.monotonic() - start < 100
+    assert time.monotonic() - start < 220
     assert process.returncode not in (0, None), errors
     if number == signal.SIGSTOP:
         assert process.returncode == 75, errors
@@ -130,7 +129,7 @@ def test_sigterm_while_the_other_machine_is_waited_for(faces32: Path, tmp_path: 
             time.sleep(0.1)
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == 143, errors
     finally:
         process.kill()

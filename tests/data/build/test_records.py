@@ -29,7 +29,7 @@ def test_records_and_shards_of_a_store_are_read_at_the_same_time(
     for index, part in enumerate(parts):
         assert dcgan_data("build", "folder", src, part, *OPTIONS, "--part", f"{index}/2").code == 0
     assert dcgan_data("build", "folder", src, tmp_path / "whole", *OPTIONS).code == 0
-    everyone = {suffix: threading.Barrier(GROUPS, timeout=5) for suffix in (".json", ".tar")}
+    everyone = {suffix: threading.Barrier(GROUPS, timeout=200) for suffix in (".json", ".tar")}
     read = Store.read
 
     def together(store: Store, name: str) -> bytes:

@@ -111,7 +111,7 @@ class WatchedStore(Store):
             self.most = max(self.most, self.running)
             self._changed.notify_all()
         try:
-            assert self.gate.wait(30)
+            assert self.gate.wait(200)
             if name in self.broken:
                 raise TryAgainError(f"{name}: the store failed")
             shutil.copyfile(self.folder / name, path)

@@ -82,7 +82,7 @@ def test_a_shard_that_fails_ahead_of_time_stops_the_run_only_where_it_is_needed(
     with Loader(local.at(store), lookahead_bytes=1 << 20, **RUN) as loader:
         for _ in range(2):
             loader.next_batch()
-        wait([loader._buffer._loads[late]], 30)
+        wait([loader._buffer._loads[late]], 200)
         store.broken = set() if recovers else store.broken
         for batch in ids[2:first]:
             assert np.array_equal(loader.next_batch(), images[batch])
@@ -104,7 +104,7 @@ def test_closing_while_shards_are_on_their_way_leaves_no_threads(local: Dataset,
     while not loader._buffer._threads._closed:
         time.sleep(0.001)
     store.gate.set()
-    closing.join(10)
+    closing.join(200)
     assert set(threading.enumerate()) <= before
     assert len(store.fetched) < SHARDS, "what had not begun never began"
 

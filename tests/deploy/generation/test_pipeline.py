@@ -1,6 +1,7 @@
 """Sampling, encoding and writing overlap within bounds, in order, and end on every error."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -123,13 +124,16 @@ def test_a_slow_disk_bounds_what_is_in_memory() -> None:
     sampler, stop, release = Numbered(work), threading.Event(), threading.Event()
 
     def stop_and_release() -> None:
+        while sampler.blocks < 4:
+            time.sleep(0.01)
+        time.sleep(1)  # for as many more as there may come
         stop.set()
         release.set()
 
     def finish(shard: ShardRange, writer: ShardWriter) -> None:
         release.wait()
 
-    threading.Timer(1.0, stop_and_release).start()
+    threading.Thread(target=stop_and_release, daemon=True).start()
     generate_shards(sampler, work, work.shards(), finish, encoders=1, stop=stop)
     assert 4 <= sampler.blocks < 12  # the shards that are being written, and those in hand
 

@@ -11,17 +11,12 @@ from typing import Any
 
 import pytest
 import warm_start
+from ports import free_port
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipeline.common.errors import TryAgainError
 from pipeline.training.rendezvous import meet as rendezvous
 from pipeline.training.rendezvous.meet import meet, speaker
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Killed(BaseException):
@@ -54,7 +49,7 @@ class Rank:
 
     def kill(self) -> None:
         self._killed = True
-        self._thread.join(20)
+        self._thread.join(200)
         assert isinstance(self.end, Killed)
         del self._meeting
 
@@ -62,12 +57,12 @@ class Rank:
         until(lambda: any(words in line for line in self.said))
 
     def ends(self) -> object:
-        self._thread.join(20)
+        self._thread.join(200)
         return self.end
 
 
 def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 200
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -83,7 +78,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 
 def store(meeting: Any) -> Any:
     """Open the store as the meeting does, but with a server that ends with its object: threads share the others."""
-    limit = timedelta(seconds=5)
+    limit = timedelta(seconds=60)
     at = meeting.host, meeting.port, meeting.world_size, meeting.rank == 0
     return TCPStore(*at, limit, wait_for_workers=False)
 
@@ -192,7 +187,7 @@ rendezvous.meet()
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(server.getsockname()[1]),
         }
-        done = warm_start.run([sys.executable, "-c", code], env={**os.environ, **place}, timeout=60)
+        done = warm_start.run([sys.executable, "-c", code], env={**os.environ, **place}, timeout=240)
     assert done.returncode == 75, done.stderr
     assert "error: rank 1: rank 0 at 127.0.0.1:" in done.stderr.splitlines()[-1]
     assert "has answered nothing" in done.stderr

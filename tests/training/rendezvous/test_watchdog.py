@@ -195,12 +195,12 @@ import time
 from torch.distributed import HashStore
 from pipeline.training.watchdog import Peers, Watchdog
 def hang_here():
-    time.sleep(90)
+    time.sleep(280)
 with Watchdog(0.2, Peers(HashStore(), 0, 2)) as dog:
     dog.beat()
     hang_here()
 """
-    done = warm_start.run([sys.executable, "-c", code], timeout=80)
+    done = warm_start.run([sys.executable, "-c", code], timeout=240)
     assert done.returncode == 75, done.stderr
     *stacks, last = done.stderr.splitlines()
     assert any("in hang_here" in line for line in stacks)

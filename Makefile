@@ -116,12 +116,13 @@ test-containers: .venv/.installed ## build the image; run the Jobs of the cpu-de
 test-slurm: .venv/.installed ## Debian's Slurm with two nodes on loopback: the chain as jobs, stopped and requeued, to the same bytes (root)
 	$(BIN)/pytest -m slow -rs tests/slurm
 
-test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and torchdata, our models in the oldest runtimes; installs them
+test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and torchdata, their tables in ours, our models in the oldest runtimes; installs them
 	$(BIN)/python -m pip install --progress-bar off --quiet -c constraints.txt -e '.[interop]'
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/interop webdataset==0.2.111 torchdata==0.9.0
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/runtimes/onnxruntime onnxruntime==1.16.0 numpy==1.26.4
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/runtimes/openvino openvino==2023.0.2 numpy==1.26.4
 	$(BIN)/pytest -m slow tests/interop
+	$(BIN)/pytest tests/data/sources/test_tables.py
 
 metrics-demo: .venv/.installed ## Prometheus and the dashboards beside a running demo; Ctrl-C ends it
 	$(BIN)/python -m deploy.prometheus.demo

@@ -131,7 +131,8 @@ def build(
         str,
         typer.Argument(
             metavar="SRC",
-            help="Folder, archive (zip, tar), file or URL of pictures. webdataset: also {0..9}, a glob, ::, @list.txt.",
+            help="Folder, archive (zip, tar), file or URL of pictures. webdataset: also {0..9}, a glob, ::, @list.txt. "
+            "huggingface: also the name of a data set on the Hub.",
         ),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the new data set.")],
@@ -170,6 +171,12 @@ def build(
     split: Annotated[str | None, typer.Option(help="The source's own split: for example train, val, test.")] = (
         BuildOptions.source_split
     ),
+    column: Annotated[
+        str | None, typer.Option(help="parquet, huggingface: the column of the pictures, where several could be.")
+    ] = BuildOptions.column,
+    config: Annotated[
+        str | None, typer.Option(help="huggingface: the configuration, where the data set has several.")
+    ] = BuildOptions.config,
     min_face: Annotated[
         int | None, typer.Option(min=8, help="faces: skip faces with fewer pixels a side; default: --size.")
     ] = BuildOptions.min_face,
@@ -233,6 +240,8 @@ def build(
             all_files=all_files,
             categories=tuple(category or ()),
             source_split=split,
+            column=column,
+            config=config,
             where=tuple(where or ()),
             limit=limit,
             val_fraction=val_fraction,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
@@ -48,7 +48,7 @@ from pipeline.data.build.transform import Recipe, Skipped
 from pipeline.data.dataset import DATASET_FILE, Dataset, LabelType, Shard, open_dataset, write_dataset
 from pipeline.data.shard_reader import read_shard
 from pipeline.data.shard_writer import ShardWriter, write_shard
-from pipeline.data.sources.interface import Item, Listing, RefusalLog, Source, printable, read_picture
+from pipeline.data.sources.interface import Item, Listing, RefusalLog, Source, gathered, printable, read_picture
 
 REMOTE_READERS = 8
 """Pictures fetched at the same time by each process, when they come from a URL."""
@@ -201,6 +201,7 @@ def _build_groups(
     left = [index for index in mine if f"{index:06d}.json" not in present]
     total = sum(len(build.span(index)) for index in mine)
     done = total - sum(len(build.span(index)) for index in left)
+    items = (item for index in left for item in build.group(index))
     tasks = (Task(index, build.group(index)) for index in left)
     metrics.set("dcgan_build_info", 1, source=build.plan.source["kind"], encoding=builder.recipe.encoding)
     metrics.add("dcgan_build_target_images", total)
@@ -208,8 +209,9 @@ def _build_groups(
     metrics.set("dcgan_build_last_shard_timestamp_seconds", time.time())
     bad = listing.refused.count
     with (
+        gathered(builder.source, items, workers) as near,
         Progress("building", total, "pictures", done=done) as progress,
-        closing(run_tasks(builder.build, tasks, workers)) as finished,
+        closing(run_tasks(replace(builder, source=near).build, tasks, workers)) as finished,
     ):
         for built in finished:
             progress.advance(built.pictures)

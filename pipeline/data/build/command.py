@@ -40,6 +40,8 @@ def build_all(options: BuildOptions) -> None:
         "all_files": options.all_files or None,
         "categories": options.categories or None,
         "split": options.source_split,
+        "column": options.column,
+        "config": options.config,
     }
     given = {name: value for name, value in given.items() if value is not None}
     with Telemetry("build", run=options.out, part=str(part)) as telemetry:

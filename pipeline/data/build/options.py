@@ -38,6 +38,8 @@ class BuildOptions:
     all_files: bool = False
     categories: tuple[str, ...] = ()
     source_split: str | None = None
+    column: str | None = None
+    config: str | None = None
     where: tuple[str, ...] = ()
     limit: int | None = None
     val_fraction: float = 0.0

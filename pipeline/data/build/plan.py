@@ -24,7 +24,17 @@ from pipeline.data.build.order import HASH_BYTES, in_order
 from pipeline.data.build.transform import Recipe, Skipped
 from pipeline.data.dataset import LabelType
 from pipeline.data.shard_writer import RECORD, ShardWriter
-from pipeline.data.sources.interface import KEY, Item, Items, Listing, Source, as_type, printable, read_picture
+from pipeline.data.sources.interface import (
+    KEY,
+    Item,
+    Items,
+    Listing,
+    Source,
+    as_type,
+    gathered,
+    printable,
+    read_picture,
+)
 from pipeline.data.spool import CHUNK
 
 PROBE_PICTURES = 64
@@ -191,14 +201,16 @@ def _bytes_each(source: Source, pictures: Items, recipe: Recipe, num_labels: int
     names = [str(i) for i in range(num_labels + len(recipe.extra_labels))]
     writer = ShardWriter("0" * 6, recipe.encoding, names, BuildOptions.shard_bytes)
     used = 0
-    for item in pictures.slice(0, PROBE_PICTURES):
-        try:
-            made = recipe.make(item, read_picture(source, item))
-        except (BadImage, Skipped):
-            continue
-        used += 1
-        for key, image, labels in made:
-            writer.add(image, key, labels)
+    probed = pictures.slice(0, PROBE_PICTURES)
+    with gathered(source, probed) as near:
+        for item in probed:
+            try:
+                made = recipe.make(item, read_picture(near, item))
+            except (BadImage, Skipped):
+                continue
+            used += 1
+            for key, image, labels in made:
+                writer.add(image, key, labels)
     if not writer.images:  # none is usable: the build will report that
         return recipe.frame.width * recipe.frame.height * recipe.channels + 4 * RECORD
     return max(1.0, writer.nbytes / used)

@@ -3,8 +3,9 @@
 import pickle
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from pipeline.common.errors import TryAgainError, describe_os_error
 from pipeline.common.imaging import BadImage, Pixels
@@ -113,6 +114,20 @@ class Source(Protocol):
     def read(self, item: Item) -> bytes | Pixels:
         """Return a picture: its encoded bytes, or pixels (H, W, C). Raises BadImage or OSError."""
         ...
+
+
+@runtime_checkable
+class Gathering(Protocol):
+    """A source whose pictures cannot be read one by one from where they are."""
+
+    def gathered(self, items: Iterable[Item], workers: int) -> AbstractContextManager[Source]:
+        """Give a source that reads `items` from copies, which are removed at the end of the context."""
+        ...
+
+
+def gathered(source: Source, items: Iterable[Item], workers: int = 1) -> AbstractContextManager[Source]:
+    """Give the source to read `items` from: `source` itself, or its copies."""
+    return source.gathered(items, workers) if isinstance(source, Gathering) else nullcontext(source)
 
 
 def read_picture(source: Source, item: Item) -> bytes | Pixels:

@@ -32,10 +32,19 @@ SOURCES = {
     "mnist": Entry("mnist", "Mnist", frozenset({"split"})),
     "imagenet": Entry("imagenet", "ImageNet"),
     "ffhq": Entry("ffhq", "Ffhq", frozenset({"split"})),
+    "parquet": Entry("tables.source", "Parquet", frozenset({"column"})),
+    "huggingface": Entry("tables.source", "HuggingFace", frozenset({"column", "config", "split"})),
     "webdataset": Entry("tars", "Tars"),
     "faces": Entry("folder", "Folder", frozenset({"labels", "all_files"})),
 }
-_OPTION_NAMES = {"labels": "--labels", "all_files": "--all-files", "categories": "--category", "split": "--split"}
+_OPTION_NAMES = {
+    "labels": "--labels",
+    "all_files": "--all-files",
+    "categories": "--category",
+    "split": "--split",
+    "column": "--column",
+    "config": "--config",
+}
 _RECORDED_AS = {"split": "source_split"}  # `split` is the part that --val-fraction makes
 
 

@@ -192,6 +192,8 @@ class RecipeConfig(Section):
     """Adam's decay of the second moment."""
     weight_decay: float = Field(0.0, ge=0)
     """What of each weight Adam adds to its gradient (L2); 1e-5 in the code of the paper's authors, for all weights."""
+    alternate: bool = False
+    """Update G and D in turn, each on new images and z, as the authors' code: half the updates of as many images."""
     ema_half_life_images: int = Field(10_000, ge=1)
     """Half-life of G's exponential moving average, in images."""
     ema_ramp_up: float = Field(0.05, gt=0)

@@ -101,7 +101,8 @@ def main(
         from pipeline.model.footprint import in_words
 
         print(explain(settings))
-        print("".join(f"# {line}\n" for line in in_words(settings.network, settings.recipe.batch)), end="")
+        cost = in_words(settings.network, settings.recipe.batch, alternate=settings.recipe.alternate)
+        print("".join(f"# {line}\n" for line in cost), end="")
         return
     if data is None:
         raise UsageError(

@@ -183,7 +183,7 @@ def test_an_update_that_cannot_fit_is_refused_before_the_first_step(
     caplog.set_level(logging.INFO, "pipeline")
     config = load_config(overrides=[*TINY, *LENGTH])
     need = footprint(config.network)
-    free = need.update_bytes(8, accumulate=True)
+    free = need.update_bytes(8, apart=True)
     monkeypatch.setattr(preflight, "free_bytes", lambda _: free)
     with pytest.raises(ConfigConflict, match=r"image_size=32 .* at least .* GB free .*; use runtime\.accumulate=2"):
         train(config, data=str(faces32), out=tmp_path / "run")

@@ -35,28 +35,29 @@ class Footprint(NamedTuple):
         """Weights, gradients, both moments of Adam, and the average of G: what memory holds whatever the batch."""
         return VALUE_BYTES * (5 * self.generator.parameters + 4 * self.discriminator.parameters)
 
-    @property
-    def update_operations(self) -> int:
+    def update_operations(self, *, alternate: bool = False) -> int:
         """Of one image in one update: G forward and backward; D so on real and fake, and for G without its weights.
 
-        A backward pass costs two forward ones, or one where only the gradient of the input is wanted.
+        A backward pass costs two forward ones, or one where only the gradient of the input is wanted. Updates in turn
+        are half of one for both networks, and G's fakes for D: the mean of the two.
         """
-        return 3 * self.generator.operations + 8 * self.discriminator.operations
+        generator, discriminator = self.generator.operations, self.discriminator.operations
+        return 2 * generator + 4 * discriminator if alternate else 3 * generator + 8 * discriminator
 
-    def image_bytes(self, *, accumulate: bool = False) -> int:
+    def image_bytes(self, *, apart: bool = False) -> int:
         """Return the memory that one image of a micro-batch takes at least, in float32.
 
-        G's maps are kept while D is updated on real and fake, unless micro-batches are accumulated: then it is run
-        again.
+        G's maps are kept while D is updated on real and fake, unless the updates are `apart`: micro-batches are
+        accumulated, and G is run again, or the networks are updated in turn.
         """
         generator, discriminator = self.generator.kept_bytes, self.discriminator.kept_bytes
-        if accumulate:
+        if apart:
             return max(2 * discriminator, generator + discriminator)
         return generator + 2 * discriminator
 
-    def update_bytes(self, images: int, *, accumulate: bool = False, value_bytes: int = VALUE_BYTES) -> int:
+    def update_bytes(self, images: int, *, apart: bool = False, value_bytes: int = VALUE_BYTES) -> int:
         """Return the memory that an update of a process's micro-batch takes at least. Maps have `value_bytes`."""
-        return self.state_bytes + images * self.image_bytes(accumulate=accumulate) * value_bytes // VALUE_BYTES
+        return self.state_bytes + images * self.image_bytes(apart=apart) * value_bytes // VALUE_BYTES
 
 
 def at_most(config: NetworkConfig, images: int) -> int:
@@ -105,16 +106,17 @@ def _cost(network: nn.Module, example: Tensor) -> Cost:
     return Cost(parameters, sum(operations), sum(storage.nbytes() for storage in kept.values()))
 
 
-def in_words(config: NetworkConfig, images: int) -> list[str]:
+def in_words(config: NetworkConfig, images: int, *, alternate: bool = False) -> list[str]:
     """Return lines that say what the networks of `config` cost, with updates of `images` images in one process."""
     found = footprint(config)
     height, width, channels = config.image_shape
     lines = [f"The networks for images of {width}x{height}x{channels}:"]
     for name, cost in (("generator", found.generator), ("discriminator", found.discriminator)):
         lines.append(f"{name}: {cost.parameters:,} parameters, {cost.operations / 1e9:.3g} GFLOP an image")
+    operations, image = found.update_operations(alternate=alternate), found.image_bytes(apart=alternate)
     lines.append(
-        f"an update of {images:,} images: {images * found.update_operations / 1e12:.3g} TFLOP, and in float32 at least "
-        f"{found.update_bytes(images) / 1e9:.3g} GB ({found.state_bytes / 1e9:.2g} GB for weights, gradients, moments "
-        f"and the average, {found.image_bytes() / 1e6:.3g} MB an image)"
+        f"an update of {images:,} images: {images * operations / 1e12:.3g} TFLOP, and in float32 at least "
+        f"{found.update_bytes(images, apart=alternate) / 1e9:.3g} GB ({found.state_bytes / 1e9:.2g} GB for weights, "
+        f"gradients, moments and the average, {image / 1e6:.3g} MB an image)"
     )
     return lines

@@ -27,7 +27,7 @@ from pipeline.training.preflight import check_ranks_agree, check_settings, warn
 from pipeline.training.run_directory import RunDirectory, indexed
 from pipeline.training.run_log import RunLog
 from pipeline.training.schedule import Due, Schedule
-from pipeline.training.step import AdversarialStep
+from pipeline.training.step import AdversarialStep, turns
 from pipeline.training.stop_requests import StopRequests, stopped
 from pipeline.training.update.labels import label_batches, with_aspect, with_classes
 from pipeline.training.watchdog import Watchdog
@@ -117,8 +117,8 @@ def train(
             if on_batch is not None:
                 on_batch(seen, reals, z)
             step.update(reals, z, seen, next(labels))
+            window.add(recipe.batch, seconds := time.perf_counter() - start, turns(recipe, seen))
             seen += recipe.batch
-            window.add(recipe.batch, seconds := time.perf_counter() - start)
             run_log.step(seconds)
             watchdog.beat()
             if not schedule.at_agreement(seen):

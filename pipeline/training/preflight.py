@@ -50,7 +50,8 @@ def _check_memory(config: RunConfig, accelerator: Accelerator) -> None:
 
     def needed(parts: int) -> int:
         value_bytes = 4 if accelerator.mixed_precision == "no" else 2
-        return found.update_bytes(share // parts, accumulate=parts > 1, value_bytes=value_bytes)
+        apart = parts > 1 or config.recipe.alternate
+        return found.update_bytes(share // parts, apart=apart, value_bytes=value_bytes)
 
     if needed(accumulate) <= free:
         return

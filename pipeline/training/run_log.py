@@ -121,10 +121,13 @@ class RunLog:
         metrics.add("dcgan_train_phase_seconds_total", report.data_wait_seconds, phase="data_wait")
         metrics.add("dcgan_train_phase_seconds_total", max(seconds - report.data_wait_seconds, 0.0), phase="step")
         for network, letter in (("generator", "g"), ("discriminator", "d")):
+            if f"loss_{letter}" not in values:
+                continue
             metrics.set("dcgan_train_loss", values[f"loss_{letter}"], network=network)
             metrics.set("dcgan_train_gradient_norm", values[f"grad_norm_{letter}"], network=network)
-        for batch in ("real", "fake"):
-            metrics.set("dcgan_train_discriminator_output", values[f"d_{batch}"], batch=batch)
+            if letter == "d":
+                for batch in ("real", "fake"):
+                    metrics.set("dcgan_train_discriminator_output", values[f"d_{batch}"], batch=batch)
         metrics.set("dcgan_train_sample_diversity_ratio", values["diversity"])
 
     def _say_if_held_back(self, rate: float, wait: float) -> None:
@@ -172,9 +175,10 @@ class RunLog:
     def _line(self, report: Report, seen: int, rate: float, wait: float) -> str:
         values, left = report.values, max(self.target - seen, 0) / rate
         clock = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+        losses = [f"{letter.upper()} {values[name]:.3f}" for letter in "dg" if (name := f"loss_{letter}") in values]
+        outputs = [f"D({batch}) {values[name]:.2f} " for batch in ("real", "fake") if (name := f"d_{batch}") in values]
         return (
             f"{seen:,}/{self.target:,} images ({seen / self.target:.0%})  {rate:,.0f}/s  "
-            f"loss D {values['loss_d']:.3f} G {values['loss_g']:.3f}  "
-            f"D(real) {values['d_real']:.2f} D(fake) {values['d_fake']:.2f}  "
+            f"loss {' '.join(losses)}  {''.join(outputs)} "
             f"data wait {wait:.1%}  {clock} left"
         )

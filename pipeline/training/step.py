@@ -2,14 +2,14 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.config import RunConfig
+from pipeline.config import RecipeConfig, RunConfig
 from pipeline.model.ema import EMA
 from pipeline.model.losses import load_loss, needs_real_logits
 from pipeline.model.networks import build_discriminator, build_generator, initialize
@@ -28,8 +28,24 @@ if TYPE_CHECKING:
 SUMMED = ("loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "nonfinite", "skipped")
 """What an update adds to the statistics, in this order."""
 
+OF_D, OF_G = ("loss_d", "d_real", "d_fake", "grad_norm_d"), ("loss_g", "grad_norm_g")
+"""Those that only an update of D, or of G, adds to."""
+
 STATISTICS = (*SUMMED, "deviation_real", "deviation_fake")
 """All statistics, in this order. The last two are of the last update before a log boundary alone."""
+
+Part = tuple[Any, ...]
+"""A micro-batch: reals (n, channels, height, width) in [-1, 1], z (n, latent_dim), labels of reals, labels of fakes."""
+
+
+def turns(recipe: RecipeConfig, position: int) -> tuple[bool, bool]:
+    """Return whether the update at `position`, the images seen before, is one of D, and whether it is one of G.
+
+    Both; with `recipe.alternate` one of them in turn, G first, each on images and z of its own, as in the code of the
+    paper's authors (k = 1).
+    """
+    odd = position // recipe.batch % 2 == 1
+    return (odd, not odd) if recipe.alternate else (True, True)
 
 
 class AdversarialStep:
@@ -73,8 +89,10 @@ class AdversarialStep:
             nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
         )
         self._gammas = recipe.r1 * recipe.penalty_interval, recipe.r2 * recipe.penalty_interval
-        self._run = Repeated(self._update, self._stream)
-        self._run_penalized = Repeated(partial(self._update, self._gammas), self._stream)
+        both = not recipe.alternate
+        self._run = Repeated(partial(self._update, of_g=both), self._stream)
+        self._run_penalized = Repeated(partial(self._update, self._gammas, of_g=both), self._stream)
+        self._run_generator = Repeated(partial(self._update, of_d=False), self._stream)  # only where they alternate
 
     def _build(self, config: RunConfig) -> None:
         """Make the networks and what belongs to them."""
@@ -124,7 +142,7 @@ class AdversarialStep:
         position: int = 0,
         labels: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
     ) -> None:
-        """Update D, then G, then the average, on this rank's share of a global batch.
+        """Update D, then G, then the average, on this rank's share of a global batch; or one of both (`turns`).
 
         reals (n, height, width, channels) uint8, an array or a tensor, which may be the device's; z (n, latent_dim)
         float32. `position`, the images seen before, decides what options beyond the paper do. `labels` are those of
@@ -136,60 +154,81 @@ class AdversarialStep:
             chances = draw_chances(recipe, position, *self._rank)
         with on_stream(self._stream):
             self.inputs.feed(reals, z, chances, None if labels is None else np.concatenate(labels, axis=1))
-            penalized = any(self._gammas) and position // recipe.batch % recipe.penalty_interval == 0
-            self._fakes = self._run_penalized() if penalized else self._run()
+            of_d, _ = turns(recipe, position)
+            number = position // recipe.batch // (2 if recipe.alternate else 1)  # of D's update
+            penalized = any(self._gammas) and number % recipe.penalty_interval == 0
+            self._fakes = (self._run_penalized if penalized else self._run)() if of_d else self._run_generator()
 
-    def _update(self, gammas: tuple[float, float] = (0.0, 0.0)) -> list[Tensor]:
-        """Do an update on what `inputs` holds, with gradient penalties of these weights on reals and fakes.
+    def _update(
+        self, gammas: tuple[float, float] = (0.0, 0.0), *, of_d: bool = True, of_g: bool = True
+    ) -> list[Tensor]:
+        """Update one network or both on what `inputs` holds, D with gradient penalties of these weights.
 
         Return the fakes of each micro-batch.
         """
-        reals = self._reals()
-        latents = self.inputs.z.chunk(self.micro_batches)
-        real_labels, fake_labels = self._labels()
+        parts = list(zip(self._reals(), self.inputs.z.chunk(self.micro_batches), *self._labels(), strict=True))
         fakes: list[Tensor] = []
-        losses_d: list[Tensor] = []
-        losses_g: list[Tensor] = []
-        outputs: list[Tensor] = []  # D's probabilities of real and fake images, in turn
+        found: dict[str, Tensor] = {}
         self._weights_g.cast()
         self._weights_d.cast()
+        if of_d:
+            fakes, found = self._update_discriminator(parts, gammas, keep=of_g and self.micro_batches == 1)
+        if of_g:
+            if of_d:
+                self._weights_d.cast()
+            made, found_g = self._update_generator(parts, fakes if self.micro_batches == 1 else [])
+            fakes, found = fakes or made, found | found_g
+        self.ema.update(self._weights_g.tensors)
 
-        for index, (real, z) in enumerate(zip(reals, latents, strict=True)):
-            labels = real_labels[index], fake_labels[index]
+        bad = [weights.found_inf for weights, turn in ((self._weights_d, of_d), (self._weights_g, of_g)) if turn]
+        found["nonfinite"] = bad[0] if len(bad) == 1 else torch.maximum(*bad)
+        if self.scaler is not None:  # its overflows are its ordinary search for a scale, until it skips all updates
+            found["skipped"] = found["nonfinite"]
+            losses = [found[name] for name in ("loss_d", "loss_g") if name in found]
+            found["nonfinite"] = ~torch.isfinite(mean(losses))
+        values = torch.stack([found.get(name, self._never).float() for name in SUMMED])
+        self._sums += torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+        return [fake.detach() for fake in fakes]
+
+    def _update_discriminator(
+        self, parts: list[Part], gammas: tuple[float, float], *, keep: bool
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Update D; return the fakes of each micro-batch, with the graph that made them if `keep`, and statistics."""
+        fakes: list[Tensor] = []
+        losses: list[Tensor] = []
+        outputs: list[Tensor] = []  # D's probabilities of real and fake images, in turn
+        for index, (real, z, *labels) in enumerate(parts):
             with self._reduce_only_last(self._ddp_d, index):
                 with self._autocast:  # left before the backward pass; inside it, each weight is cast once
-                    fake = self._fake(z, *labels[1])  # (n / micro_batches, channels, height, width) in [-1, 1]
+                    # (n / micro_batches, channels, height, width) in [-1, 1]
+                    fake = self._ddp_g(z, *labels[1]) if keep else self._fake(z, *labels[1])
                     images = [leaf(one, self.dtype) if any(gammas) else one for one in (real, fake.detach())]
                     seen = [self._seen(one, index, use) for one, use in zip(images, (Use.REAL, Use.FAKE), strict=True)]
                     logits = [self._ddp_d(one, *label).to(self.dtype) for one, label in zip(seen, labels, strict=True)]
                 terms = [gradient_penalty(*each) for each in zip(logits, images, gammas, strict=True) if each[-1]]
-                losses_d.append(self._backward(self.loss.discriminator_loss(*logits), *terms))
+                losses.append(self._backward(self.loss.discriminator_loss(*logits), *terms))
             fakes.append(fake)
             outputs += [one.detach().sigmoid().mean() for one in logits]
-        norm_d = self._weights_d.apply()
+        found = {"loss_d": mean(losses), "d_real": mean(outputs[::2]), "d_fake": mean(outputs[1::2])}
+        return fakes, found | {"grad_norm_d": self._weights_d.apply()}
 
-        self._weights_d.cast()
+    def _update_generator(self, parts: list[Part], fakes: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Update G through D as it is, on `fakes` or new ones; return the fakes of each micro-batch, and statistics."""
+        made: list[Tensor] = []
+        losses: list[Tensor] = []
         self._weights_d.require_gradients(False)  # they would be 8 % of the step's work
-        for index, (real, z) in enumerate(zip(reals, latents, strict=True)):
+        for index, (real, z, *labels) in enumerate(parts):
             with self._reduce_only_last(self._ddp_g, index):
                 with self._autocast:
-                    fake = fakes[0] if self.micro_batches == 1 else self._ddp_g(z, *fake_labels[index])
-                    inputs = [(self._seen(fake, index, Use.FAKE_OF_GENERATOR), *fake_labels[index])]
+                    fake = fakes[index] if fakes else self._ddp_g(z, *labels[1])
+                    inputs = [(self._seen(fake, index, Use.FAKE_OF_GENERATOR), *labels[1])]
                     if self._pairs:
-                        inputs.append((self._seen(real, index, Use.REAL_OF_GENERATOR), *real_labels[index]))
-                    logits_g = [self._pass_d(*each).to(self.dtype) for each in inputs]  # without D's reducer
-                losses_g.append(self._backward(self.loss.generator_loss(*logits_g)))
+                        inputs.append((self._seen(real, index, Use.REAL_OF_GENERATOR), *labels[0]))
+                    logits = [self._pass_d(*each).to(self.dtype) for each in inputs]  # without D's reducer
+                losses.append(self._backward(self.loss.generator_loss(*logits)))
+            made.append(fake)
         self._weights_d.require_gradients(True)
-        norm_g = self._weights_g.apply()
-        self.ema.update(self._weights_g.tensors)
-
-        loss_d, loss_g, d_real, d_fake = map(mean, (losses_d, losses_g, outputs[::2], outputs[1::2]))
-        bad = torch.maximum(self._weights_d.found_inf, self._weights_g.found_inf)
-        # A scaler's overflows are its ordinary search for a scale: updates that it skips, until it skips all.
-        lost = (bad, self._never) if self.scaler is None else (~torch.isfinite(loss_d + loss_g), bad)
-        values = torch.stack([value.float() for value in (loss_d, loss_g, d_real, d_fake, norm_d, norm_g, *lost)])
-        self._sums += torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-        return [fake.detach() for fake in fakes]
+        return made, {"loss_g": mean(losses), "grad_norm_g": self._weights_g.apply()}
 
     def _reals(self) -> tuple[Tensor, ...]:
         """Return the real images of each micro-batch, (n / micro_batches, channels, height, width) in [-1, 1]."""
@@ -234,17 +273,14 @@ class AdversarialStep:
         scaled.backward(self._share)
         return loss.detach()
 
+    @torch.no_grad()
     def _fake(self, z: Tensor, *label: Tensor) -> Tensor:
-        """Return the fake batch that both updates share, as in dcgan.torch and the tutorials.
+        """Return fakes for D's update alone.
 
         Accumulation keeps no graphs: micro-batches are made again for G's update, from the same z and weights.
         """
-        if self.micro_batches == 1:
-            shared: Tensor = self._ddp_g(z, *label)
-            return shared
-        with torch.no_grad():
-            images: Tensor = self._pass_g(z, *label)
-            return images
+        images: Tensor = self._pass_g(z, *label)
+        return images
 
     def _reduce_only_last(self, network: nn.Module, index: int) -> AbstractContextManager[object]:
         """Reduce gradients over ranks only with the last micro-batch of an accumulated batch."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.checkpoints.store import Checkpoint
 from pipeline.common.errors import DataError
-from pipeline.training.step import STATISTICS
+from pipeline.training.step import OF_D, OF_G, STATISTICS
 from pipeline.training.stop_requests import StopRequests
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ class Report:
     whole: bool
     """Whether the window ends here: only then do its statistics count."""
     values: dict[str, float]
-    """Means that follow from position: losses, D's outputs, gradient norms, diversity."""
+    """Means that follow from position: losses, D's outputs, gradient norms, diversity.
+
+    Each over the updates of its network; without those of a network that had none."""
     images: int
     """Images of this process's part of the window: a resumed run may begin inside one."""
     steps: int
@@ -100,7 +102,7 @@ class Window:
         self.begin = self._seen = images_seen
         """The log boundary where it began, in images seen."""
         self._totals = statistics
-        self._images = self._steps = 0
+        self._images = self._steps = self._steps_d = self._steps_g = 0
         if checkpoint is not None and "window" in checkpoint.state:
             self._restore(checkpoint.state["window"], checkpoint.path)
         self._step_seconds = 0.0
@@ -112,7 +114,9 @@ class Window:
         try:
             self.begin, self._steps = int(saved["begin"]), int(saved["steps"])
             totals = torch.tensor(saved["totals"], dtype=torch.float32).reshape(-1, len(STATISTICS))
-            if not (self.begin < self._seen and self._steps > 0 and len(totals)):
+            self._steps_d, self._steps_g = map(int, saved.get("steps_of", [self._steps] * 2))
+            least, most = sorted((self._steps_d, self._steps_g))
+            if not (self.begin < self._seen and 0 <= least <= most <= self._steps > 0 and len(totals)):
                 raise ValueError
             # Other ranks than those that saved: each gets the mean, of which reduction makes the same means again.
             same = len(totals) == self.accelerator.num_processes
@@ -128,13 +132,18 @@ class Window:
         if not self._steps:
             return {}
         totals = self.accelerator.gather(self._totals).reshape(-1, len(STATISTICS))
-        return {"window": {"begin": self.begin, "steps": self._steps, "totals": totals.tolist()}}
+        window = {"begin": self.begin, "steps": self._steps, "totals": totals.tolist()}
+        if (of := [self._steps_d, self._steps_g]) != [self._steps] * 2:
+            window["steps_of"] = of
+        return {"window": window}
 
-    def add(self, images: int, seconds: float) -> None:
-        """Count one update on `images` images, which took the host `seconds`."""
+    def add(self, images: int, seconds: float, turns: tuple[bool, bool] = (True, True)) -> None:
+        """Count one update on `images` images, which took the host `seconds`; `turns` are `step.turns` of it."""
         self._images += images
         self._seen += images
         self._steps += 1
+        self._steps_d += turns[0]
+        self._steps_g += turns[1]
         self._step_seconds += seconds
 
     def reduce(
@@ -169,7 +178,9 @@ class Window:
         device = self._totals.device
         both = torch.cat([self._totals, weights_finite.float().reshape(1), torch.tensor(host, device=device)])
         reduced: list[float] = self.accelerator.reduce(both, "sum").tolist()
-        means = {name: total / (self._steps * ranks) for name, total in zip(STATISTICS, reduced, strict=False)}
+        steps_of = dict.fromkeys(OF_D, self._steps_d) | dict.fromkeys(OF_G, self._steps_g)
+        counts = {name: steps_of.get(name, self._steps) * ranks for name in STATISTICS}
+        means = {name: total / counts[name] for name, total in zip(STATISTICS, reduced, strict=False) if counts[name]}
         finite, terminated, interrupted, save, allowed, *slots = reduced[len(STATISTICS) :]
         nonfinite, skipped = means.pop("nonfinite") * self._steps, round(means.pop("skipped") * self._steps)
         means["diversity"] = means.pop("deviation_fake") / max(means.pop("deviation_real"), 1e-8)
@@ -192,7 +203,7 @@ class Window:
         )
         if end:
             self._totals.zero_()
-            self._images = self._steps = 0
+            self._images = self._steps = self._steps_d = self._steps_g = 0
             self._step_seconds = 0.0
             self._start, self._waited, self.begin = now, data_wait_seconds, self._seen
         self._reduced_at, self._reduced_steps = now, self._steps

@@ -77,6 +77,13 @@ def test_options_beyond_the_paper_are_graphs_too(precision: str) -> None:
     assert graphed._run_penalized._graph is not None, "it was replayed"
 
 
+def test_updates_in_turn_are_a_graph_each() -> None:
+    eager, graphed = (new_step(f"graph={graph}", "alternate=true") for graph in ("off", "on"))
+    assert_same(train(graphed), train(eager), 1e-4)
+    assert graphed._run._graph is not None, "D's was replayed"
+    assert graphed._run_generator._graph is not None, "G's was replayed"
+
+
 def test_auto_is_a_graph_except_in_fp16() -> None:
     assert new_step().graphed
     assert new_step(precision="bf16").graphed

@@ -32,7 +32,11 @@ def test_operations_and_maps_are_those_counted_by_hand() -> None:
     assert found.update_bytes(8) == found.state_bytes + 8 * (
         found.generator.kept_bytes + 2 * found.discriminator.kept_bytes
     )
-    assert found.update_bytes(8, accumulate=True) < found.update_bytes(8)
+    assert found.update_bytes(8, apart=True) < found.update_bytes(8)
+    of_g, of_d = found.generator.operations, found.discriminator.operations
+    assert found.update_operations() == 3 * of_g + 8 * of_d
+    # G's turn: all of G, D forward and by its input. D's: G forward, all of D on real and fake.
+    assert 2 * found.update_operations(alternate=True) == (3 * of_g + 2 * of_d) + (of_g + 6 * of_d)
 
 
 @pytest.mark.parametrize("architecture", ["dcgan", "residual"])

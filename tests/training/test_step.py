@@ -153,12 +153,13 @@ def test_two_processes_equal_one(tmp_path: Path, lever: str) -> None:
     fixed, own = case(batchnorm=False), case("accumulate=2", in_ranks=True)
     beyond, beyond_own = case(*BEYOND, batchnorm=False), case(*PENALIZED, "accumulate=2", in_ranks=True)
     labeled, labeled_own = case(*LABELED, batchnorm=False), case(*LABELED, "accumulate=2", in_ranks=True)
-    (one,) = updates(tmp_path, fixed, fixed, own, beyond, beyond, beyond_own, labeled, labeled_own)
+    in_turn, in_turn_accumulated = (case("alternate=true", *more, batchnorm=False) for more in ([], ["accumulate=2"]))
+    (one,) = updates(tmp_path, fixed, fixed, own, beyond, beyond, beyond_own, labeled, labeled_own, in_turn)
     accumulated = case(lever, "accumulate=2", batchnorm=False)
     cases = [case(lever, batchnorm=False), accumulated, case(lever)]
     accumulated = case(*BEYOND, "accumulate=2", batchnorm=False)
     cases += [case(*BEYOND, batchnorm=False), accumulated, case(*PENALIZED)]
-    cases += [case(*LABELED, "accumulate=2", batchnorm=False), case(*LABELED)]
+    cases += [case(*LABELED, "accumulate=2", batchnorm=False), case(*LABELED), in_turn_accumulated]
     ranks = updates(tmp_path, *cases, processes=2)
     for number, state in enumerate(one):
         expected = {name: value for name, value in state.items() if "running" not in name}

@@ -9,7 +9,8 @@ order of images, bookkeeping; at batch 128, and for one of 64 ranks at batch 8,1
 
 The last line is JSON. Operations are those that PyTorch dispatches, without views, under bf16 autocast. Host time is
 processor time of an update but for its passes through the networks: on a CPU even these small convolutions take
-15 ms, so stand-ins with the same weights take their place. The result has the time with the networks as well.
+15 ms, so stand-ins with the same weights take their place. The result has the time with the networks as well. Time of
+the loop is that of the thread which starts the updates; "all threads" counts those that work ahead of it, too.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,14 @@ from pipeline.data.dataset import DATASET_FILE, Dataset, open_dataset
 from pipeline.data.loading.loader import run_loader
 from pipeline.data.shard_writer import ShardWriter, write_shard
 from pipeline.model import dcgan
-from pipeline.model.latents import latent_batches
+from pipeline.model.latents import latent_batches, latent_blocks
 from pipeline.model.losses.non_saturating import discriminator_loss, generator_loss
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.training.run_log import RunLog
 from pipeline.training.schedule import Schedule
 from pipeline.training.step import AdversarialStep, deviation
 from pipeline.training.stop_requests import StopRequests
+from pipeline.training.update.ahead import Ahead
 from pipeline.training.watchdog import Watchdog
 from pipeline.training.window import Window
 
@@ -210,7 +212,8 @@ def loop_around(config: RunConfig, data: Dataset, world_size: int, resources: Ex
         Watchdog(60, None),
         config.recipe.batch,
     )
-    latents = latent_batches(config, start=0, rank=rank, world_size=world_size)
+    blocks = latent_blocks(config, start=0, rank=rank, world_size=world_size)
+    latents = resources.enter_context(closing(Ahead(blocks)))
     seen = 0
 
     def step() -> None:
@@ -249,7 +252,9 @@ def write_images(folder: Path) -> Dataset:
     return open_dataset(str(folder))
 
 
-def measure(arms: dict[str, Callable[[], None]], calls: int, rounds: int) -> dict[str, list[float]]:
+def measure(
+    arms: dict[str, Callable[[], None]], calls: int, rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
     """Run the arms in turn, a round each, and return microseconds of processor time a call by arm and round."""
     for call in arms.values():
         for _ in range(20):
@@ -258,10 +263,10 @@ def measure(arms: dict[str, Callable[[], None]], calls: int, rounds: int) -> dic
     for index in range(rounds):
         for name in list(arms) if index % 2 == 0 else list(reversed(arms)):
             call = arms[name]
-            start = time.process_time()
+            start = clock()
             for _ in range(calls):
                 call()
-            found[name].append((time.process_time() - start) / calls * 1e6)
+            found[name].append((clock() - start) / calls * 1e6)
     return found
 
 
@@ -290,9 +295,9 @@ def main() -> None:
         for name, (batch, world_size) in LOOPS.items():
             sizes = ["network.image_size=32", "network.channels=1", f"recipe.batch={batch}", "recipe.streams=64"]
             with ExitStack() as resources:
-                loops |= measure(
-                    {name: loop_around(load_config(overrides=sizes), data, world_size, resources)}, 5 * calls, rounds
-                )
+                loop = {name: loop_around(load_config(overrides=sizes), data, world_size, resources)}
+                loops |= measure(loop, 5 * calls, rounds, time.thread_time)
+                loops |= measure({f"{name}, all threads": loop[name]}, 5 * calls, rounds)
     medians = {name: round(statistics.median(values), 1) for name, values in (updates | loops).items()}
     summary = {
         "operations": counts["ours"],

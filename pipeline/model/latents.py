@@ -1,6 +1,7 @@
 """z as a pure function of (seed, purpose, index): the same on every machine, batch and process count."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -69,7 +70,17 @@ def latent_batches(
     """Yield z of one batch of a run after the other, from image `start` on, without end.
 
     Of each batch the rows of this rank, which are `rank`, `rank + world_size`, …: float32 (batch / world_size,
-    latent_dim). A rank draws no others, and so many batches at once that numpy's fixed costs are small.
+    latent_dim).
+    """
+    return chain.from_iterable(latent_blocks(config, start=start, rank=rank, world_size=world_size))
+
+
+def latent_blocks(
+    config: "RunConfig", *, start: int, rank: int = 0, world_size: int = 1
+) -> Iterator[NDArray[np.float32]]:
+    """Yield what `latent_batches` does, several batches at once: float32 (batches, batch / world_size, latent_dim).
+
+    A rank draws the rows of no other rank, and so many batches that numpy's fixed costs are small.
     """
     recipe, network = config.recipe, config.network
     share = recipe.batch // world_size
@@ -78,5 +89,5 @@ def latent_batches(
     while True:
         drawn = (recipe.seed, Purpose.TRAIN, start, ahead * recipe.batch)
         z = latents(*drawn, network.latent_dim, network.latent_distribution, rows=rows)
-        yield from z.reshape(ahead, share, network.latent_dim)
+        yield z.reshape(ahead, share, network.latent_dim)
         start += ahead * recipe.batch

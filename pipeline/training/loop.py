@@ -17,7 +17,7 @@ from pipeline.config import RunConfig
 from pipeline.data.classes import Classes
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.loading.device_set import AnyLoader, open_loader
-from pipeline.model.latents import latent_batches
+from pipeline.model.latents import latent_blocks
 from pipeline.training.accelerator import make_accelerator, meet_peers, together
 from pipeline.training.boundary import Boundary
 from pipeline.training.evaluator import Evaluator
@@ -29,7 +29,8 @@ from pipeline.training.run_log import RunLog
 from pipeline.training.schedule import Due, Schedule
 from pipeline.training.step import AdversarialStep, turns
 from pipeline.training.stop_requests import StopRequests, stopped
-from pipeline.training.update.labels import label_batches, with_aspect, with_classes
+from pipeline.training.update.ahead import Ahead
+from pipeline.training.update.labels import label_blocks, with_aspect, with_classes
 from pipeline.training.watchdog import Watchdog
 from pipeline.training.window import Window
 
@@ -101,8 +102,9 @@ def train(
         # Train.
         window = Window(accelerator, requests, step.statistics, seen, checkpoint)
         schedule, stop = Schedule(config.schedule, window.begin, recipe.batch), 0
-        latents = latent_batches(config, start=seen, rank=rank, world_size=world_size)
-        labels = label_batches(config, dataset, classes, start=seen, rank=rank, world_size=world_size)
+        here = {"start": seen, "rank": rank, "world_size": world_size}
+        latents = resources.enter_context(closing(Ahead(latent_blocks(config, **here))))
+        labels = resources.enter_context(closing(Ahead(label_blocks(config, dataset, classes, **here))))
         resources.callback(lambda: manager.close(hurry=bool(stop)))
         resources.callback(watchdog.close)  # before the mirror is waited for
         boundary = Boundary(accelerator, step, window, evaluator, manager, schedule, run_log)

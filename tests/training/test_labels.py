@@ -1,6 +1,8 @@
 """Conditional training: real images keep their labels, and the run resumes, on any number of processes."""
 
 import json
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from pipeline.data.loading.loader import run_loader
 from pipeline.data.shard_writer import ShardWriter, write_shard
 from pipeline.evaluation import inputs
 from pipeline.training.loop import train
-from pipeline.training.update.labels import label_batches, with_classes
+from pipeline.training.update.labels import Labels, label_blocks, with_classes
 
 SETTINGS = [*TINY, "network.channels=1", "schedule.log_every_images=32", "schedule.evaluate_samples=64"]
 
@@ -46,6 +48,10 @@ def labeled_dataset(folder: Path, encoding: Encoding = "packed", images: int = 1
     return folder
 
 
+def batches_of(*arguments: Any, **place: Any) -> Iterator[Labels | None]:
+    return chain.from_iterable(label_blocks(*arguments, **place))
+
+
 def kinds_of(images: Any) -> list[int]:
     """Return the class that each image's brightness tells."""
     return [int(image[16, 16, 0]) // 50 for image in np.asarray(images)]
@@ -60,7 +66,7 @@ def test_the_labels_of_a_batch_are_those_of_its_images_wherever_they_are(tmp_pat
     recipe = config.recipe
     place: Any = {"seed": recipe.seed, "streams": recipe.streams, "batch": recipe.batch}
     for start, rank, world_size in ((0, 0, 1), (160, 1, 2)):  # the second from a position in the second epoch
-        labels = label_batches(config, dataset, classes, start=start, rank=rank, world_size=world_size)
+        labels = batches_of(config, dataset, classes, start=start, rank=rank, world_size=world_size)
         resident = load_images(dataset, torch.device("cpu"))
         with (
             run_loader(config, dataset, start=start, rank=rank, world_size=world_size) as streamed,
@@ -81,8 +87,8 @@ def test_the_labels_of_a_batch_are_those_of_its_images_wherever_they_are(tmp_pat
 def test_two_ranks_have_the_labels_of_one(tmp_path: Path) -> None:
     dataset = open_dataset(labeled_dataset(tmp_path / "data"))
     config, classes = with_classes(load_config(overrides=[*SETTINGS, "label=high,odd"]), dataset)
-    whole = label_batches(config, dataset, classes, start=48)
-    ranks = [label_batches(config, dataset, classes, start=48, rank=rank, world_size=2) for rank in (0, 1)]
+    whole = batches_of(config, dataset, classes, start=48)
+    ranks = [batches_of(config, dataset, classes, start=48, rank=rank, world_size=2) for rank in (0, 1)]
     for _ in range(3):
         one, (first, second) = next(whole), [next(rank) for rank in ranks]
         for both, even, odd in zip(one or (), first or (), second or (), strict=True):

@@ -1,6 +1,7 @@
 """The labels of each update: those of its real images, and those that its fakes are made with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,22 +43,23 @@ def with_classes(config: RunConfig, dataset: Dataset) -> tuple[RunConfig, Classe
     return config.model_copy(update={"network": network.model_copy(update=known)}), classes
 
 
-def label_batches(
+def label_blocks(
     config: RunConfig, dataset: Dataset, classes: Classes | None, *, start: int, rank: int = 0, world_size: int = 1
-) -> Iterator[Labels | None]:
-    """Yield the labels of one batch of a run after the other, from image `start` on, without end; None without labels.
+) -> Iterator[Iterable[Labels | None]]:
+    """Yield blocks of the labels of one batch of a run after the other, from image `start` on, without end.
 
-    The label of a real image is that of the image that the loader gives at its position (contract 3).
+    The label of a real image is that of the image that the loader gives at its position (contract 3). Without labels,
+    all are None.
     """
     recipe, network = config.recipe, config.network
     if classes is None:
         while True:
-            yield None
+            yield repeat(None)
     shuffle = Shuffle(dataset.shards.images, seed=recipe.seed, streams=recipe.streams, mix=mix_of(config, dataset))
     batches = max(1, AHEAD_IMAGES // recipe.batch)
     while True:
         images = np.arange(start + rank, start + batches * recipe.batch, world_size, dtype=np.int64)
         real = label_values(network, classes.of_image[shuffle.ids(images)])
         fake = draw_labels(network, recipe.seed, Purpose.TRAIN, start, batches * recipe.batch)[rank::world_size]
-        yield from zip(np.split(real, batches), np.split(fake, batches), strict=True)
+        yield zip(np.split(real, batches), np.split(fake, batches), strict=True)
         start += batches * recipe.batch

@@ -74,6 +74,7 @@ REFUSED: list[tuple[str, int]] = [
     ("data build parquet {texts} OUT", 65),
     ("data build parquet {pictures} OUT --split train", 2),
     ("data build huggingface {nosuch} OUT", 2),
+    ("data build arrays {texts}/notes.txt OUT", 65),
     ("data index {nosuch} OUT", 65),
     ("data index {texts} OUT", 65),
     ("data index {shards} {texts}/notes.txt/x", 2),

@@ -8,11 +8,12 @@ from typing import Any
 from pipeline.common.errors import DataError
 from pipeline.data.dataset import LabelType
 from pipeline.data.sources.interface import KEY, Item, Items, Listing
-from pipeline.data.sources.label_table import LabelTable, merged_types, parse_table, read_table
+from pipeline.data.sources.label_table import LabelTable, merged_types, parse_stylegan, parse_table, read_table
 from pipeline.data.sources.places import File, Place, find_pictures, read_place, refuse_missing_formats
 
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Labels beside pictures, as the imagefolder of Hugging Face has them."""
+STYLEGAN = "dataset.json"
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet", STYLEGAN)
+"""Labels beside pictures, as the imagefolder of Hugging Face has them, and StyleGAN's dataset_tool."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,22 @@ class Folder:
     def _with_metadata(self, listing: Listing, tables: list[File]) -> None:
         """Add the labels of metadata files, each of which names pictures in its folder and below."""
         found: dict[str, LabelTable] = {}
+        read: list[str] = []
         for path, where in sorted(tables, key=lambda file: file[0]):
             folder, _, name = path.rpartition("/")
-            data = read_place(self.location, path, where)
-            found[folder] = parse_table(data, name, f"{self.location}/{path}")
-            listing.notes += found[folder].notes
+            data, shown = read_place(self.location, path, where), f"{self.location}/{path}"
+            table = parse_stylegan(data, shown) if name == STYLEGAN else parse_table(data, name, shown)
+            if table is None:
+                listing.passed[".json"] += 1
+                continue
+            found[folder] = table
+            read.append(path)
+            listing.notes += table.notes
+            if path == STYLEGAN:  # whose folders, 00000 and so on, mean nothing
+                listing.labels.pop("class", None)
+                listing.items = Items(Item(item.key, (), item.where) for item in listing.items)
+        if not found:
+            return
         types = merged_types([table.types for table in found.values()])
         if types.pop(KEY, None):
             listing.notes.append(f"the label {KEY!r} was skipped: `key` is the image's own name")
@@ -82,7 +94,9 @@ class Folder:
             items.append(Item(item.key, tuple(labels), item.where))
         listing.items = items
         listing.labels = {**{name: listing.labels[name] for name in first}, **types}
-        names = ", ".join(sorted(path for path, _ in tables)[:3])
+        if not types:
+            return
+        names = ", ".join(read[:3])
         listing.notes.append(f"labels of {len(rows):,} pictures from {names}; --labels folders leaves them out")
         if unused := sum(map(len, found.values())) - len(rows):
             listing.notes.append(f"{unused:,} rows of {names} name no image here")

@@ -42,6 +42,26 @@ def parse_table(data: bytes, name: str, shown: str) -> "LabelTable":
     return _from_csv(data, shown)
 
 
+def parse_stylegan(data: bytes, shown: str) -> "LabelTable | None":
+    """Return the labels that StyleGAN's dataset_tool writes, {"labels": [["00000/img00000000.png", 6], …]} or null.
+
+    None if it is another JSON file. Labels that are lists of numbers are passed over by name.
+    """
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or "labels" not in content:
+        return None
+    rows = content["labels"] if content["labels"] is not None else []
+    if not isinstance(rows, list):
+        return None
+    for number, row in enumerate(rows, 1):
+        if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and PurePosixPath(row[0]).name):
+            raise DataError(f"{shown}: label {number} is no [file name, label]")
+    return _from_columns({"file_name": [name for name, _ in rows], "label": [label for _, label in rows]}, shown, {})
+
+
 def _from_csv(data: bytes, shown: str) -> "LabelTable":
     try:
         rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"))))
@@ -97,8 +117,10 @@ def _from_parquet(data: bytes, shown: str) -> "LabelTable":
     return _from_columns(table.to_pydict(), shown)
 
 
-def _from_columns(columns: dict[str, list[Any]], shown: str) -> "LabelTable":
+def _from_columns(columns: dict[str, list[Any]], shown: str, when_empty: dict[str, Any] | None = None) -> "LabelTable":
     """Return the table of columns of Python values; those with lists or objects are passed over by name."""
+    if when_empty is not None and not any(columns.values()):
+        return LabelTable([], when_empty, shown)
     found = next((name for name in FILE_COLUMNS if name in columns), None)
     if found is None or not columns[found]:
         raise DataError(f"{shown}: no rows with a column file_name; it has {', '.join(columns) or 'nothing'}")

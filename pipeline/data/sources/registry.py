@@ -34,6 +34,7 @@ SOURCES = {
     "ffhq": Entry("ffhq", "Ffhq", frozenset({"split"})),
     "parquet": Entry("tables.source", "Parquet", frozenset({"column"})),
     "huggingface": Entry("tables.source", "HuggingFace", frozenset({"column", "config", "split"})),
+    "arrays": Entry("packed.arrays", "Arrays", frozenset({"split", "column"})),
     "webdataset": Entry("tars", "Tars"),
     "faces": Entry("folder", "Folder", frozenset({"labels", "all_files"})),
 }

@@ -1,0 +1,1 @@
+"""Sources that others have packed for a program of theirs: arrays, TFRecord, MDS, litdata."""

@@ -13,7 +13,7 @@ from pipeline.common.randomness import Purpose
 from pipeline.common.records import LARGEST, Record
 from pipeline.config import LARGEST_CLASSES, NetworkConfig
 from pipeline.data.dataset import LabelType
-from pipeline.model.labels import draw_classes
+from pipeline.model.labels import draw_classes, names_in
 
 LabelValue = bool | int | str
 
@@ -82,8 +82,7 @@ def plan_labels(network: NetworkConfig, chosen: str | None, draw: str | None) ->
 
     Raises UsageError for a class that the model does not have.
     """
-    whole = (*network.class_titles, *network.classes)  # a class may have a comma in its name
-    names = [] if chosen is None else [chosen] if chosen in whole else [name.strip() for name in chosen.split(",")]
+    names = [] if chosen is None else names_in(network, chosen)
     return LabelPlan.model_validate(
         {
             "label": network.label,

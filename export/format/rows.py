@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from pipeline.common.errors import UnavailableError, UsageError
 from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig
-from pipeline.model.labels import draw_classes, label_values
+from pipeline.model.labels import draw_classes, label_values, named_label
 from pipeline.model.latents import latents
 
 Rows = NDArray[np.float32]
 Labels = str | Sequence[str] | Sequence[int] | NDArray[np.integer] | NDArray[np.bool_] | Rows
 """Labels of N images, as clients name them: one name for all, or a name, a class's number, or the values of each."""
-SHOWN = 20
-"""Names that an error lists."""
 
 
 def label_width(network: NetworkConfig) -> int:
@@ -72,25 +70,9 @@ def _columns(network: NetworkConfig, labels: Labels, count: int) -> Rows:
 
 
 def named(network: NetworkConfig, name: str, option: str = "label") -> Rows:
-    """Return the columns (1, label_width) of a class, such as `7`, `truck`, `smiling` or `male+eyeglasses`.
-
-    Several labels may be combined in a way that the training set does not have. Raises UsageError that
-    begins with `option` and lists the names.
-    """
-    titles = network.class_titles
-    if len(network.label) > 1:
-        wanted = [] if name == "none" else [part.strip() for part in name.split("+")]
-        if not {*wanted} - {*network.label}:
-            return np.array([[float(label in wanted) for label in network.label]], np.float32)
-        known = f"none, or some of {', '.join(network.label)} with + between them"
-    else:
-        if name in titles:
-            return of_classes(network, np.array([titles.index(name)]))
-        if name in network.classes:
-            return of_classes(network, np.array([network.classes.index(name)]))
-        more = f" and {len(titles) - SHOWN} more" if len(titles) > SHOWN else ""
-        known = ", ".join(titles[:SHOWN]) + more
-    raise UsageError(f"{option} {name!r}: the model has no such class of {', '.join(network.label)}; it has {known}")
+    """Return the columns (1, label_width) of a class, by its name. Raises UsageError that begins with `option`."""
+    values = named_label(network, name, option)[None]
+    return values if len(network.label) > 1 else of_classes(network, values.argmax(1))
 
 
 def feeds(network: NetworkConfig, rows: Rows) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:

@@ -109,13 +109,16 @@ def interpolate(
     out: Out = None,
     rows: Annotated[int, typer.Option(help="Number of walks.", min=1)] = 10,
     steps: Annotated[int, typer.Option(help="Images in a walk.", min=2)] = 9,
+    label: Annotated[
+        str | None, typer.Option(help="Classes of a conditional --ckpt to walk between, such as 3,5,8; by default all.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Walk between random z, on straight lines and along the sphere (Figure 4)."""
+    """Walk between random z, on straight lines and along the sphere (Figure 4), and between classes at one z."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.paper.interpolate import run_interpolate
 
-    numbers = run_interpolate(folder, ckpt=ckpt, rows=rows, steps=steps, seed=seed)
+    numbers = run_interpolate(folder, ckpt=ckpt, rows=rows, steps=steps, seed=seed, label=label)
     show({f"unevenness, {name}": value for name, value in numbers.items()}, folder, "interpolate")
 
 

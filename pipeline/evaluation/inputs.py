@@ -25,10 +25,14 @@ from pipeline.evaluation.images import GeneratedImages, Images, ShardImages
 from pipeline.evaluation.pictures import FILTER, open_pictures
 
 
-def generator(ckpt: str) -> tuple[LoadedGenerator, dict[str, Any]]:
-    """Return the generator that `--ckpt` names, on the device, with its description for the results."""
+def generator(ckpt: str, *, labels: bool = False) -> tuple[LoadedGenerator, dict[str, Any]]:
+    """Return the generator that `--ckpt` names, on the device, with its description for the results.
+
+    Raises UsageError for one that reads a label, unless the caller has `labels`.
+    """
     loaded = load_generator(ckpt)
-    require_unconditional(loaded, "this command makes images of z alone; ask for swd, ms-ssim, fid or kid")
+    if not labels:
+        require_unconditional(loaded, "this command makes images of z alone; ask for swd, ms-ssim, fid or kid")
     return _on_device(loaded)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.errors import UsageError
 from pipeline.common.randomness import Purpose, raw_bits
 from pipeline.model.latents import latents
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 LANE = 1
 """The sequence of each purpose that labels are drawn from; z has 0."""
 Draw = Literal["as-trained", "balanced"]
+SHOWN = 20
+"""Names that an error lists."""
 
 
 def draw_classes(
@@ -61,3 +64,31 @@ def generator_inputs(
     """Return what a generator makes samples `start` to `start + count` of: (z,), or (z, label) as trained."""
     z = latents(seed, purpose, start, count, network.latent_dim, network.latent_distribution)
     return (z, draw_labels(network, seed, purpose, start, count)) if network.label else (z,)
+
+
+def names_in(network: "NetworkConfig", text: str) -> list[str]:
+    """Return the names of classes in a comma-separated list; one class may have a comma in its name."""
+    whole = text in (*network.class_titles, *network.classes)
+    return [text] if whole else [name.strip() for name in text.split(",")]
+
+
+def named_label(network: "NetworkConfig", name: str, option: str = "label") -> NDArray[np.float32]:
+    """Return a class such as `7`, `truck`, `smiling` or `male+eyeglasses` as networks read it, float32 (label_dim,).
+
+    Several labels may be combined in a way that the training set does not have. Raises UsageError that
+    begins with `option` and lists the names.
+    """
+    titles = network.class_titles
+    if len(network.label) > 1:
+        wanted = [] if name == "none" else [part.strip() for part in name.split("+")]
+        if not {*wanted} - {*network.label}:
+            return np.array([float(label in wanted) for label in network.label], np.float32)
+        known = f"none, or some of {', '.join(network.label)} with + between them"
+    else:
+        for names in (titles, network.classes):
+            if name in names:
+                values: NDArray[np.float32] = label_values(network, np.array([names.index(name)]))[0]
+                return values
+        more = f" and {len(titles) - SHOWN} more" if len(titles) > SHOWN else ""
+        known = ", ".join(titles[:SHOWN]) + more
+    raise UsageError(f"{option} {name!r}: the model has no such class of {', '.join(network.label)}; it has {known}")

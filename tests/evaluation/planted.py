@@ -114,6 +114,26 @@ def legible_generator() -> dcgan.Generator:
     return generator.eval()
 
 
+def write_legible_conditional(path: Path) -> Path:
+    """Write a generator whose label alone decides its images: `bright` the ground, `disc` a square amid it."""
+    label = {"label": ["bright", "disc"], "classes": ["00", "01", "10", "11"], "class_images": [1, 1, 1, 1]}
+    config = NetworkConfig.model_validate({**NETWORK.model_dump(), **label, "conditioning": "concat"})
+    generator, plain = build_generator(config).eval(), legible_generator()
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.zero_()
+        ours, theirs = ([m for m in g.modules() if isinstance(m, nn.ConvTranspose2d)] for g in (generator, plain))
+        for convolution, legible in zip(ours, theirs, strict=True):
+            convolution.weight[: len(legible.weight)] = legible.weight
+        ours[0].weight[-2:] = ours[0].weight[:2]  # the label's two maps do what z[0] and z[1] did
+        ours[0].weight[:-2] = 0
+        for module in generator.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.fill_(1)
+    path.write_bytes(serialize(generator, config, "ema", 0))
+    return path
+
+
 def write_legible_run(run: Path) -> Path:
     """Write a run directory with that generator."""
     write_run(run)

@@ -117,6 +117,9 @@ def test_every_class_is_that_of_the_network(conditional: Export, kind: str, back
         assert np.array_equal(one, sampler.sample(z[:5], labels=[2] * 5))
         if len(network.label) > 1:
             assert np.array_equal(found, sampler.sample(z, labels=values))
+            half = np.float32(0.5) * values
+            expected = images_of(conditional.generator, z, half).astype(int)
+            assert np.abs(sampler.sample(z, labels=half) - expected).max() <= 1, "between two classes"
         drawn = np.concatenate([images for _, images in sampler.sample_range(9, 3, 8)])
         rows = rows_at(network, 9, Purpose.SAMPLE, 3, 8)
         classes = rows[:, 6:] if len(network.label) > 1 else rows[:, 6].astype(int)

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planted import NETWORK, legible_generator
+from planted import NETWORK, legible_generator, write_legible_conditional
 from typer.testing import CliRunner
 
 from pipeline.common.errors import DataError, UsageError
+from pipeline.common.imaging import decode
 from pipeline.evaluation.cli import app
 from pipeline.evaluation.paper.arithmetic import run_arithmetic, write_contact_sheet
 from pipeline.evaluation.paper.attributes import outcome, parse
@@ -119,6 +120,34 @@ def test_interpolate_writes_walks_of_nine(legible_run: Path, tmp_path: Path) -> 
         "interpolate-straight.png",
         "interpolate-spherical.png",
     ]
+
+
+def test_a_conditional_generator_walks_within_a_class_and_between_classes(tmp_path: Path) -> None:
+    ckpt = write_legible_conditional(tmp_path / "g.safetensors")
+    evenness = run_interpolate(tmp_path, ckpt=str(ckpt), rows=3, steps=5, seed=0, label="none,bright+disc")
+    assert evenness["labels"] < 2, "a jump would be 4"
+    written = json.loads((tmp_path / "interpolate.json").read_text())
+    assert written["settings"]["classes"] == ["none", "bright+disc"]
+    assert [picture["file"] for picture in written["pictures"]][2] == "interpolate-labels.png"
+    sheets = [decode((tmp_path / f"interpolate-{name}.png").read_bytes(), 3) for name in ("straight", "labels")]
+    # The last row of each: five images of twice their 32 pixels, each behind two pixels of margin.
+    within, between = (sheet[-50:-10, 2:].mean((0, 2)).reshape(5, -1)[:, 10:-10].mean(1) for sheet in sheets)
+    assert np.ptp(within) < 1, "the label alone decides, and it stays"
+    assert (np.diff(between) > 10).all(), "from dark to bright"
+    run_interpolate(tmp_path, ckpt=str(ckpt), rows=1, steps=2, seed=0)
+    assert json.loads((tmp_path / "interpolate.json").read_text())["settings"]["classes"][1] == "disc"
+
+
+def test_classes_to_walk_between_that_are_not_there_are_one_line(legible_run: Path, tmp_path: Path) -> None:
+    ckpt = write_legible_conditional(tmp_path / "g.safetensors")
+    for file, label, words in (
+        (ckpt, "none,hat", "--label 'hat': the model has no such class of bright, disc"),
+        (legible_run, "7", "is not conditioned on a label; leave it out"),
+    ):
+        with pytest.raises(UsageError, match=words) as refused:
+            run_interpolate(tmp_path / "x", ckpt=str(file), rows=1, steps=3, seed=0, label=label)
+        assert "\n" not in str(refused.value)
+        assert not (tmp_path / "x").exists()
 
 
 def test_results_of_a_run_go_into_the_run_and_others_need_a_folder(legible_run: Path, tmp_path: Path) -> None:

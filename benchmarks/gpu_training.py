@@ -45,7 +45,7 @@ def ours(config: RunConfig, accelerator: Accelerator, *overrides: str) -> Update
     reals = np.random.default_rng(0).integers(0, 256, (count, size, size, config.network.channels), np.uint8)
     pinned = torch.from_numpy(reals).pin_memory() if accelerator.device.type == "cuda" else torch.from_numpy(reals)
     latents = latent_batches(config, start=0)
-    return lambda: step.update(pinned, next(latents))
+    return lambda: step.update(pinned, next(latents), 0)
 
 
 def synchronize(device: torch.device) -> None:

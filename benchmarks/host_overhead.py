@@ -79,7 +79,7 @@ def inputs(config: RunConfig) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any
 def ours(config: RunConfig, accelerator: Accelerator) -> Update:
     """`AdversarialStep` as it is."""
     step, (reals, z) = AdversarialStep(config, accelerator), inputs(config)
-    return lambda: step.update(reals, z)
+    return lambda: step.update(reals, z, 0)
 
 
 def former(config: RunConfig, accelerator: Accelerator) -> Update:

@@ -85,7 +85,7 @@ def ours(config: RunConfig, accelerator: Accelerator) -> Update:
     network, count = config.network, config.recipe.batch
     reals = np.random.default_rng(0).integers(0, 256, (count, network.image_size, network.image_size, 3), np.uint8)
     latents = latent_batches(config, start=0)
-    return lambda: step.update(reals, next(latents))
+    return lambda: step.update(reals, next(latents), 0)
 
 
 def bare(config: RunConfig) -> Update:

@@ -139,7 +139,7 @@ class AdversarialStep:
         self,
         reals: NDArray[np.uint8] | Tensor,
         z: NDArray[np.float32],
-        position: int = 0,
+        position: int,
         labels: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
     ) -> None:
         """Update D, then G, then the average, on this rank's share of a global batch; or one of both (`turns`).

@@ -121,7 +121,7 @@ def test_nonfinite_gradients_change_nothing_in_a_graph() -> None:
     step = new_step()
     before = train(step)
     poisoned = np.full((16, 8), np.nan, np.float32)
-    step.update(np.zeros((16, 32, 32, 3), np.uint8), poisoned)
+    step.update(np.zeros((16, 32, 32, 3), np.uint8), poisoned, 0)
     torch.cuda.synchronize()
     for name, weight in step.discriminator.named_parameters():
         assert torch.equal(before[f"d.{name}"], weight)

@@ -121,12 +121,12 @@ def test_no_host_sync_inside_a_step(precision: str) -> None:
     reals = torch.zeros(16, 32, 32, 3, dtype=torch.uint8).pin_memory().numpy()
     z = np.zeros((16, 8), np.float32)
     for _ in range(WARM_UP + 1):  # a graph has been captured then
-        step.update(reals, z)
+        step.update(reals, z, 0)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            step.update(reals, z)
+            step.update(reals, z, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

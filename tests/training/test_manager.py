@@ -18,7 +18,7 @@ def test_moments_stay_with_their_weights_when_the_memory_order_changes() -> None
     config = load_config(overrides=TINY)
     accelerator = Accelerator(cpu=True)
     before = AdversarialStep(config, accelerator)
-    before.update(*batch_of(config))
+    before.update(*batch_of(config), 0)
     files = checkpoint_files(state_of(before), config.network, 16, b"")
     after = AdversarialStep(load_config(overrides=[*TINY, "channels_last=false", "learning_rate_g=1e-3"]), accelerator)
     restore(after, Checkpoint("here", {"images_seen": 16}, files))

@@ -181,9 +181,9 @@ def test_the_generator_update_computes_no_gradients_of_discriminator_weights(com
     config = load_config(overrides=[*TINY, f"compile={compiled}"])
     step = AdversarialStep(config, Accelerator(cpu=True))
     reals, z = batch_of(config)
-    step.update(reals, z)
+    step.update(reals, z, 0)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        step.update(reals, z)
+        step.update(reals, z, 0)
     # For each backward convolution: the gradients (of its input, its weights, its bias) that it computes.
     masks = Counter(e.concrete_inputs[-1][1] for e in profiled.events() if e.name == "aten::convolution_backward")
     layers_d, layers_g = (
@@ -204,12 +204,12 @@ def test_what_the_statistics_mean(micro_batches: int) -> None:
     step = AdversarialStep(config, Accelerator(cpu=True))
     reals, z = batch_of(config)
     reals[: len(reals) // 2] //= 4  # so that D tells the halves, and reals from fakes
-    step.update(reals, z)
+    step.update(reals, z, 0)
     generator, before = copy.deepcopy(step.generator), copy.deepcopy(step.discriminator)
     average = EMA(step.ema.generator, config.recipe.ema_half_life_images, config.recipe.ema_ramp_up, 16)
     average.images_seen.fill_(16)
     step.statistics.zero_()
-    step.update(reals, z)
+    step.update(reals, z, 0)
     assert step.statistics.tolist()[-2:] == [0, 0], "they cost a pass over the images"
     step.examine(images=True)
     found = dict(zip(STATISTICS, step.statistics.tolist(), strict=True))
@@ -250,12 +250,12 @@ def test_nonfinite_gradients_change_nothing_and_are_counted() -> None:
     config = load_config(overrides=TINY)
     step = AdversarialStep(config, Accelerator(cpu=True))
     reals, z = batch_of(config)
-    step.update(reals, z)
+    step.update(reals, z, 0)
     step.statistics.zero_()
     before = {name: value.clone() for name, value in step.discriminator.named_parameters()}
     poisoned = z.copy()
     poisoned[0, 0] = np.nan
-    step.update(reals, poisoned)
+    step.update(reals, poisoned, 0)
     assert step.statistics[STATISTICS.index("nonfinite")] == 1
     assert torch.isfinite(step.statistics).all(), "what is not finite counts as 0"
     assert all(torch.equal(before[name], value) for name, value in step.discriminator.named_parameters())
@@ -273,7 +273,7 @@ def test_nonfinite_gradients_are_counted_whatever_the_optimizer() -> None:
     step = AdversarialStep(config, Accelerator(cpu=True))
     first = step.generator.get_parameter("layers.0.weight")
     first.register_hook(lambda gradient: gradient * np.nan)  # type: ignore[no-untyped-call]
-    step.update(*batch_of(config))
+    step.update(*batch_of(config), 0)
     assert step.statistics[STATISTICS.index("loss_g")] > 0
     assert step.statistics[STATISTICS.index("nonfinite")] == 1
     assert step.examine() == 0
@@ -288,7 +288,7 @@ def test_no_host_sync_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(overrides=TINY)
     step = AdversarialStep(config, Accelerator(cpu=True))
     reals, z = batch_of(config)
-    step.update(reals, z)
+    step.update(reals, z, 0)
     reads: list[str] = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
@@ -298,7 +298,7 @@ def test_no_host_sync_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    step.update(reals, z)
+    step.update(reals, z, 0)
     assert reads == []
 
 

@@ -92,7 +92,7 @@ def same_each_time(config: RunConfig, accelerator: Accelerator) -> None:
     recorded = []
     for index, (reals, z) in enumerate(batches(config, 13)):
         if index < 11:
-            step.update(reals, z)
+            step.update(reals, z, 0)
             continue
         before = {name: tensor.clone() for name, tensor in memory_of(step).items()}
         chances = draw_chances(config.recipe, index * len(z), 0, 1) if step.inputs.chances.numel() else None
@@ -120,9 +120,9 @@ def test_an_update_has_few_operations(bf16: Accelerator) -> None:
     config = load_config(overrides=["width=4", "batch=4", "streams=4"])
     step = AdversarialStep(config, bf16)
     (batch,) = batches(config, 1)
-    step.update(*batch)
+    step.update(*batch, 0)
     with Recorder({}) as recorder:
-        step.update(*batch)
+        step.update(*batch, 0)
     assert sum(name.removeprefix("aten::").split(".")[0] not in VIEWS for name, _ in recorder.operations) <= 180
 
 
@@ -136,7 +136,7 @@ def test_weights_that_are_cast_together_give_what_autocast_gives(bf16: Accelerat
                 patch.setattr("pipeline.training.step.lowered", lambda network, dtype: network)
             step = AdversarialStep(config, bf16)
         (batch,) = batches(config, 1)
-        step.update(*batch)
+        step.update(*batch, 0)
         found.append(step)
     ours, plain = found
     index = STATISTICS.index("loss_d")
@@ -208,7 +208,7 @@ def test_fifty_updates_equal_the_former_ones() -> None:
     config = load_config(overrides=[*TINY, "ema_half_life_images=30"])  # reached inside
     step = AdversarialStep(config, Accelerator(cpu=True))
     for reals, z in batches(config, 50):
-        step.update(reals, z)
+        step.update(reals, z, 0)
     assert step.examine(images=True) == 1
     expected, sums = former_updates(config, 50)
     found = {**step.generator.state_dict(prefix="g."), **step.discriminator.state_dict(prefix="d.")}
@@ -226,11 +226,11 @@ def test_images_may_be_an_array_or_a_tensor() -> None:
     for convert in (np.asarray, torch.from_numpy):
         step = AdversarialStep(config, Accelerator(cpu=True))
         for reals, z in batches(config, 2):
-            step.update(convert(reals), z)
+            step.update(convert(reals), z, 0)
         found.append(step.statistics)
     assert torch.equal(*found)
     with pytest.raises(AssertionError, match="does not fit"):
-        step.update(reals[:1], z)
+        step.update(reals[:1], z, 0)
 
 
 def test_a_graph_is_refused_where_there_is_none() -> None:

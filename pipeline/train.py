@@ -44,6 +44,7 @@ from pipeline.common.records import parse_json
 from pipeline.common.shapes.size import refusal
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 from pipeline.config import RunConfig, explain, load_config, preset_names, validate
+from pipeline.training.trackers.names import check_trackers
 
 app = plain_app(completion=False)  # a launcher starts this file: there is no command of that name to complete
 
@@ -80,6 +81,12 @@ def main(
             ".safetensors, netG or netD of one network; name it twice for two.",
         ),
     ] = None,
+    log_with: Annotated[
+        str,
+        typer.Option(
+            help="Trackers that get losses, quality, grids and settings: tensorboard, wandb, mlflow, with commas."
+        ),
+    ] = "",
     mirror: Annotated[str | None, typer.Option(help="Object store URL that gets a copy of every checkpoint.")] = None,
     metrics_port: MetricsPort = None,
     metrics_address: MetricsAddress = "127.0.0.1",
@@ -108,6 +115,7 @@ def main(
         raise UsageError(
             "--data: missing; expected a data set (make one with dcgan-data build), or the names of WebDataset tars"
         )
+    trackers = check_trackers(log_with)
     configure_logging()
     if taken:
         named = " and ".join(f"network.{name}={value}" for name, value in taken.items())
@@ -123,6 +131,7 @@ def main(
             init_from=init_from or [],
             allow_change=[name for name in allow_change.split(",") if name],
             mirror=mirror,
+            log_with=trackers,
             metrics_port=metrics_port,
             metrics_address=metrics_address,
             push_gateway=push_gateway,

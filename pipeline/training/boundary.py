@@ -47,7 +47,8 @@ class Boundary:
         averaged = cache(lambda: self.step.ema.estimate_batchnorm(self.evaluator.seed))
         if due.grid:
             with _timed(stopped, "grid"):
-                self.evaluator.draw_grid(averaged(), images_seen)
+                grid = self.evaluator.draw_grid(averaged(), images_seen)
+            self.run_log.grid(grid, images_seen)
         if due.evaluation:
             with _timed(stopped, "evaluate"):
                 quality = self.evaluator.measure(averaged())
@@ -61,6 +62,11 @@ class Boundary:
         self.run_log.stopped(stopped, images_seen)
         # Rank 0 alone writes, and comes last; on GPUs the others would enter a step that seems to hang.
         wait_for_all(self.accelerator)
+
+    def close(self, *, hurry: bool) -> None:
+        """Wait for trackers, for what is being written and for the mirror; less long in a `hurry`."""
+        self.run_log.close(hurry=hurry)
+        self.manager.close(hurry=hurry)
 
 
 @contextmanager

@@ -45,17 +45,19 @@ class Evaluator:
             sha256 = schedule.extractor_sha256 or None
             self._features = FeatureMeter(schedule.extractor, sha256, self.seed, ranks_of(accelerator))
 
-    def draw_grid(self, generator: Generator, images_seen: int) -> None:
-        """Write FOLDER/IMAGES_SEEN.png, a grid of the fixed samples of `generator`; the main process writes.
+    def draw_grid(self, generator: Generator, images_seen: int) -> Path:
+        """Write FOLDER/IMAGES_SEEN.png, a grid of the fixed samples of `generator`, and return its path.
 
-        Of a conditional generator, a row for each class, of the same z.
+        The main process writes. Of a conditional generator, a row for each class, of the same z.
         """
+        path = self.folder / f"{images_seen:09d}.png"
         if self.accelerator.is_main_process:
             if generator.config.label:
                 picture = labeled_sheet(class_grid(generator, self.seed))
             else:
                 picture = grid(sample(generator, self.seed, Purpose.GRID, 0, GRID_SIDE**2), GRID_SIDE)
-            save_png(self.folder / f"{images_seen:09d}.png", picture)
+            save_png(path, picture)
+        return path
 
     def measure(self, generator: Generator) -> dict[str, float]:
         """Return the numbers that `pipeline.evaluation.metrics.quality.quality` describes, equal on all ranks.

@@ -48,6 +48,7 @@ def train(
     mirror: str | None = None,  # object store that gets a copy of every finished checkpoint
     metrics_port: int | None = None,  # serve /metrics there, from local rank 0 of each node
     metrics_address: str = "127.0.0.1",  # and on this address
+    log_with: Sequence[str] = (),  # trackers that get losses, quality, grids and settings as well
     push_gateway: str | None = None,  # push the final counters to this Pushgateway
     on_batch: Callable[[int, Any, NDArray[np.float32]], None] | None = None,  # (position, reals, z)
 ) -> None:
@@ -93,7 +94,7 @@ def train(
             return loader, RunLog(config, run, telemetry), evaluator
 
         loader, run_log, evaluator = together(accelerator, open_rest)
-        run_log.begin(manager.description, seen, accelerator)
+        run_log.begin(manager.description, seen, accelerator, log_with)
         if main:
             warn(config, accelerator, from_noise=INIT_FROM not in manager.description)
             log.info("%s at image %d of %d", "resuming" if seen else "beginning", seen, config.schedule.total_images)
@@ -105,9 +106,9 @@ def train(
         here = {"start": seen, "rank": rank, "world_size": world_size}
         latents = resources.enter_context(closing(Ahead(latent_blocks(config, **here))))
         labels = resources.enter_context(closing(Ahead(label_blocks(config, dataset, classes, **here))))
-        resources.callback(lambda: manager.close(hurry=bool(stop)))
-        resources.callback(watchdog.close)  # before the mirror is waited for
         boundary = Boundary(accelerator, step, window, evaluator, manager, schedule, run_log)
+        resources.callback(lambda: boundary.close(hurry=bool(stop)))
+        resources.callback(watchdog.close)  # before the mirror is waited for
         if checkpoint is None:
             boundary.do(Due(True, *[bool(init_from)] * 2), seen)  # of weights that others made, worth to be saved
         while not (schedule.finished(seen) or stop):

@@ -27,6 +27,7 @@ from pipeline.training.accelerator import average_batchnorm, together
 from pipeline.training.identity import check_identity, describe_process
 from pipeline.training.run_directory import CONFIG, RunDirectory, begins_from_weights
 from pipeline.training.step import AdversarialStep
+from pipeline.training.trackers.outbox import TRACKED, is_tracked
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,6 +46,8 @@ class Written:
     """How long it took to write, beside the training."""
     timestamp: float
     """When it was complete (Unix time)."""
+    images_seen: int
+    """Its position."""
 
 
 class CheckpointManager:
@@ -92,6 +95,8 @@ class CheckpointManager:
                     f"--init-from {init_from[0]}: the run in {self.out} began from noise; choose another --out, or "
                     "leave the option out to resume it"
                 )
+            if is_tracked(tracked := checkpoint.state.get(TRACKED)):
+                self.description[TRACKED] = tracked
             changes = check_identity(checkpoint.state, self.description, allow_change, str(self.out))
             before, now = checkpoint.state.get("threads"), self.process["threads"]
             if main:
@@ -173,6 +178,7 @@ class CheckpointManager:
         averaged = step.ema.generator
         assert not averaged.training
         if run is not None:
+            run.flush_board()
             self._saver.wait()  # also because the copy takes the place of the one before
             kept, lines = self._memory.copy(state_of(step)), run.metrics.stat().st_size
             state = {**self.description, **self.process, "metrics": quality, **unfinished}
@@ -185,7 +191,7 @@ class CheckpointManager:
                 )
                 history = {HISTORY: list(self._history)} if self._history else {}
                 self.store.save(images_seen, files, {**state, **history})
-                self._written = Written(time.monotonic() - began, time.time())
+                self._written = Written(time.monotonic() - began, time.time(), images_seen)
                 self.store.retain(self.config.schedule.keep_checkpoints)
                 if self._mirror is not None:
                     self._mirror.push()

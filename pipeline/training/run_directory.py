@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pipeline.checkpoints.weights import INIT_FROM
 from pipeline.common.errors import DataError, TryAgainError
+from pipeline.common.imaging import decode
 from pipeline.common.machine import available_cores
 from pipeline.common.records import LARGEST, parse_json
 from pipeline.common.storage import (
@@ -144,14 +145,15 @@ class RunDirectory:
         write_atomic(self.metrics, content)
 
     def open_board(self, images_seen: int) -> None:
-        """Begin TensorBoard files, hiding what an earlier start wrote beyond `images_seen`."""
+        """Begin TensorBoard files, and hide what earlier starts wrote beyond the checkpoint at `images_seen`."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             log.warning("TensorBoard files are not written: install the extra `eval` (package tensorboard)")
             return
         threading.excepthook = _excepthook
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=images_seen + 1)
+        purge_step = images_seen + self._has_checkpoint()
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
 
     def record(self, images_seen: int, values: dict[str, float], *, timing: dict[str, float] | None = None) -> None:
         """Append values that follow from position to metrics.jsonl, rates and times to timing.jsonl."""
@@ -166,6 +168,22 @@ class RunDirectory:
         """Append rates and times to timing.jsonl."""
         _append(self.timing, {"images": images_seen, "time": round(time.time(), 3), **values})
         self._draw(images_seen, values)
+
+    def show_config(self, config: Mapping[str, object]) -> None:
+        """Put the settings on the board, as a table."""
+        if self._board is not None:
+            rows = "\n".join(f"| {key} | {value} |" for key, value in config.items())
+            self._board.add_text("config", f"| setting | value |\n|---|---|\n{rows}", 0)
+
+    def show_grid(self, path: Path, images_seen: int) -> None:
+        """Put the grid in a PNG file on the board."""
+        if self._board is not None:
+            self._board.add_image("samples", decode(path.read_bytes()), images_seen, dataformats="HWC")
+
+    def flush_board(self) -> None:
+        """Bring to the disk what the board has so far: a checkpoint that is resumed from must not lack it there."""
+        if self._board is not None:
+            self._board.flush()
 
     def _draw(self, images_seen: int, values: dict[str, float]) -> None:
         if self._board is not None:
@@ -187,9 +205,12 @@ class RunDirectory:
         self._withdraw()
         self._lock.close()
 
+    def _has_checkpoint(self) -> bool:
+        return any(self.path.glob("checkpoints/*/state.json"))
+
     def _withdraw(self) -> None:
         """Remove what this start has made, unless a run has come of it."""
-        if any(self.path.glob("checkpoints/*/state.json")):  # saved before the first record, or from the mirror
+        if self._has_checkpoint():  # saved before the first record, or from the mirror
             return
         for entry in self._new:
             if entry.parent == self.path and entry.name in FOLDERS:

@@ -1,16 +1,20 @@
-"""Records the progress of a run: metrics.jsonl, TensorBoard, /metrics, and the progress line."""
+"""Records the progress of a run: metrics.jsonl, TensorBoard, other trackers, /metrics, and the progress line."""
 
 import logging
 import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.checkpoints.mirror import HURRIED_SECONDS, PATIENCE_SECONDS
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import RunConfig
 from pipeline.training.run_directory import RunDirectory
+from pipeline.training.trackers.open import open_outboxes
+from pipeline.training.trackers.outbox import Outbox, flat_config
 from pipeline.training.window import Report
 
 if TYPE_CHECKING:
@@ -57,17 +61,35 @@ class RunLog:
         self._mirror_failures = 0
         self._slow_windows = 0
         self._build_command = ""
+        self._outboxes: list[Outbox] = []
+        self._shows_grids = False
+        self._sent = 0
 
-    def begin(self, description: dict[str, Any], images_seen: int, accelerator: "Accelerator") -> None:
-        """Write config.json, begin TensorBoard's files, and set the metrics of a run that starts at `images_seen`."""
+    def begin(
+        self,
+        description: dict[str, Any],
+        images_seen: int,
+        accelerator: "Accelerator",
+        log_with: Sequence[str] = (),
+    ) -> None:
+        """Write config.json, begin TensorBoard's files, and set the metrics of a run that starts at `images_seen`.
+
+        `log_with` are the trackers that get its records as well.
+        """
         starts, data = 1, description["dataset"]
         if data["encoding"] == "tar":
             size, channels = (description["config"]["network"][name] for name in ("image_size", "channels"))
             spec = shlex.quote(data["source"].get("spec", "SPEC"))
             self._build_command = f"dcgan-data build webdataset {spec} OUT --size {size} --channels {channels}"
         if self.run is not None:
+            self._outboxes = open_outboxes(log_with, self.run.path, description, images_seen)
             starts = self.run.write_config(description)
             self.run.open_board(images_seen)
+            if "tensorboard" in log_with:
+                self._shows_grids = True
+                self.run.show_config(flat_config(description))
+            if images_seen:  # an earlier start may not have come to send what it had saved
+                self._send(images_seen)
         if (metrics := self.telemetry) is None:
             return
         metrics.set("dcgan_train_info", 1, precision=accelerator.mixed_precision, device=accelerator.device.type)
@@ -155,6 +177,13 @@ class RunLog:
                 if math.isfinite(value):
                     self.telemetry.set("dcgan_train_quality", value, metric=name)
 
+    def grid(self, path: Path, images_seen: int) -> None:
+        """Record a grid that was just drawn."""
+        if self.run is not None and self._shows_grids:
+            self.run.show_grid(path, images_seen)
+        for outbox in self._outboxes:
+            outbox.drew(path)
+
     def stopped(self, seconds: Mapping[str, float], seen: int) -> None:
         """Account the time of grids, evaluations and checkpoints to their own phases, not to the training rate."""
         self._busy_seconds += sum(seconds.values())
@@ -168,9 +197,23 @@ class RunLog:
 
     def written(self, checkpoint: "Written | None") -> None:
         """Record the last checkpoint that is complete."""
+        if checkpoint is not None:
+            self._send(checkpoint.images_seen)
         if self.telemetry is not None and checkpoint is not None:
             self.telemetry.set("dcgan_train_checkpoint_write_duration_seconds", checkpoint.seconds)
             self.telemetry.set("dcgan_train_checkpoint_timestamp_seconds", checkpoint.timestamp)
+
+    def _send(self, images_seen: int) -> None:
+        if images_seen != self._sent:
+            self._sent = images_seen
+            for outbox in self._outboxes:
+                outbox.send(images_seen)
+
+    def close(self, *, hurry: bool = False) -> None:
+        """Wait until the trackers have everything, for a time; less of it when the run was asked to stop."""
+        until = time.monotonic() + (HURRIED_SECONDS if hurry else PATIENCE_SECONDS)
+        for outbox in self._outboxes:
+            outbox.close(until)
 
     def _line(self, report: Report, seen: int, rate: float, wait: float) -> str:
         values, left = report.values, max(self.target - seen, 0) / rate

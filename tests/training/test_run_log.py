@@ -77,7 +77,7 @@ def test_time_for_other_tasks_does_not_slow_the_rate(tmp_path: Path) -> None:
         log.window(REPORT, 512)
         log.window(REPORT, 1024)
         log.written(None)
-        log.written(Written(7.0, 1e9))
+        log.written(Written(7.0, 1e9, 256))
 
         def shown(name: str, **labels: str) -> float | None:
             return telemetry.registry.get_sample_value(f"dcgan_train_{name}", {**telemetry.identity, **labels})

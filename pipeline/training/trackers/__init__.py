@@ -1,0 +1,1 @@
+"""Other programs' records of a run: Weights & Biases, MLflow."""

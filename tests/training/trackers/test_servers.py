@@ -155,7 +155,7 @@ def test_killed_twice_is_one_run_without_a_step_twice(faces32: Path, tmp_path: P
     pictures = [re.fullmatch(r"images/samples\Wstep\W(\d+)\W.*\.png", name) for name in files]
     assert sorted(int(match[1]) for match in pictures if match) == GRIDS
 
-    reader, environment = [BIN / "python", "-c", READ, out], {**os.environ, "PYTHONPATH": str(ROOT)}
+    reader, environment = [str(BIN / "python"), "-c", READ, str(out)], {**os.environ, "PYTHONPATH": str(ROOT)}
     read = subprocess.run(reader, capture_output=True, text=True, check=True, env=environment)
     records = [json.loads(line) for line in read.stdout.splitlines()]
     assert len({record["file"] for record in records}) == 1  # every start has a file of the one id

@@ -76,21 +76,6 @@ def test_ranks_have_the_names_by_which_they_meet(render: Render) -> None:
     assert service["spec"]["selector"].items() <= labels.items()
 
 
-@pytest.mark.parametrize("code", [1, 2, 65, 69, 75, 78, 130, 137, 143])
-def test_a_step_is_tried_again_as_its_job_would_be(render: Render, code: int) -> None:
-    for name, template in made(render, "single-gpu")[1].items():
-        if name == "chain":
-            continue
-        strategy = template["retryStrategy"]
-        found = re.fullmatch(
-            r"lastRetry\.status == 'Error' \|\| !\(asInt\(lastRetry\.exitCode\) in (\[.*\])\)", strategy["expression"]
-        )
-        assert found is not None
-        assert (code in json.loads(found[1])) == (code in (2, 65, 69, 78))
-        assert strategy["limit"] > 0
-        assert strategy["retryPolicy"] == "Always"
-
-
 def test_the_entrypoint_is_that_of_the_image() -> None:
     found = re.search(r"^ENTRYPOINT (\[.*\])$", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
     assert found is not None

@@ -122,6 +122,7 @@ test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and 
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/interop webdataset==0.2.111 torchdata==0.9.0
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/runtimes/onnxruntime onnxruntime==1.16.0 numpy==1.26.4
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/runtimes/openvino openvino==2023.0.2 numpy==1.26.4
+	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/litdata litdata==0.2.76
 	$(BIN)/pytest -m slow tests/interop
 	$(BIN)/pytest tests/data/sources/test_tables.py
 

@@ -35,6 +35,9 @@ SOURCES = {
     "parquet": Entry("tables.source", "Parquet", frozenset({"column"})),
     "huggingface": Entry("tables.source", "HuggingFace", frozenset({"column", "config", "split"})),
     "arrays": Entry("packed.arrays", "Arrays", frozenset({"split", "column"})),
+    "tfrecord": Entry("packed.tfrecord", "TfRecords", frozenset({"column"})),
+    "mds": Entry("packed.streams", "Streams", frozenset({"split", "column"})),
+    "litdata": Entry("packed.streams", "Streams", frozenset({"split", "column"})),
     "webdataset": Entry("tars", "Tars"),
     "faces": Entry("folder", "Folder", frozenset({"labels", "all_files"})),
 }

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -29,8 +30,13 @@ def is_table(name: str) -> bool:
 
 def find_tables(location: str) -> tuple[str, list[str]]:
     """Return the folder or URL that SRC names, and the paths of the tables in it. Raises UsageError, DataError."""
+    return find_named(location, is_table, ".parquet, .arrow or .feather file")
+
+
+def find_named(location: str, wanted: Callable[[str], bool], expected: str) -> tuple[str, list[str]]:
+    """Return the folder or URL that SRC names, and the paths of the files in it that are `wanted` by their names."""
     pattern = glob.has_magic(location) and not os.path.exists(location)
-    if not pattern and (os.path.isfile(location) or is_table(location.partition("?")[0])):
+    if not pattern and (os.path.isfile(location) or wanted(location.partition("?")[0])):
         folder, slash, name = location.rpartition("/")
         return (folder or slash or "."), [name]
     root, below = location, ""
@@ -40,11 +46,11 @@ def find_tables(location: str) -> tuple[str, list[str]]:
         root = "/".join(parts[:first]) or ("/" if location.startswith("/") else ".")
         below = "/".join(parts[first:])
     found = [path for path in _all_files(root) if not below or _matches(path, below)]
-    tables = sorted(path for path in found if is_table(path))
-    if not tables:
+    named = sorted(path for path in found if wanted(path))
+    if not named:
         there = f", but {', '.join(sorted(found)[:4])}" if found else ""
-        raise DataError(f"{location}: no .parquet, .arrow or .feather file here{there}")
-    return root, tables
+        raise DataError(f"{location}: no {expected} here{there}")
+    return root, named
 
 
 def joined(root: str, path: str) -> str:
@@ -110,7 +116,7 @@ def _all_files(root: str) -> list[str]:
         store = Store(root)
         return [store.shown(path) for path, _ in store.find()]
     if not Path(root).is_dir():
-        raise UsageError(f"{root}: no such folder or file; expected parquet or arrow files")
+        raise UsageError(f"{root}: no such folder or file")
     found = []
     for folder, folders, names in os.walk(root, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -74,6 +74,8 @@ REFUSED: list[tuple[str, int]] = [
     ("data build parquet {texts} OUT", 65),
     ("data build parquet {pictures} OUT --split train", 2),
     ("data build huggingface {nosuch} OUT", 2),
+    ("data build auto {texts} OUT", 2),
+    ("data build auto {nosuch} OUT", 2),
     ("data build arrays {texts}/notes.txt OUT", 65),
     ("data build tfrecord {texts} OUT", 65),
     ("data build mds {texts} OUT", 2),

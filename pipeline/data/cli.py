@@ -13,7 +13,7 @@ from pipeline.common.shapes.size import Channels as ChannelCount
 from pipeline.common.shapes.size import parse_size, written
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
 from pipeline.data.build.options import DEFAULT_MARGIN, DEFAULT_MAX_BAD, DEFAULT_QUALITY, LARGEST_SEED, BuildOptions
-from pipeline.data.sources.registry import SOURCES
+from pipeline.data.sources.registry import AUTO, SOURCES
 
 app = command_group(help="Build data sets of images, check them and show them.")
 
@@ -111,8 +111,8 @@ def _check_fill(fit: FitName, fill: str) -> None:
 
 
 def _require_source(kind: str) -> str:
-    if kind not in SOURCES:
-        raise typer.BadParameter(f"{kind!r} is not one of {', '.join(SOURCES)}")
+    if kind not in (AUTO, *SOURCES):
+        raise typer.BadParameter(f"{kind!r} is not one of {', '.join((AUTO, *SOURCES))}")
     return kind
 
 
@@ -123,8 +123,8 @@ def build(
         typer.Argument(
             metavar="SOURCE",
             callback=_require_source,
-            autocompletion=lambda: list(SOURCES),
-            help=f"What SRC is: {', '.join(SOURCES)}.",
+            autocompletion=lambda: [AUTO, *SOURCES],
+            help=f"What SRC is: {', '.join(SOURCES)}. auto: recognized, with the command that it stands for.",
         ),
     ],
     src: Annotated[

@@ -1,7 +1,9 @@
 """`dcgan-data build`: opens the source, plans the build, runs it and prints the result."""
 
 import os
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from pipeline.data.build.transform import Recipe
 from pipeline.data.dataset import Dataset
 from pipeline.data.shard_reader import iterate
 from pipeline.data.sources.interface import Items, Listing, Source
-from pipeline.data.sources.registry import open_source
+from pipeline.data.sources.recognize import recognize
+from pipeline.data.sources.registry import AUTO, open_source
 
 
 def build_all(options: BuildOptions) -> None:
@@ -33,6 +36,8 @@ def build_all(options: BuildOptions) -> None:
             f"--part {part} with --overwrite: every part would remove the shards of the others; run "
             f"`dcgan-data clear {options.out}` once, then the parts without --overwrite"
         )
+    if options.kind == AUTO:
+        options = _recognized(options)
     state.refuse_overlap(options.src, options.out)
     recipe = _recipe(options)
     given: dict[str, Any] = {
@@ -81,6 +86,14 @@ def build_all(options: BuildOptions) -> None:
                 print(f"{out}: already built with these options, nothing to do ({there.images:,} images)")
             else:
                 _build_one(options, source, listing, one, recipe, out, part, telemetry)
+
+
+def _recognized(options: BuildOptions) -> BuildOptions:
+    """Return the options with the source that reads SRC, and say which it is."""
+    kind, what = recognize(options.src)
+    words = shlex.join(["dcgan-data", "build", kind, *sys.argv[3:]] if sys.argv[1:3] == ["build", AUTO] else [kind])
+    print(one_line(f"{options.src}: {what}. The same as: {words}"), file=sys.stderr)
+    return replace(options, kind=kind)
 
 
 def _build_one(

@@ -41,6 +41,8 @@ SOURCES = {
     "webdataset": Entry("tars", "Tars"),
     "faces": Entry("folder", "Folder", frozenset({"labels", "all_files"})),
 }
+AUTO = "auto"
+"""In the place of a source: what SRC is is recognized."""
 _OPTION_NAMES = {
     "labels": "--labels",
     "all_files": "--all-files",

@@ -93,6 +93,11 @@ def select(location: str, paths: list[str], config: str | None, split: str | Non
     return chosen, note
 
 
+def has_splits(paths: list[str]) -> bool:
+    """Whether the names of tables say to which split they belong."""
+    return any(_place(path)[1] != "all" for path in paths if is_table(path))
+
+
 def _place(path: str) -> tuple[str, str]:
     """Return the configuration and the split of a file by its path in its repository."""
     *folders, name = path.split("/")

@@ -124,7 +124,7 @@ test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and 
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/runtimes/openvino openvino==2023.0.2 numpy==1.26.4
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/litdata litdata==0.2.76
 	$(BIN)/pytest -m slow tests/interop
-	$(BIN)/pytest tests/data/sources/test_tables.py
+	$(BIN)/pytest tests/data/sources/test_tables.py tests/data/test_convert.py
 
 test-trackers: build/trackers/.installed ## runs that are killed and resumed, in MLflow on its own server and in W&B offline; installs them
 	$(BIN)/pytest -m slow -rs tests/training/trackers

@@ -339,6 +339,35 @@ def merge(
         report(builder.merge(out, parts or [], max_bad=max_bad))
 
 
+class FormName(StrEnum):
+    """What `convert` writes."""
+
+    folder = "folder"
+    zip = "zip"
+    parquet = "parquet"
+
+
+@app.command()
+def convert(
+    data: Location,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="New folder or zip on a disk.")],
+    to: Annotated[
+        FormName,
+        typer.Option(
+            help="folder: pictures and metadata.jsonl; zip: the same, in one file; parquet: as Hugging Face has it."
+        ),
+    ] = FormName.folder,
+) -> None:
+    """Write a data set in a form that other programs read. Encoded images stay as they are, pixels become PNGs."""
+    from pipeline.data.build.state import refuse_overlap
+    from pipeline.data.convert import convert as write
+    from pipeline.data.index.command import data_set
+
+    with data_set(data) as dataset:
+        refuse_overlap(data, target)
+        write(dataset, target, to.value)
+
+
 @app.command()
 def clear(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a data set, or of an unfinished build.")],

@@ -47,6 +47,7 @@ REFUSED: list[tuple[str, int]] = [
     ("data build folder {nosuch} OUT", 2),
     ("data build folder {texts} OUT", 65),
     ("data build folder {pictures} OUT --channels 2", 2),
+    ("data build folder {pictures} OUT --window 9,1", 2),
     ("data build folder {pictures} OUT --where color=red", 2),
     ("data build folder {pictures} OUT --val-fraction 0.000001", 2),
     ("data build folder {pictures} OUT --category x", 2),

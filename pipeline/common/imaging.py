@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from pipeline.common.pictures.color import is_srgb, to_srgb
+from pipeline.common.pictures.dicom import INVERTED, STATED, BadDicom, open_dicom
 from pipeline.common.pictures.formats import HEAD_BYTES, USUAL, advice, enable, kind_of
+from pipeline.common.pictures.window import apply_window
 from pipeline.common.shapes.frame import MODES, Frame, over_checkerboard, place, premultiply, sound, straight
 from pipeline.common.storage import write_atomic
 
@@ -50,11 +52,15 @@ def open_image(data: bytes) -> Image.Image:
             raise BadImage(f"{kind} pictures: {advice(kind)}")
         formats = (kind,)
     try:
+        if kind == "DICOM":
+            return open_dicom(data, MAX_PIXELS)
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
         raise BadImage("not an image") from None
     except Image.DecompressionBombError:
         raise BadImage("too many pixels") from None
+    except BadDicom as error:
+        raise BadImage(str(error)) from None
     except Exception as error:
         raise BadImage(f"undecodable ({type(error).__name__})") from None
     if image.width * image.height > MAX_PIXELS:
@@ -62,17 +68,24 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
-def upright(image: Image.Image, channels: int) -> Image.Image:
+def upright(image: Image.Image, channels: int, window: str = "") -> Image.Image:
     """Decode the first frame, apply its EXIF orientation, and return it as mode L, RGB or RGBA. Raises BadImage.
 
     Colors become sRGB by an embedded profile; transparency is composited on white, except in RGBA; 16-bit gray is
-    scaled to 8 bits, and so are floating-point pixels from 0 to 1, while others are refused.
+    scaled to 8 bits, and so are floating-point pixels from 0 to 1, while others are refused. With `window` that part of
+    the values becomes the grays.
     """
     mode = MODES[channels]
     try:
         image.load()
         image = to_srgb(ImageOps.exif_transpose(image))
-        if image.mode in _SIXTEEN_BIT:
+        info = image.info
+        if window and (image.mode in _SIXTEEN_BIT or image.mode == "F"):
+            try:
+                image = Image.fromarray(apply_window(np.asarray(image), window, info.get(STATED)))
+            except ValueError as error:
+                raise BadImage(str(error)) from None
+        elif image.mode in _SIXTEEN_BIT:
             values = np.clip(np.asarray(image, np.float32) * (255 / 65535) + 0.5, 0, 255)
             image = Image.fromarray(values.astype(np.uint8))
         elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -81,6 +94,8 @@ def upright(image: Image.Image, channels: int) -> Image.Image:
             image = picture if channels == 4 else Image.alpha_composite(white, picture)
         elif image.mode == "F":
             image = _from_unit(np.asarray(image))
+        if info.get(INVERTED):
+            image = ImageOps.invert(image)
         return image if image.mode == mode else image.convert(mode)
     except BadImage:
         raise
@@ -93,7 +108,7 @@ def _from_unit(values: NDArray[np.float32]) -> Image.Image:
     """Return floating-point pixels (H, W) from 0 to 1 as gray. Raises BadImage for other ranges."""
     low, high = float(values.min()), float(values.max())
     if not 0 <= low <= high <= 1:  # also where one is not a number
-        raise BadImage(f"floating-point pixels from {low:.0e} to {high:.0e}, expected 0 to 1")
+        raise BadImage(f"floating-point pixels from {low:.0e} to {high:.0e}, expected 0 to 1, or --window")
     return Image.fromarray((values * 255 + 0.5).astype(np.uint8))
 
 
@@ -115,7 +130,7 @@ def load_image(data: bytes, frame: Frame) -> Pixels:
         if min(image.size) < frame.min_side:
             raise BadImage(f"smaller than {frame.min_side} pixels")
         image.draft(None, _twice(image, frame))
-        image = upright(image, frame.channels)
+        image = upright(image, frame.channels, frame.window)
     mode = MODES[frame.channels]
     return place(image if image.mode == mode else image.convert(mode), frame)
 

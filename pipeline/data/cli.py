@@ -60,6 +60,18 @@ def _fill(value: str) -> str:
         raise typer.BadParameter(f"{value}: {error}") from None
 
 
+def _window(value: str) -> str:
+    """Return `--window`, checked."""
+    if not value:
+        return value
+    from pipeline.common.pictures.window import check_window
+
+    try:
+        return check_window(value)
+    except ValueError as error:
+        raise typer.BadParameter(f"{value}: {error}") from None
+
+
 SMALLEST_SIDE, LARGEST_SIDE = 4, 4096
 
 
@@ -153,6 +165,15 @@ def build(
     min_side: MinSide = BuildOptions.min_side,
     fit: FitOption = FitName(BuildOptions.fit),
     fill: Fill = BuildOptions.fill,
+    window: Annotated[
+        str,
+        typer.Option(
+            metavar="LO,HI|percentile:LO,HI|file",
+            callback=_window,
+            help="Values of 16-bit and floating-point pictures that become black and white: two numbers, two "
+            "percentiles of each picture, or the window that a DICOM file states.",
+        ),
+    ] = BuildOptions.window,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -236,6 +257,7 @@ def build(
             min_side=min_side,
             fit=fit.value,
             fill=fill,
+            window=window,
             labels=labels,
             all_files=all_files,
             categories=tuple(category or ()),

@@ -5,12 +5,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
-HEAD_BYTES = 64
+HEAD_BYTES = 132
 """Bytes from a file's beginning that tell its format."""
 
 
 class Extra(NamedTuple):
-    """A format that Pillow decodes only with another package."""
+    """A format that is decoded only with another package."""
 
     name: str
     """The extra of pyproject.toml."""
@@ -30,32 +30,34 @@ SUFFIXES = {
     "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
     "HEIF": (".heic", ".heif", ".heics", ".heifs", ".hif"),
     "JXL": (".jxl",),
+    "DICOM": (".dcm", ".dicom"),
 }
-"""Pillow's names of the formats that are decoded. Others run programs (EPS), or are rarely used and rarely tested."""
+"""Pillow's names of the formats that are decoded, and DICOM. Others run programs (EPS), or are rarely used."""
 USUAL = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 """Those that every Pillow has."""
-EXTRAS = {"HEIF": Extra("heif", "pillow_heif"), "JXL": Extra("jxl", "pillow_jxl")}
+EXTRAS = {"HEIF": Extra("heif", "pillow_heif"), "JXL": Extra("jxl", "pillow_jxl"), "DICOM": Extra("dicom", "pydicom")}
 _FEATURES = {"AVIF": "avif", "JPEG2000": "jpg_2000"}  # parts that a Pillow may lack
 
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _SIGNATURES = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"GIF8", "GIF"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"\xff\x4f\xff\x51", "JPEG2000"),
-    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
-    (b"\xff\x0a", "JXL"),
-    (b"\0\0\0\x0cJXL \r\n\x87\n", "JXL"),
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (0, b"GIF8", "GIF"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"\xff\x4f\xff\x51", "JPEG2000"),
+    (0, b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
+    (0, b"\xff\x0a", "JXL"),
+    (0, b"\0\0\0\x0cJXL \r\n\x87\n", "JXL"),
+    (128, b"DICM", "DICOM"),
 )
 
 
 def kind_of(head: bytes) -> str | None:
     """Return the format of a file that begins with `head`, at least HEAD_BYTES of it, or None if it is no picture."""
-    for signature, kind in _SIGNATURES:
-        if head.startswith(signature):
+    for start, signature, kind in _SIGNATURES:
+        if head.startswith(signature, start):
             return kind
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"

@@ -28,6 +28,8 @@ class Frame(NamedTuple):
     fit: Fit = "crop"
     fill: str = ""
     """The margins of `pad`: a color, `edge`, or '' for black; in RGBA for transparent."""
+    window: str = ""
+    """The part of 16-bit and floating-point values that becomes grays; see `check_window`."""
 
     @property
     def width(self) -> int:

@@ -134,6 +134,7 @@ def _recipe(options: BuildOptions) -> Recipe:
         "min_side": options.min_side,
         "fit": options.fit,
         "fill": options.fill,
+        "window": options.window,
     }
     if options.encoding == "jpg" and options.channels == 4:
         raise UsageError("--encoding jpg with --channels 4: a JPEG has no transparency; use packed, png or webp")

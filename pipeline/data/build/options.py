@@ -34,6 +34,7 @@ class BuildOptions:
     min_side: int = 1
     fit: "Fit" = "crop"
     fill: str = ""
+    window: str = ""
     labels: str | None = None
     all_files: bool = False
     categories: tuple[str, ...] = ()

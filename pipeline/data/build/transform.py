@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field
 
 from pipeline.common.imaging import Pixels, encode, is_ready, load_image, reframe
+from pipeline.common.pictures.window import check_window
 from pipeline.common.records import Record
 from pipeline.common.shapes.frame import Fit, Frame, check_fill
 from pipeline.common.shapes.size import Channels, between
@@ -35,6 +36,8 @@ class Recipe(Record):
     """How a picture of another proportion becomes an image."""
     fill: Annotated[str, AfterValidator(check_fill)] = Field("", exclude_if=lambda fill: not fill)
     """The margins of `pad`."""
+    window: Annotated[str, AfterValidator(check_window)] = Field("", exclude_if=lambda window: not window)
+    """The part of 16-bit and floating-point values that becomes grays."""
 
     extra_labels: ClassVar[dict[str, LabelType]] = {}
     """Labels that `make` adds to those of the picture."""
@@ -42,7 +45,7 @@ class Recipe(Record):
     @property
     def frame(self) -> Frame:
         """The form that every picture is brought to."""
-        return Frame(self.size, self.channels, self.min_side, self.fit, self.fill)
+        return Frame(self.size, self.channels, self.min_side, self.fit, self.fill, self.window)
 
     def make(self, item: Item, picture: bytes | Pixels) -> list[Made]:
         """Return the images that a picture becomes, as (key, image, labels). Raises BadImage."""

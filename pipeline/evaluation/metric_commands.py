@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.common.errors import UsageError
 from pipeline.evaluation.options import (
     Count,
     Data,
@@ -22,6 +23,13 @@ from pipeline.evaluation.options import (
 from pipeline.evaluation.results import output_folder
 
 commands = typer.Typer()
+
+EXTRACTORS = (
+    "inception (that of published numbers; 96 MB, fetched once), fallback, or path or URL of a .pt (TorchScript), "
+    ".onnx or classifier.safetensors."
+)
+ExtractorHash = Annotated[str | None, typer.Option(help="SHA-256 of the extractor; required for a URL.")]
+Resize = Annotated[int | None, typer.Option(help="Resize images to this many pixels for the extractor.", min=1)]
 
 
 @commands.command()
@@ -71,13 +79,27 @@ def labels(
     count: Annotated[int, typer.Option(help="Samples of each class.", min=2)] = 500,
     epochs: Annotated[int, typer.Option(help="Passes of the classifier over the real images.", min=1)] = 12,
     seed: Seed = 0,
+    extractor: Annotated[str | None, typer.Option(help=f"Also FID by class, by {EXTRACTORS}")] = None,
+    extractor_sha256: ExtractorHash = None,
+    resize: Resize = None,
 ) -> None:
-    """Whether samples show the class that was wanted, by a classifier trained on real images; SWD by class."""
+    """Whether samples show the class that was wanted, by a classifier trained on real images; SWD and FID by class."""
     folder = output_folder(out, ckpt)
+    if extractor is None and not (extractor_sha256 is None and resize is None):
+        raise UsageError("--extractor-sha256 and --resize are of an --extractor, and none is named")
+    from pipeline.evaluation.metrics.extractors import load_extractor
     from pipeline.evaluation.metrics.labels import measure_labels
 
     numbers = measure_labels(
-        folder, ckpt=ckpt, samples=samples, data=data, label=names_of(label), count=count, seed=seed, epochs=epochs
+        folder,
+        ckpt=ckpt,
+        samples=samples,
+        data=data,
+        label=names_of(label),
+        count=count,
+        seed=seed,
+        epochs=epochs,
+        extractor=None if extractor is None else load_extractor(extractor, extractor_sha256, resize=resize),
     )
     show(dict(numbers), folder, "labels")
 
@@ -101,19 +123,9 @@ def _feature_metric(metric: Metric) -> Callable[..., None]:
         out: Out = None,
         count: Count = 10_000,
         seed: Seed = 0,
-        extractor: Annotated[
-            str,
-            typer.Option(
-                help="inception (that of published numbers; 96 MB, fetched once), fallback, or path or URL of a .pt "
-                "(TorchScript), .onnx or classifier.safetensors."
-            ),
-        ] = "fallback",
-        extractor_sha256: Annotated[
-            str | None, typer.Option(help="SHA-256 of the extractor; required for a URL.")
-        ] = None,
-        resize: Annotated[
-            int | None, typer.Option(help="Resize images to this many pixels for the extractor.", min=1)
-        ] = None,
+        extractor: Annotated[str, typer.Option(help=EXTRACTORS)] = "fallback",
+        extractor_sha256: ExtractorHash = None,
+        resize: Resize = None,
         cache: Annotated[
             Path | None, typer.Option(help="Keep the statistics of the real images in this folder.")
         ] = None,

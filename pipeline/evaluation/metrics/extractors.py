@@ -43,6 +43,8 @@ class Extractor(ABC):
 
     name: str
     sha256: str
+    resize: int | None = None
+    """Pixels that images are resized to before it."""
 
     @abstractmethod
     def extract(self, images: Pixels) -> Extraction:

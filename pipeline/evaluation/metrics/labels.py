@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.common.imaging import Pixels
 from pipeline.common.progress import Progress
+from pipeline.common.ranks import ALONE
 from pipeline.config import NetworkConfig
 from pipeline.evaluation import charts
 from pipeline.evaluation.classifier import BATCH, AttributeNet
@@ -20,13 +21,19 @@ from pipeline.evaluation.confidence import wilson
 from pipeline.evaluation.device import device, to_network
 from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics.class_samples import Places, load_reals, open_class_samples
+from pipeline.evaluation.metrics.extractors import Extractor
+from pipeline.evaluation.metrics.feature_distances import Moments, frechet_distance
+from pipeline.evaluation.metrics.feature_extraction import extract_features
 from pipeline.evaluation.metrics.swd import SMALLEST_LEVEL, Sampling, distances, project
 from pipeline.evaluation.results import Result
 from pipeline.model.labels import label_values
 from pipeline.model.sampling import GRID_CLASSES, GRID_COLUMNS
 
 FEWEST = 32
-"""Images that the SWD of a class needs at least, of each set that it compares."""
+"""Images that the distance of a class needs at least, of each set that it compares."""
+
+Distances = dict[str, tuple[float, float]]
+"""By metric, the distance of samples, and that of other real images, to the same real images."""
 
 
 def measure_labels(
@@ -39,16 +46,19 @@ def measure_labels(
     count: int,
     seed: int,
     epochs: int,
+    extractor: Extractor | None = None,
 ) -> dict[str, float]:
     """Write labels.json and its pictures, and return the numbers. `count` samples of each class are measured.
 
-    Raises UsageError for samples without labels and networks without `network.label`, DataError when `data` lacks one
-    of the classes.
+    With an extractor, also by the Fréchet distance of each class. Raises UsageError for samples without labels and
+    networks without `network.label`, DataError when `data` lacks one of the classes.
     """
     subject = open_class_samples(ckpt, samples, label)
     names, titles = subject.network.classes, subject.network.class_titles
     reals, truth = load_reals(data, subject)
-    settings = {"samples_of_each_class": count, "seed": seed, "epochs": epochs, "held_out": HELD_OUT}
+    settings: dict[str, Any] = {"samples_of_each_class": count, "seed": seed, "epochs": epochs, "held_out": HELD_OUT}
+    if extractor is not None:
+        settings |= {"extractor": extractor.name, "extractor_sha256": extractor.sha256, "resize": extractor.resize}
     result = Result("labels", out, subject.description, reals.description, settings)
 
     held_out = max(1, int(len(truth) * HELD_OUT))
@@ -57,15 +67,14 @@ def measure_labels(
     on_reals = judge.predict(test.images)
     shown = _largest(truth, len(names))
     tally = _Tally(subject.network)
-    rows, swd = [], dict[int, tuple[float, float, int]]()
+    rows, measured = [], dict[int, tuple[Distances, int]]()
     with Progress("samples of each class", len(names) * count) as progress:
         for place in range(len(names)):
             pixels = subject.of_class(place, count, seed)
             tally.add(place, judge.predict(pixels), on_reals[truth[-held_out:] == place])
             if place in shown:
                 rows.append((f"{titles[place]}: {tally.share(place):.0%}", pixels[:GRID_COLUMNS]))
-                if measured := _class_swd(pixels, reals.images[truth == place], seed):
-                    swd[place] = measured
+                measured[place] = _distances(pixels, reals.images[truth == place], seed, extractor)
             progress.advance(count)
     numbers = tally.numbers()
     result.picture(charts.sheet(rows, GRID_COLUMNS), "Samples of each class, and how many the classifier takes for it")
@@ -86,16 +95,13 @@ def measure_labels(
         {
             **numbers,
             "by_class": {titles[place]: tally.row(place) for place in range(len(names))},
-            "swd_by_class": {
-                titles[place]: {"swd": ours, "real_against_real": theirs, "images": number}
-                for place, (ours, theirs, number) in swd.items()
-            },
+            **_by_metric(titles, measured),
         },
         summary=f"A classifier takes {numbers['agreement']:.1%} of the samples for what they were made to be, and "
         f"{numbers['agreement, real images']:.1%} of {held_out:,} real images that it has not learned from.",
-        table=_table(tally, titles, swd),
-        note="Classes count alike. SWD of a class compares equally many samples, and other real images of the class, "
-        "with the same half of the class's real images; it depends on their number.",
+        table=_table(tally, titles, measured),
+        note="Classes count alike. A distance of a class compares equally many samples, and other real images of the "
+        "class, with the same half of the class's real images; it depends on their number.",
     )
     return numbers
 
@@ -184,28 +190,56 @@ def _largest(truth: Places, classes: int) -> set[int]:
     return {*order[:GRID_CLASSES].tolist()}
 
 
-def _class_swd(fakes: Pixels, reals: Pixels, seed: int) -> tuple[float, float, int] | None:
-    """Return the SWD of samples, and of one half of the real images, to the other half, and how many each set has.
+def _distances(fakes: Pixels, reals: Pixels, seed: int, extractor: Extractor | None) -> tuple[Distances, int]:
+    """Return the distances of samples, and of one half of the real images, to the other half; and images of each set.
 
-    None for images too few or too small.
+    No distance of images too few; no SWD of images too small.
     """
     number = min(len(fakes), len(reals) // 2)
-    if number < FEWEST or fakes.shape[1] < SMALLEST_LEVEL:
-        return None
-    halves = reals[::2][:number], reals[1::2][:number]
-    target, other, ours = (
-        project(ArrayImages(images), Sampling(seed), real=real, device=device())
-        for images, real in ((halves[0], True), (halves[1], False), (fakes[:number], False))
-    )
-    return distances(target, ours)["swd"], distances(target, other)["swd"], number
+    if number < FEWEST:
+        return {}, number
+    target, other, ours = (ArrayImages(images[:number]) for images in (reals[::2], reals[1::2], fakes))
+    found: Distances = {}
+    if fakes.shape[1] >= SMALLEST_LEVEL:
+        near, *far = (
+            project(images, Sampling(seed), real=images is target, device=device()) for images in (target, ours, other)
+        )
+        found["swd"] = distances(near, far[0])["swd"], distances(near, far[1])["swd"]
+    if extractor is not None:
+        near_moments, *moments = (
+            Moments.of(extract_features(images, extractor, ALONE, None).features) for images in (target, ours, other)
+        )
+        found["fid"] = frechet_distance(near_moments, moments[0]), frechet_distance(near_moments, moments[1])
+    return found, number
 
 
-def _table(tally: _Tally, titles: Sequence[str], swd: dict[int, tuple[float, float, int]]) -> list[list[Any]]:
-    rows: list[list[Any]] = [["class", "samples", "agreement", "of real images", "SWD", "of real images", "images"]]
+def _metrics(measured: dict[int, tuple[Distances, int]]) -> list[str]:
+    """Return the metrics that at least one class has, in their order."""
+    return [name for name in ("swd", "fid") if any(name in found for found, _ in measured.values())]
+
+
+def _by_metric(titles: Sequence[str], measured: dict[int, tuple[Distances, int]]) -> dict[str, Any]:
+    """Return `swd_by_class`, and with an extractor `fid_by_class`."""
+    return {
+        f"{name}_by_class": {
+            titles[place]: {name: found[name][0], "real_against_real": found[name][1], "images": number}
+            for place, (found, number) in measured.items()
+            if name in found
+        }
+        for name in ("swd", "fid")
+        if name == "swd" or name in _metrics(measured)
+    }
+
+
+def _table(tally: _Tally, titles: Sequence[str], measured: dict[int, tuple[Distances, int]]) -> list[list[Any]]:
+    metrics = _metrics(measured)
+    headings = [heading for name in metrics for heading in (name.upper(), "of real images")]
+    rows: list[list[Any]] = [["class", "samples", "agreement", "of real images", *headings, "images"]]
     for place, title in enumerate(titles):
-        row, measured = tally.row(place), swd.get(place)
+        row, (found, number) = tally.row(place), measured.get(place, ({}, 0))
         real = row["agreement_real"]
-        distance = [round(measured[0], 1), round(measured[1], 1), measured[2]] if measured else ["", "", ""]
+        values = [value for name in metrics for value in found.get(name, (None, None))]
+        shown = ["" if value is None else float(f"{value:.3g}") for value in values]
         shares = [f"{tally.share(place):.1%}", "" if real is None else f"{real:.1%}"]
-        rows.append([title, row["samples"], *shares, *distance])
+        rows.append([title, row["samples"], *shares, *shown, number if found else ""])
     return rows

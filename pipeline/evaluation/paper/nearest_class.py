@@ -132,7 +132,8 @@ def run_nearest_class(
             *([t, r["test_images"], f"{r['error']:.1%}", f"{r['error_real']:.1%}"] for t, r in by_class.items()),
         ],
         published=[asdict(entry) for entry in published.NEAREST_CLASS],
-        note="Published numbers are of MNIST: 50,000 samples and 10 million.",
+        note="Published of MNIST by a DCGAN (Radford et al. 2015, table 3): 2.98 % by 50,000 samples, 1.48 % by "
+        "10 million; by real training images 3.1 %.",
     )
     return {"error": error, "error, real images": real_error, "error, most common class": common}
 

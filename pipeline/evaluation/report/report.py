@@ -72,6 +72,7 @@ def _collect(run: Path, read: dict[str, dict[str, Any]], folder: Path, bench: Se
         "verdict": verdict.verdict(metrics, read),
         "warning": verdict.discriminator_wins(metrics),
         "grids": _spread(grids),
+        "grid_samples": sections.grid_samples(config),
         "last_grid": grids[-1] if grids else None,
         "charts": curves.charts(metrics, timing),
         "quality": sections.quality_table(metrics, read),

@@ -14,6 +14,7 @@ from pipeline.common.svg import short
 from pipeline.config import RunConfig
 from pipeline.evaluation.report.curves import Entries
 from pipeline.model.networks import build_discriminator, build_generator
+from pipeline.model.sampling import GRID_CLASSES, GRID_COLUMNS
 
 ANALYSES = {
     "progress": ("The same samples over training", ""),
@@ -71,6 +72,14 @@ def summary(content: dict[str, Any], metrics: Entries) -> str:
     trained = f", trained on {data_name(content)}" + (f" ({total:,} images)" if total else "")
     length = f" for {seen:,} images" + (f", {seen / total:.1f} passes over them" if total else "") if seen else ""
     return f"{what}{trained}{length}."
+
+
+def grid_samples(content: dict[str, Any]) -> str:
+    """Return what a grid of the run shows, such as `64 samples`."""
+    config = run_config(content)
+    if config is None or not config.network.label:
+        return "64 samples"
+    return f"{GRID_COLUMNS} samples of each of {min(len(config.network.classes), GRID_CLASSES)} classes, of the same z"
 
 
 def facts(content: dict[str, Any], metrics: Entries, timing: Entries) -> list[tuple[str, str, str]]:

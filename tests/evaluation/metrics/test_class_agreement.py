@@ -11,9 +11,12 @@ from planted import planted
 from pipeline.checkpoints.weights import serialize
 from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig
-from pipeline.data.dataset import Dataset
+from pipeline.data.dataset import Dataset, open_dataset
+from pipeline.data.labeled import load_labeled
 from pipeline.data.shard_writer import ShardWriter, write_shard
 from pipeline.evaluation.metrics import labels
+from pipeline.evaluation.metrics.extractors import load_extractor
+from pipeline.evaluation.metrics.feature_distances import Moments, frechet_distance
 from pipeline.evaluation.metrics.swd import Sampling
 from pipeline.model.networks import build_generator, initialize
 
@@ -55,7 +58,8 @@ def test_samples_that_show_their_label_are_told_from_those_that_do_not(
     evaluate: Evaluate, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(labels, "Sampling", lambda seed: Sampling(seed, patches=16, directions=16))
-    done = evaluate("labels", "--samples", generation(tmp_path / "samples"), "--data", labeled, "--out", tmp_path)
+    options = ["--samples", generation(tmp_path / "samples"), "--data", labeled, "--extractor", "fallback"]
+    done = evaluate("labels", *options, "--out", tmp_path)
     assert done.code == 0, done.err
     written = json.loads((tmp_path / "labels.json").read_text())
     results = written["results"]
@@ -68,7 +72,16 @@ def test_samples_that_show_their_label_are_told_from_those_that_do_not(
     swd = results["swd_by_class"]["disc"]
     assert 0.5 < swd["swd"] / swd["real_against_real"] < 2, "they are of one distribution"
     assert swd["images"] == disc["samples"] > 32
+    fid = results["fid_by_class"]
+    assert fid["disc"]["images"] == swd["images"]
+    reals, fakes = (load_labeled(open_dataset(path)) for path in (labeled, tmp_path / "samples"))
+    discs, made = (each.images[each.columns["kind"] == "disc"] for each in (reals, fakes))
+    network = load_extractor("fallback")
+    moments = [Moments.of(network.extract(images[: swd["images"]]).features) for images in (discs[::2], made)]
+    assert fid["disc"]["fid"] == pytest.approx(frechet_distance(*moments), rel=1e-4)
+    assert written["settings"]["extractor"].startswith("dcgan-fallback-v1")
     assert [row[0] for row in written["table"]] == ["class", "disc", "square"]
+    assert written["table"][0][4:] == ["SWD", "of real images", "FID", "of real images", "images"]
 
 
 def test_a_conditional_checkpoint_of_several_labels(evaluate: Evaluate, labeled: Path, tmp_path: Path) -> None:
@@ -77,6 +90,7 @@ def test_a_conditional_checkpoint_of_several_labels(evaluate: Evaluate, labeled:
     done = evaluate("labels", "--ckpt", ckpt, "--data", labeled, "--out", tmp_path, "--epochs", 12, "--count", 20)
     assert done.code == 0, done.err
     results = json.loads((tmp_path / "labels.json").read_text())["results"]
+    assert "fid_by_class" not in results, "no extractor was named"
     assert {*results["by_class"]} == {"none", "bright", "disc", "bright+disc"}
     assert results["bright, real images"] > 0.9
     assert results["agreement"] < 0.5 < results["agreement, real images"], "it has learned nothing yet"
@@ -91,6 +105,7 @@ def test_a_conditional_checkpoint_of_several_labels(evaluate: Evaluate, labeled:
         ("--samples {data} --label hat", 2, "--label hat: "),
         ("--ckpt {plain}", 2, "is not conditioned on a label, so no class can be wanted"),
         ("--ckpt {ckpt} --label disc", 2, "is conditioned on kind"),
+        ("--ckpt {ckpt} --resize 64", 2, "--resize are of an --extractor, and none is named"),
         ("--ckpt {ckpt} --samples {data}", 2, "and not both"),
         ("--ckpt {ckpt}", 65, "has no images of class ring (and of 0 others)"),
     ],

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.svg import Line, line_chart, ticks
 from pipeline.evaluation.animation import animate
-from pipeline.evaluation.charts import bars
+from pipeline.evaluation.charts import bars, sheet
 from pipeline.evaluation.cli import app
 from pipeline.evaluation.report.report import write_report
 from pipeline.evaluation.results import Result
@@ -48,6 +48,11 @@ def shown_run(tmp_path_factory: pytest.TempPathFactory, pictures: NDArray[np.uin
     walk = Result("interpolate", folder / "evaluation", {"source": "x"})
     walk.picture(pictures[:9].transpose(1, 0, 2, 3).reshape(64, -1, 3), "Nine steps <b>between</b> two samples")
     walk.write({"steps": 9}, summary="The walk is smooth.", table=[["pair", "roughness"], ["1", 0.25]])
+    classes = Result("labels", folder / "evaluation", {"source": "x"})
+    rows = [(f"{name}: 9{digit} %", pictures[digit : digit + 8]) for digit, name in enumerate(("none", "male", "both"))]
+    classes.picture(sheet(rows, 8), "Samples of each class, and how many the classifier takes for it")
+    classes.write({"agreement": 0.95}, summary="A classifier takes 95 % of them for what they were made to be.",
+                  table=[["class", "samples", "FID"], ["male", 1000, 12.5]])  # fmt: skip
     moving = Result("progress", folder / "evaluation", {"source": "x"})
     moving.animation(animate([*pictures[:3].repeat(2, 1).repeat(2, 2)], "webp", [0.2] * 3), "webp", "Three moments")
     moving.write({"frames": 3}, summary="It moves.")
@@ -71,7 +76,7 @@ def test_a_browser_without_network_shows_the_whole_page(
     assert seen.errors == []
     assert seen.requests == [page.as_uri()]
     pictures: list[Any] = seen.values["pictures"]
-    assert len(pictures) == 1 + 6 + 1 + 1  # the newest grid, grids over time, an animation, the walk
+    assert len(pictures) == 1 + 6 + 1 + 1 + 1  # the newest grid, grids over time, an animation, classes, the walk
     moving = (shown_run / "evaluation/progress.webp").read_bytes()
     assert base64.b64encode(moving).decode() in page.read_text()  # all its frames
     for complete, natural_width, shown_width, alt in pictures:
@@ -84,7 +89,8 @@ def test_a_browser_without_network_shows_the_whole_page(
     assert seen.values["overflow"] <= 0
     text = seen.values["text"]
     for expected in ("5,000 images", "64,000 images", "23.26", "8.93", "real against real", "Compare with care.",
-                     "The walk is smooth.", "It moves.", "SWD × 1000 was 23.1 at its best",
+                     "The walk is smooth.", "It moves.",
+                     "The class that was wanted", "A classifier takes 95 %", "12.5", "SWD × 1000 was 23.1 at its best",
                      "Nine steps <b>between</b>", "250.5", "a CPU"):  # fmt: skip
         assert expected in text, expected
     brightness = [sum(map(int, seen.values[key][4:-1].split(","))) for key in ("background", "ink")]
@@ -101,6 +107,22 @@ def test_a_run_that_has_only_begun_has_a_page_too(shown_run: Path, tmp_path: Pat
     assert seen.values["pictures"] == []
     assert "trained on faces (5,000 images)" in seen.values["text"]
     assert "Curves" not in seen.values["text"]
+
+
+def test_a_conditional_run_says_what_its_grid_shows(shown_run: Path, tmp_path: Path) -> None:
+    plain = write_report(shown_run, tmp_path / "plain.html").read_text()
+    assert "64,000 images into training: 64 samples, not selected." in plain
+    content = json.loads((shown_run / "config.json").read_text())
+    label = {"label": ["male", "bald"], "classes": ["00", "10", "11"], "class_images": [1, 1, 1]}
+    content["config"]["network"] |= label
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(content))
+    newest = max((shown_run / "samples").iterdir())
+    (run / "samples" / newest.name).write_bytes(newest.read_bytes())
+    page = write_report(run, tmp_path / "conditional.html").read_text()
+    assert "64,000 images into training: 8 samples of each of 3 classes, of the same z, not selected." in page
+    assert "male, bald" in page or "&#39;male&#39;, &#39;bald&#39;" in page
 
 
 def test_what_a_run_says_is_shown_and_never_executed(shown_run: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from support import ROOT, TINY
 from training_cases import ENVIRONMENT, SCHEDULE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1_200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(5_400)]
 
 BIN = ROOT / "build" / "trackers" / "bin"
 GRIDS = [0, 128, 256, 384, 512]
@@ -122,7 +122,7 @@ def run(out: Path, data: Path, trackers: str, address: str, home: Path, **strike
         words = [python, str(ROOT / "pipeline/train.py"), "--data", str(data), "--out", str(out)]
         words += ["--log-with", trackers]
     command = [*words, *TINY, *LONGER]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1_800, check=False)
     return done.returncode, done.stderr
 
 

@@ -1,6 +1,8 @@
 """DICOM files as pictures, read through pydicom. Only pixels and what they mean is looked at, nothing of a patient."""
 
 import io
+import logging
+import warnings
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,8 @@ def open_dicom(data: bytes, most_pixels: int) -> Image.Image:
 
     Raises BadDicom, and whatever pydicom raises for damaged files.
     """
+    warnings.filterwarnings("ignore", module="pydicom")  # they quote values, and may name a patient
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     import pydicom
     from pydicom.pixels.utils import pixel_array
 

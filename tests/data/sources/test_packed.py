@@ -327,6 +327,7 @@ def test_damaged_folders_of_samples_are_one_line(dcgan_data: Any, tmp_path: Path
         (sound, struct.pack("<I", 1 << 31) + data[4:], "damaged, or cut off"),
         (sound, data[:4] + b"\xff" * 40 + data[44:], "damaged, or cut off"),
         (sound, b"", "ends before offset"),
+        (sound.replace("shard.00000", "shard.00009"), data, "lists it"),
     ):
         index.write_text(text)
         shard.write_bytes(content)

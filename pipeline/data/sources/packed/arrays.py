@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.errors import DataError, UsageError
+from pipeline.common.errors import DataError, UsageError, first_line
 from pipeline.common.imaging import BadImage, Pixels
 from pipeline.common.shapes.frame import premultiply
 from pipeline.data.dataset import LabelType
@@ -133,7 +133,7 @@ class Arrays:
             if shape != (count,) or array.kind not in LABEL_KINDS or name == KEY:
                 listing.notes.append(f"the array {array.name} {array.shape} was passed over: no value for each image")
             elif name not in columns:
-                columns[name] = LABEL_KINDS[array.kind], _texts(np.asarray(array.values()[:]).reshape(-1))
+                columns[name] = LABEL_KINDS[array.kind], _texts(self._read(array).reshape(-1))
         types: dict[str, LabelType] = {name: kind for name, (kind, _) in columns.items()}
         if listing.items and types != listing.labels:
             raise DataError(f"{self.location}: its splits have other labels than each other; choose one with --split")
@@ -145,6 +145,15 @@ class Arrays:
             Item(f"{prefix}{index:08d}", tuple(row), Cell(images.open, images.place, index, form, size))
             for index, row in enumerate(rows)
         )
+
+    def _read(self, array: Array) -> NDArray[Any]:
+        """Return all of an array. Raises DataError when it is damaged."""
+        try:
+            return np.asarray(array.values()[:])
+        except (ValueError, RuntimeError, KeyError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise DataError(f"{self.location}: the array {array.name} is damaged: {first_line(error)[:200]}") from None
 
     def read(self, item: Item) -> bytes | Pixels:
         """Return the pixels (H, W, C), or an encoded picture."""

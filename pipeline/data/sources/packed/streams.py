@@ -237,6 +237,8 @@ def _samples(
 def _content(path: str, samples: int, listing: Listing) -> tuple[Any, str]:
     """Return the bytes of a file, and the path of where they lie: in a temporary copy if it was compressed."""
     store, name = locate(path)
+    if not store.exists(name):
+        raise DataError(f"{path}: no such file, but {INDEX} lists it; copy the folder again")
     head = store.read_range(name, 0, 4)
     if path.rpartition(".")[2] in ("br", "snappy", "sz"):
         raise DataError(f"{path}: its compression is not read; write it again with zstd, gz or none")

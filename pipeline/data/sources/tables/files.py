@@ -64,12 +64,12 @@ def open_table(path: str) -> Table:
     try:
         if not is_parquet(path):
             reader, size = _arrow(pa, path)
-            schema, rows = reader.schema, sum(batch.num_rows for batch in _batches(reader))
+            schema, rows = _named(reader.schema), sum(batch.num_rows for batch in _batches(reader))
             return Table(path, schema, _features(schema), [Piece(rows, size)])
         file = _parquet(pa, path)
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
         pieces = [Piece(group.num_rows, group.total_byte_size) for group in groups]
-        return Table(path, file.schema_arrow, _features(file.schema_arrow), pieces)
+        return Table(path, _named(file.schema_arrow), _features(file.schema_arrow), pieces)
     except faults(pa) as error:
         raise broken(path, error) from None
 
@@ -143,6 +143,12 @@ def _open(pa: Any, path: str) -> tuple[Any, int]:
     if not facts.ranges or facts.bytes is None:
         raise DataError(f"{path}: its server sends whole files only, and tables are read by pieces; download it first")
     return pa.PythonFile(io.BufferedReader(RangeFile(store, name, facts.bytes), PIECE), "r"), facts.bytes
+
+
+def _named(schema: Any) -> Any:
+    """Return a schema whose names are texts; those of a damaged one raise UnicodeDecodeError."""
+    list(schema.names)
+    return schema
 
 
 def _features(schema: Any) -> dict[str, Any]:

@@ -22,8 +22,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ports import free_port
-
 PRELOADED = (
     "PIL.GifImagePlugin",
     "PIL.PngImagePlugin",
@@ -110,6 +108,10 @@ def start_ranks(
     """Start `count` processes of one world, as a launcher would. What they say goes to `output`."""
     if count == 1:
         return [Popen(args, env=env, stdout=output, stderr=output)]
+    from ports import (
+        free_port,
+    )  # here: processes that a program starts read this file, too, without tests/ on their path
+
     port = free_port()
     world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     place = [{**env, **world, "MASTER_PORT": str(port), "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(count)]

@@ -34,7 +34,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 AWAITED = (*FORWARDED, signal.SIGCHLD, signal.SIGALRM)
 SAVED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of a trainer that saved after a signal
 PASSING = (75, *(128 + number for number in (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)))
-OURS = (2, 65, 69, 75, 78)  # exit codes of our programs, which say more than "killed" or "failed"
+OURS = (2, 65, 69, 75, 78, 79)  # exit codes of our programs, which say more than "killed" or "failed"
 
 LONGEST_PAUSE_SECONDS = 8.0
 LONG_SECONDS = 60.0

@@ -241,6 +241,8 @@ class ScheduleConfig(Section):
     """The checkpoint with the smallest value of this metric is kept as the best."""
     keep_checkpoints: int = Field(3, ge=1)
     """Number of newest checkpoints to keep, besides the best."""
+    on_collapse: Literal["warn", "stop", "revert"] = Field("warn", exclude_if=lambda chosen: chosen == "warn")
+    """What a run does that has fallen apart: say so; end with code 79; or go back to its best weights, more slowly."""
     overhead_share: float = Field(0.05, gt=0, le=1)
     """Share of the time that grids, evaluations and checkpoints may stop training for; 1 keeps to their intervals."""
 

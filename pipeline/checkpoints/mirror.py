@@ -66,6 +66,15 @@ class Mirror:
         log.info("brought back checkpoint %d from %s", there.images_seen, self.store.location)
         return True
 
+    def restore_best(self, before: int) -> None:
+        """Copy the mirror's best checkpoint from before a position here, if it is better than every local one."""
+        try:
+            here, there = self.local.load_best(before), self.checkpoints.load_best(before)
+            if there is not None and (here is None or there.images_seen != here.images_seen):
+                self.local.copy(there, self.checkpoints)
+        except (DataError, TryAgainError) as error:
+            log.warning("%s; looking for the best checkpoint without the mirror", error)
+
     def push(self) -> None:
         """Copy what the mirror lacks, in the background. Only one copy runs; the next push takes what it missed."""
         self._waiting = [*self._waiting[:1], time.monotonic()]

@@ -149,7 +149,21 @@ class CheckpointStore:
         return None
 
     def best(self) -> str | None:
-        """Return the complete checkpoint with the lowest `schedule.best_metric`, or None if none was evaluated.
+        """Return the complete checkpoint with the lowest `schedule.best_metric`, or None if none was evaluated."""
+        return next(iter(self.ranked()), None)
+
+    def load_best(self, before: int) -> Checkpoint | None:
+        """Return the best undamaged checkpoint from before a position, naming those it skips; None if there is none."""
+        for name in self.ranked():
+            try:
+                if int(name) < before:
+                    return self.load(name)
+            except DataError as error:
+                log.warning("%s; trying the next best checkpoint", error)
+        return None
+
+    def ranked(self) -> list[str]:
+        """Return the complete checkpoints that were evaluated, best first by `schedule.best_metric`.
 
         The newest checkpoint says which metric that is; those that were not evaluated by it do not count.
         """
@@ -160,14 +174,14 @@ class CheckpointStore:
             except DataError as error:
                 log.warning("%s", error)
         if not states:
-            return None
+            return []
         schedule = states[max(states)].get("config", {}).get("schedule")
         metric = schedule.get("best_metric", "swd") if isinstance(schedule, dict) else "swd"
         values = {name: state.get("metrics", {}).get(str(metric)) for name, state in states.items()}
         evaluated = {
             name: value for name, value in values.items() if isinstance(value, int | float) and abs(value) < math.inf
         }
-        return min(evaluated, key=lambda name: evaluated[name]) if evaluated else None
+        return sorted(evaluated, key=lambda name: evaluated[name])
 
     def choose(self, choice: str = "") -> str | None:
         """Return the checkpoint that `best`, `last`, a number of images, or '' (best, else last) means."""

@@ -53,6 +53,12 @@ class ConfigConflict(UserError):
     exit_code = 78
 
 
+class Collapsed(UserError):
+    """A training run fell apart and was told to end then; everything is saved, and a retry would not help."""
+
+    exit_code = 79
+
+
 class Stopped(UserError):
     """SIGTERM was received and the work so far is saved."""
 

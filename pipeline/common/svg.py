@@ -20,11 +20,18 @@ class Line:
     dashed: bool = False
 
 
-def line_chart(lines: Sequence[Line], *, label: str, zero: bool = False, until: float | None = None) -> str:
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    label: str,
+    zero: bool = False,
+    until: float | None = None,
+    marks: Sequence[tuple[float, str]] = (),
+) -> str:
     """Return a chart of `lines` over a shared horizontal axis, or "" when there is no point to draw.
 
     `label` describes the chart to screen readers. With `zero` the vertical axis begins at 0. The horizontal axis begins
-    at 0 and ends at `until`, by default at the last point.
+    at 0 and ends at `until`, by default at the last point. `marks` are places on it, and what happened there.
     """
     kept = [Line(line.name, _thin(_finite(line.points)), line.dashed) for line in lines]
     kept = [line for line in kept if line.points]
@@ -49,6 +56,9 @@ def line_chart(lines: Sequence[Line], *, label: str, zero: bool = False, until: 
     for tick in x_ticks:
         x = place(tick, low).split(",")[0]
         parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - 10}" text-anchor="middle">{short(tick)}</text>')
+    for at, what in marks:
+        x = place(at, low).split(",")[0]
+        parts.append(f'<path class="mark" d="M{x} {TOP}V{HEIGHT - BOTTOM}"><title>{escape(what)}</title></path>')
     for index, line in enumerate(kept):
         style = f"line s{index}" + (" dashed" if line.dashed else "")
         if len(line.points) == 1:
@@ -62,6 +72,7 @@ def line_chart(lines: Sequence[Line], *, label: str, zero: bool = False, until: 
         f'<span class="key s{index}{" dashed" if line.dashed else ""}">{escape(line.name)}</span>'
         for index, line in enumerate(kept)
     )
+    names += "".join(f'<span class="key mark">{escape(what)}</span>' for what in dict.fromkeys(w for _, w in marks))
     return f'{"".join(parts)}<div class="legend">{names}</div>'
 
 

@@ -99,6 +99,18 @@ METRICS: dict[Program, tuple[Metric, ...]] = {
             final=True,
         ),
         Metric(
+            "dcgan_train_collapsed",
+            "gauge",
+            "1 while the last two evaluations or more say that the run has fallen apart, else 0.",
+            final=True,
+        ),
+        Metric(
+            "dcgan_train_reverts",
+            "gauge",
+            "Times that the run has gone back to its best checkpoint since it began, over resumes.",
+            final=True,
+        ),
+        Metric(
             "dcgan_train_checkpoint_timestamp_seconds",
             "gauge",
             "When the last checkpoint was complete; before the first, when this process began (Unix time).",

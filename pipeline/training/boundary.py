@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from pipeline.training.accelerator import wait_for_all
+from pipeline.training.collapse.guard import Guard
 from pipeline.training.evaluator import Evaluator
 from pipeline.training.manager import CheckpointManager
 from pipeline.training.run_log import RunLog
@@ -38,6 +39,7 @@ class Boundary:
         self.manager = manager
         self.schedule = schedule
         self.run_log = run_log
+        self.guard = Guard(accelerator, step, manager, run_log)
 
     def do(self, due: Due, images_seen: int) -> None:
         """Draw the grid, measure the quality and save, as far as they are due; note what each took."""
@@ -52,7 +54,9 @@ class Boundary:
         if due.evaluation:
             with _timed(stopped, "evaluate"):
                 quality = self.evaluator.measure(averaged())
-            self.run_log.quality(quality, images_seen)
+                self.run_log.quality(quality, images_seen)
+                if not self.guard.look(images_seen, finished=self.schedule.finished(images_seen)):
+                    quality = {}  # of weights that are gone, or bad: they must not become the best
         if due.checkpoint:
             with _timed(stopped, "checkpoint"):
                 averaged()

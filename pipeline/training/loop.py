@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.checkpoints.weights import INIT_FROM
 from pipeline.common.ranks import ranks_of
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import RunConfig
@@ -54,8 +53,8 @@ def train(
 ) -> None:
     """Train until `config.schedule.total_images`, resuming from the newest checkpoint.
 
-    Raises Stopped after SIGTERM and Interrupted after SIGINT, both with everything saved; ConfigConflict,
-    DataError or UsageError before the first step for what cannot work; DataError when training diverges.
+    Raises Stopped at SIGTERM and Interrupted at SIGINT, with everything saved; ConfigConflict, DataError or UsageError
+    before the first step for what cannot work; DataError when training diverges, Collapsed when it falls apart.
     """
     recipe, network = config.recipe, config.network
     with ExitStack() as resources:
@@ -96,7 +95,7 @@ def train(
         loader, run_log, evaluator = together(accelerator, open_rest)
         run_log.begin(manager.description, seen, accelerator, log_with)
         if main:
-            warn(config, accelerator, from_noise=INIT_FROM not in manager.description)
+            warn(config, accelerator, from_noise=manager.from_noise)
             log.info("%s at image %d of %d", "resuming" if seen else "beginning", seen, config.schedule.total_images)
             log.info("%d images; %s", dataset.images, loader.footprint)
 
@@ -111,7 +110,7 @@ def train(
         resources.callback(watchdog.close)  # before the mirror is waited for
         if checkpoint is None:
             boundary.do(Due(True, *[bool(init_from)] * 2), seen)  # of weights that others made, worth to be saved
-        while not (schedule.finished(seen) or stop):
+        while not (schedule.finished(seen) or stop or boundary.guard.ended):
             # One update on images [seen, seen + batch) of the run; this rank has every world_size-th of them.
             start = time.perf_counter()
             with watchdog.waiting_for_data(data):
@@ -144,6 +143,7 @@ def train(
         run_log.written(manager.check())
         # On success only: NCCL waits for all ranks here, and a rank that failed alone would wait forever.
         accelerator.end_training()
+        boundary.guard.require_sound(newest)
         if stop and not schedule.finished(seen):
             raise stopped(stop, f"at image {seen:,}, saved in {newest}; run it again to resume")
         log.info("done: %d images, %s", seen, out)

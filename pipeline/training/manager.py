@@ -24,6 +24,7 @@ from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig, RunConfig
 from pipeline.model.networks import Discriminator, Generator
 from pipeline.training.accelerator import average_batchnorm, together
+from pipeline.training.collapse.reverts import REVERTS, Revert, recorded_reverts
 from pipeline.training.identity import check_identity, describe_process
 from pipeline.training.run_directory import CONFIG, RunDirectory, begins_from_weights
 from pipeline.training.step import AdversarialStep
@@ -97,6 +98,8 @@ class CheckpointManager:
                 )
             if is_tracked(tracked := checkpoint.state.get(TRACKED)):
                 self.description[TRACKED] = tracked
+            if reverts := recorded_reverts(checkpoint.state, checkpoint.path):
+                self.description[REVERTS] = reverts
             changes = check_identity(checkpoint.state, self.description, allow_change, str(self.out))
             before, now = checkpoint.state.get("threads"), self.process["threads"]
             if main:
@@ -142,6 +145,7 @@ class CheckpointManager:
         metrics: Iterable[bytes] = ()
         if checkpoint is not None:
             restore(step, checkpoint)
+            step.scale_learning_rates(0.5 ** len(self.reverts))
             self._newest_path = checkpoint.path
             images_seen = checkpoint.images_seen
             metrics = chain(self.store.read_parts(checkpoint.history), [checkpoint.file(METRICS)])
@@ -158,6 +162,38 @@ class CheckpointManager:
             if self._mirror is not None and checkpoint is not None:  # the process before may not have copied it
                 self._mirror.push()
         return images_seen
+
+    @property
+    def from_noise(self) -> bool:
+        """Whether the run began from no other weights."""
+        return INIT_FROM not in self.description
+
+    @property
+    def reverts(self) -> list[dict[str, Any]]:
+        """The record of each time that the run went back to an earlier checkpoint."""
+        return list(self.description.get(REVERTS, []))
+
+    def best_before(self, images_seen: int) -> Checkpoint | None:
+        """Return on every rank the best checkpoint from before a position; None if none was evaluated and kept."""
+        found = [together(self.accelerator, lambda: self._best_before(images_seen))]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        return found[0]
+
+    def _best_before(self, images_seen: int) -> Checkpoint | None:
+        if not self.accelerator.is_main_process:
+            return None
+        self._saver.wait()  # it may be the one that is being written
+        if self._mirror is not None:
+            self._mirror.restore_best(images_seen)
+        return self.store.load_best(images_seen)
+
+    def go_back(self, step: AdversarialStep, checkpoint: Checkpoint, record: Revert) -> None:
+        """Take weights, average and moments of `checkpoint`, and halve the learning rates. The position goes on."""
+        restore(step, checkpoint)
+        step.ema.images_seen.fill_(record.images)
+        self.description[REVERTS] = [*self.reverts, record.model_dump()]
+        step.scale_learning_rates(0.5 ** len(self.reverts))
 
     def save(
         self,

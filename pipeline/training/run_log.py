@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoints.mirror import HURRIED_SECONDS, PATIENCE_SECONDS
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import RunConfig
+from pipeline.training.collapse.reverts import REVERTS
 from pipeline.training.run_directory import RunDirectory
 from pipeline.training.trackers.open import open_outboxes
 from pipeline.training.trackers.outbox import Outbox, flat_config
@@ -97,6 +98,7 @@ class RunLog:
         metrics.set("dcgan_train_target_images", self.target)
         metrics.set("dcgan_train_seen_images", images_seen)
         metrics.set("dcgan_train_restarts", starts - 1)
+        self.collapse(False, len(description.get(REVERTS, [])))
         # A start that never reaches its first step or checkpoint is to be seen as well.
         metrics.set("dcgan_train_last_step_timestamp_seconds", time.time())
         metrics.set("dcgan_train_checkpoint_timestamp_seconds", time.time())
@@ -183,6 +185,12 @@ class RunLog:
             self.run.show_grid(path, images_seen)
         for outbox in self._outboxes:
             outbox.drew(path)
+
+    def collapse(self, collapsed: bool, reverts: int) -> None:
+        """Record whether the run has fallen apart, and how often it has gone back so far."""
+        if self.telemetry is not None:
+            self.telemetry.set("dcgan_train_collapsed", float(collapsed))
+            self.telemetry.set("dcgan_train_reverts", reverts)
 
     def stopped(self, seconds: Mapping[str, float], seen: int) -> None:
         """Account the time of grids, evaluations and checkpoints to their own phases, not to the training rate."""

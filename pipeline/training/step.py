@@ -159,6 +159,16 @@ class AdversarialStep:
             penalized = any(self._gammas) and number % recipe.penalty_interval == 0
             self._fakes = (self._run_penalized if penalized else self._run)() if of_d else self._run_generator()
 
+    def scale_learning_rates(self, factor: float) -> None:
+        """Step `factor` times as far as the recipe says, from now on."""
+        rates = {self.optimizer_g: self.recipe.learning_rate_g, self.optimizer_d: self.recipe.learning_rate_d}
+        for optimizer, rate in rates.items():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * rate
+        # A graph has the rates, and where the moments lie, as constants.
+        for run in (self._run, self._run_penalized, self._run_generator):
+            run.forget()
+
     def _update(
         self, gammas: tuple[float, float] = (0.0, 0.0), *, of_d: bool = True, of_g: bool = True
     ) -> list[Tensor]:

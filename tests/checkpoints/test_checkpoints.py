@@ -318,3 +318,34 @@ def test_a_file_list_cannot_name_a_path(store: CheckpointStore, tmp_path: Path, 
     with pytest.raises(DataError, match="expected a plain name"):
         store.load(saved)
     assert not (tmp_path / "other").exists() or not list((tmp_path / "other").rglob("*"))
+
+
+def test_the_best_from_before_a_position_passes_over_what_is_damaged(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    for images, swd in ((0, None), (64, 30.0), (128, 20.0), (192, 10.0)):
+        save(store, images, swd)
+    assert store.ranked() == [f"{images:012d}" for images in (192, 128, 64)]
+    found = store.load_best(192)
+    assert found is not None
+    assert found.images_seen == 128
+    assert store.load_best(64) is None, "that of image 0 was not evaluated"
+    (Path(store.path(f"{128:012d}")) / "a.bin").write_bytes(b"other")
+    found = store.load_best(192)
+    assert found is not None
+    assert found.images_seen == 64
+    assert "trying the next best checkpoint" in caplog.text
+
+
+def test_the_mirror_gives_back_the_best_that_a_disk_lacks(store: CheckpointStore, tmp_path: Path) -> None:
+    """A run that moved to an empty disk has its newest checkpoint there, and may have to go back to its best."""
+    for images, swd in ((64, 10.0), (128, 40.0)):
+        save(store, images, swd)
+    assert mirrored(store, tmp_path) == [64, 128]
+    moved = CheckpointStore(Store(tmp_path / "elsewhere"))
+    mirror = Mirror(f"file://{tmp_path}/mirror", moved, 2)
+    assert mirror.restore()
+    mirror.restore_best(128)
+    assert moved.names() == [f"{images:012d}" for images in (64, 128)]
+    assert moved.load("000000000064").files == store.load("000000000064").files
+    Mirror("http://127.0.0.1:9/mirror", moved, 2).restore_best(128)  # one that does not answer costs a warning

@@ -36,7 +36,7 @@ def ends_with(process: "subprocess.Popen[str]", code: int) -> str:
     return error
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 65, 69, 75, 78, 143])
+@pytest.mark.parametrize("code", [0, 1, 2, 65, 69, 75, 78, 79, 143])
 def test_returns_the_trainers_code(start: Start, tmp_path: Path, code: int) -> None:
     process = start("dcgan-launch", STAND_IN, "exit", tmp_path, code)
     assert "Traceback" not in ends_with(process, code)

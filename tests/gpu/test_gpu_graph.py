@@ -126,3 +126,14 @@ def test_nonfinite_gradients_change_nothing_in_a_graph() -> None:
     for name, weight in step.discriminator.named_parameters():
         assert torch.equal(before[f"d.{name}"], weight)
     assert step.statistics[6] == 1
+
+
+def test_other_learning_rates_are_captured_anew() -> None:
+    """A run that goes back halves them: a graph that had been kept would step as far as before."""
+    expected, graphed = (new_step(f"runtime.graph={choice}") for choice in ("off", "on"))
+    for step in (expected, graphed):
+        train(step)
+        step.scale_learning_rates(0.5)
+        assert step._run._graph is None
+    assert_same(train(graphed, start=UPDATES), train(expected, start=UPDATES), 1e-5)
+    assert graphed._run._graph is not None

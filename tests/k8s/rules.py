@@ -7,7 +7,7 @@ from typing import Any
 Object = dict[str, Any]
 Rule = Callable[[list[Object]], Iterator[str]]
 
-NOT_AGAIN = {2, 65, 69, 78}
+NOT_AGAIN = {2, 65, 69, 78, 79}
 GPU = "nvidia.com/gpu"
 CLUSTER_SCOPED = {"Namespace"}
 RULES: list[Rule] = []

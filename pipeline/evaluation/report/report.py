@@ -18,6 +18,7 @@ from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import BadImage, open_image, upright
 from pipeline.common.records import LARGEST, parse_json
 from pipeline.common.storage import Store, write_atomic
+from pipeline.evaluation.metrics.collapse import collapses
 from pipeline.evaluation.report import curves, sections, verdict
 from pipeline.evaluation.results import FOLDER, read_results
 
@@ -63,6 +64,8 @@ def _collect(run: Path, read: dict[str, dict[str, Any]], folder: Path, bench: Se
     """Return everything that the template shows, with pictures as paths."""
     config = _read_run(run / "config.json")
     metrics, timing = read_lines(run / "metrics.jsonl"), read_lines(run / "timing.jsonl")
+    settings = sections.run_config(config)
+    fallen = collapses(metrics, settings.recipe.batch) if settings is not None else []
     store = Store(run)
     names = (name for name in store.names("samples") if re.fullmatch(r"[0-9]{1,15}\.png", name))
     grids = [(int(name[:-4]), run / store.inside(f"samples/{name}")) for name in names]
@@ -70,11 +73,11 @@ def _collect(run: Path, read: dict[str, dict[str, Any]], folder: Path, bench: Se
         "facts": sections.facts(config, metrics, timing),
         "summary": sections.summary(config, metrics),
         "verdict": verdict.verdict(metrics, read),
-        "warning": verdict.discriminator_wins(metrics),
+        "warning": verdict.fell_apart(metrics, fallen) or verdict.discriminator_wins(metrics),
         "grids": _spread(grids),
         "grid_samples": sections.grid_samples(config),
         "last_grid": grids[-1] if grids else None,
-        "charts": curves.charts(metrics, timing),
+        "charts": curves.charts(metrics, timing, fallen),
         "quality": sections.quality_table(metrics, read),
         "analyses": sections.analyses(read, folder),
         "benches": [sections.bench_table(_read_json(path), path.stem) for path in bench],

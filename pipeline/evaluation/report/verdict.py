@@ -1,8 +1,10 @@
 """What the report says first: how good the samples are, how it knows, and when the discriminator wins."""
 
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from pipeline.evaluation.metrics.collapse import REVERTED, Evaluation
 from pipeline.evaluation.report.curves import Entries
 
 WON = 0.8
@@ -39,6 +41,20 @@ def verdict(metrics: Entries, results: dict[str, dict[str, Any]]) -> str:
                 "training images: much more would mean that they are copied."
             )
     return " ".join(told)
+
+
+def fell_apart(metrics: Entries, fallen: Sequence[Evaluation]) -> str:
+    """Return a warning with what to try when the run fell apart, as `collapses` found it, else ''."""
+    if not fallen:
+        return ""
+    returns = [(entry["images"], entry[REVERTED]) for entry in metrics if REVERTED in entry]
+    back = "".join(f" At {images:,} images it went back to the weights of {to:,}." for images, to in returns)
+    first = fallen[0]
+    again = f" (and {len(fallen) - 1} times later)" if len(fallen) > 1 else ""
+    return (
+        f"the run fell apart: after {first.images:,} images{again}, {'; '.join(first.reasons)}.{back} "
+        f"Its best checkpoint is what RUN names. Try {first.advice}, or schedule.on_collapse=revert."
+    )
 
 
 def discriminator_wins(metrics: Entries) -> str:

@@ -75,6 +75,10 @@ class Repeated(Generic[T]):
         graph.replay()
         return result
 
+    def forget(self) -> None:
+        """Begin anew, with a warm-up, because the work or its memory is another one now. The device must be idle."""
+        self._graph, self._runs = None, 0
+
     def _capture(self, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, T]:
         """Record the work, which does none of it."""
         graph = torch.cuda.CUDAGraph()

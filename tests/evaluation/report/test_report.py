@@ -192,3 +192,23 @@ def test_a_chart_survives_what_a_diverging_run_writes() -> None:
     assert "inf" not in drawn
     assert "loss &lt;d&gt;" in drawn
     assert line_chart([Line("empty", [])], label="Nothing") == ""
+
+
+def test_a_run_that_fell_apart_is_marked_and_said_first(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run, np.zeros((64, 64, 64, 3), np.uint8))
+    sound = write_report(run, tmp_path / "sound.html").read_text()
+    assert "fell apart" not in sound
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["recipe"]["batch"] = 16  # 500 updates are over after 8,000 images
+    (run / "config.json").write_text(json.dumps(config))
+    for line in lines:
+        if line["images"] > 38_400 and "diversity" in line:
+            line["diversity"] = 0.05
+    lines.append({"images": 64_000, "reverted_to": 38_400})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(run, tmp_path / "page.html").read_text()
+    expected = "the run fell apart: after 64,000 images, samples vary 5% as much as real images. "
+    assert expected + "At 64,000 images it went back to the weights of 38,400." in page
+    assert page.count("<title>fell apart</title>") == page.count("<title>went back to earlier weights</title>") > 5

@@ -117,12 +117,14 @@ test-containers: .venv/.installed ## build the image; run the Jobs of the cpu-de
 test-slurm: .venv/.installed ## Debian's Slurm with two nodes on loopback: the chain as jobs, stopped and requeued, to the same bytes (root)
 	$(BIN)/pytest -m slow -rs tests/slurm
 
-test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and torchdata, their tables in ours, our models in the oldest runtimes; installs them
+test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and torchdata, their tables in ours, our models in the oldest runtimes and without us; installs them
 	$(BIN)/python -m pip install --progress-bar off --quiet -c constraints.txt -e '.[interop]'
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/interop webdataset==0.2.111 torchdata==0.9.0
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/runtimes/onnxruntime onnxruntime==1.16.0 numpy==1.26.4
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/runtimes/openvino openvino==2023.0.2 numpy==1.26.4
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/litdata litdata==0.2.76
+	test -d build/example || $(PYTHON) -m venv build/example
+	build/example/bin/python -m pip install --progress-bar off --quiet -c constraints.txt onnxruntime numpy pillow
 	$(BIN)/pytest -m slow tests/interop
 	$(BIN)/pytest tests/data/sources/test_tables.py tests/data/test_convert.py
 

@@ -1,5 +1,6 @@
 """dcgan-export: exports a checkpoint to an ONNX file or a TensorRT engine, with measured parity and speed."""
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -196,6 +197,29 @@ def publish(
 
     card = copy_model(model, to)
     typer.echo(f"{to}/{card.file}: {card.bytes:,} bytes, SHA-256 {card.sha256[:12]}...")
+
+
+@app.command()
+def hub(
+    ckpt: Ckpt,
+    out: Annotated[Path, typer.Option(help="Folder to write, for `hf upload OWNER/NAME FOLDER`.")],
+    title: Annotated[str | None, typer.Option(help="Title of the card. Default: DCGAN and the size.")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="License of the weights, as the Hub names it, such as apache-2.0.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Data set on the Hub that it was trained on; repeatable.")
+    ] = None,
+    parity_images: ParityImages = 10_000,
+) -> None:
+    """Write a folder for the Hugging Face Hub: model card, weights, ONNX file, samples. It uploads nothing."""
+    from export.hub.folder import write_hub_folder
+
+    card = write_hub_folder(ckpt, out, title=title, license=license, datasets=dataset, parity_images=parity_images)
+    typer.echo(f"wrote {out}: README.md, {card.file} ({card.bytes / 1e6:.1f} MB), weights, samples; look at README.md")
+    if license is None:
+        typer.echo("the card names no license: others may not use the model without one (--license)")
+    typer.echo(f"hf upload OWNER/NAME {shlex.quote(str(out))} publishes it")
 
 
 @app.command()

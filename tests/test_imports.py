@@ -19,6 +19,7 @@ ROOMS = (
     "export.format",
     "export.samplers",
     "export.builders",
+    "export.hub",
     "export.benchmark",
     "export.cli",
     "deploy",

@@ -11,9 +11,17 @@ from pydantic import ValidationError
 
 from pipeline.checkpoints.examples import file_format, read_others
 from pipeline.checkpoints.store import CHECKPOINTS, STATE, CheckpointStore
-from pipeline.checkpoints.weights import FILE_OF_KIND, INIT_FROM, Kind, deserialize
+from pipeline.checkpoints.weights import (
+    FILE_OF_KIND,
+    INIT_FROM,
+    PUBLISHED,
+    PUBLISHED_WEIGHTS,
+    Kind,
+    deserialize,
+    is_published,
+)
 from pipeline.common.errors import DataError, UsageError
-from pipeline.common.records import LARGEST, first_problem
+from pipeline.common.records import LARGEST, first_problem, parse_json
 from pipeline.common.storage import Store, is_url, locate, public_name, sha256_bytes
 from pipeline.config import NetworkConfig
 
@@ -91,9 +99,9 @@ def load_generator(reference: str) -> LoadedGenerator:
     """Return the generator that `reference` names (docs/architecture.md, contract 4).
 
     A run directory (its best checkpoint, else its last; `RUN@last`, `RUN@best` or `RUN@IMAGES` choose), a
-    checkpoint directory, a generator's `.safetensors`, or the file of another project's DCGAN, such as a
-    `netG_epoch_N.pth` of pytorch/examples (`pipeline.checkpoints.examples`); paths and URLs of these. The EMA
-    weights are taken where there are any.
+    checkpoint directory, a folder of `dcgan-export hub`, a generator's `.safetensors`, or the file of another
+    project's DCGAN, such as a `netG_epoch_N.pth` of pytorch/examples (`pipeline.checkpoints.examples`); paths and
+    URLs of these. The EMA weights are taken where there are any.
 
     Raises DataError that says what was found there instead.
     """
@@ -190,12 +198,19 @@ def _resolve(reference: str, kind: Kind, option: str) -> tuple[Store, str]:
         return store, FILE_OF_KIND[kind]
     checkpoints = CheckpointStore(store)
     chosen = checkpoints.choose(choice)
+    if chosen is None and not choice and kind == "ema" and _is_published(store):
+        return store, PUBLISHED_WEIGHTS
     if chosen is None:
         what = f"no checkpoint {choice!r} in it" if choice and checkpoints.names() else "no finished checkpoint in it"
         have = ", ".join(checkpoints.names()) or "none"
         raise DataError(f"{option} {reference}: {what} (finished: {have}); expected a run that has saved at least once")
     checkpoints.verify(chosen, FILE_OF_KIND[kind])
     return store, f"{checkpoints.folder}/{chosen}/{FILE_OF_KIND[kind]}"
+
+
+def _is_published(store: Store) -> bool:
+    """Return whether a folder is one that `dcgan-export hub` wrote, or a copy on the Hub."""
+    return store.exists(PUBLISHED) and is_published(parse_json(store.read(PUBLISHED), store.path(PUBLISHED)))
 
 
 def network_config(card: dict[str, Any], source: str) -> NetworkConfig:

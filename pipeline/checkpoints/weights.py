@@ -21,9 +21,17 @@ FILE_OF_KIND = {
 }
 
 
+PUBLISHED, PUBLISHED_WEIGHTS = "config.json", "generator.safetensors"
+"""What a folder for the Hub is recognized by, and the file in it that has the generator."""
+
 METADATA_KEY = "dcgan"
 INIT_FROM = "init_from"
 """The entry of a weights file, a state.json and a config.json of what the run began from, if not from noise."""
+
+
+def is_published(config: object) -> bool:
+    """Whether `config`, the content of a config.json, is that of a folder that `dcgan-export hub` wrote."""
+    return isinstance(config, dict) and config.get("weights") == PUBLISHED_WEIGHTS and "library_name" in config
 
 
 def serialize(network: "nn.Module", config: NetworkConfig, kind: Kind, images_seen: int) -> bytes:
@@ -35,7 +43,7 @@ def serialize_state(
     tensors: "Mapping[str, Tensor]",
     config: NetworkConfig,
     kind: Kind,
-    images_seen: int,
+    images_seen: int | None,
     init_from: "Sequence[str]" = (),
 ) -> bytes:
     """Return the tensors of a network's state as `serialize` does.

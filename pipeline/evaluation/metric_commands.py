@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -42,13 +42,17 @@ def swd(
     seed: Seed = 0,
     patches: Annotated[int, typer.Option(help="Patches of an image on every level (published: 128).", min=1)] = 128,
     directions: Annotated[int, typer.Option(help="Random projections (published: 512).", min=1)] = 512,
+    pyramid: Annotated[
+        Literal["pggan", "mmagic"],
+        typer.Option(help="pggan, or mmagic: that of published numbers of DCGAN. Compare each with its own kind."),
+    ] = "pggan",
 ) -> None:
     """Sliced Wasserstein distance between samples and real images, by level of detail (Karras et al. 2018)."""
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.metrics.patch_metrics import measure_swd
     from pipeline.evaluation.metrics.swd import Sampling
 
-    sampling = Sampling(seed, patches, directions)
+    sampling = Sampling(seed, patches, directions, pyramid)
     numbers = measure_swd(folder, ckpt=ckpt, samples=samples, data=data, count=count, sampling=sampling)
     show(numbers, folder, "swd")
 

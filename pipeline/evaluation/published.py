@@ -15,6 +15,8 @@ class PublishedResult:
 MODEL_ZOO = "open-mmlab's model zoo, DCGAN 64x64"
 PAPER = "Radford et al. 2015"
 
+SWD_PYRAMID = "mmagic"
+"""The pyramid of the numbers in SWD."""
 SWD = (
     PublishedResult("CelebA, cropped", {"swd": 23.26, "swd_64": 8.93, "swd_32": 10.53, "swd_16": 50.32}, MODEL_ZOO),
     PublishedResult("LSUN bedroom", {"swd": 58.60, "swd_64": 42.79, "swd_32": 34.55, "swd_16": 98.46}, MODEL_ZOO),
@@ -37,11 +39,26 @@ NEAREST_CLASS = (
 
 PUBLISHED_IMAGES = 16_384
 SWD_NOTE = (
-    "Compare SWD only for the same data set, crop, image size and number of images: smaller sets score higher. "
-    f"The published numbers are of {PUBLISHED_IMAGES:,} images a side. 'real against real' compares the two halves of "
+    "Compare SWD only of the same pyramid, data set, crop, image size and number of images: smaller sets score higher. "
+    "'real against real' compares the two halves of "
     "the real images: a perfect generator would score that in the row 'samples against half', which uses as many "
     "images. Against all real images a perfect generator would score less."
 )
+
+
+def why_not_comparable(pyramid: str, patches: int, directions: int, size: tuple[int, int], images: int) -> str:
+    """Return why an SWD of so many samples may not stand beside those in `SWD`, whatever the data set; '' if it may."""
+    if pyramid != SWD_PYRAMID:
+        return f"published numbers of DCGAN are of another pyramid (--pyramid {SWD_PYRAMID})"
+    if (patches, directions) != (128, 512):
+        return f"{patches} patches and {directions} directions, where published numbers have 128 and 512"
+    if size != (64, 64):
+        return "published numbers are of 64x64 pixels"
+    if images != PUBLISHED_IMAGES:
+        return f"{images:,} images a side, where published numbers have {PUBLISHED_IMAGES:,}"
+    return ""
+
+
 MS_SSIM_NOTE = (
     "MS-SSIM of random pairs says how alike the samples are, not how good they are. Compare it with that of the real "
     "images: a value far above it means that the generator repeats itself."

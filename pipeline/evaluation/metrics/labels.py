@@ -24,7 +24,8 @@ from pipeline.evaluation.metrics.class_samples import Places, load_reals, open_c
 from pipeline.evaluation.metrics.extractors import Extractor
 from pipeline.evaluation.metrics.feature_distances import Moments, frechet_distance
 from pipeline.evaluation.metrics.feature_extraction import extract_features
-from pipeline.evaluation.metrics.swd import SMALLEST_LEVEL, Sampling, distances, project
+from pipeline.evaluation.metrics.pyramids import SMALLEST_LEVEL
+from pipeline.evaluation.metrics.swd import Sampling, distances, project
 from pipeline.evaluation.results import Result
 from pipeline.model.labels import label_values
 from pipeline.model.sampling import GRID_CLASSES, GRID_COLUMNS

@@ -22,7 +22,17 @@ def measure_swd(
     inputs.check_same_shape(fakes, reals)
     settings = {**asdict(sampling), "images": fakes.count, "images_real": reals.count, **background(fakes.shape)}
     result = Result("swd", out, subject, data_description, settings)
-    result.protocol = inputs.preparations(subject, data_description)
+    size = (fakes.shape[0], fakes.shape[1])
+    smaller = min(fakes.count, reals.count)
+    obstacle = published.why_not_comparable(sampling.pyramid, sampling.patches, sampling.directions, size, smaller)
+    result.protocol = {
+        **inputs.preparations(subject, data_description),
+        **{name: value for name, value in asdict(sampling).items() if name != "seed"},
+        "images": fakes.count,
+        "images_real": reals.count,
+        "comparable": not obstacle,
+    }
+    beside = size == (64, 64) and sampling.pyramid == published.SWD_PYRAMID
 
     def side(images: Images, what: str, *, real: bool = False) -> Projections:
         return project(WithProgress(images, f"SWD, {what}"), sampling, real=real, device=device())
@@ -38,8 +48,8 @@ def measure_swd(
         for other, what in zip(others, ("as many samples", "real images, half 2"), strict=True)
     )
     result.chart(
-        _swd_chart(numbers, like_samples, like_reals, number),
-        "Sliced Wasserstein distance by level of detail (smaller is nearer)",
+        _swd_chart(numbers, like_samples, like_reals, number, beside=beside),
+        f"{sampling.pyramid}: sliced Wasserstein distance by level of detail (smaller is nearer)",
     )
     result.write(
         {
@@ -48,8 +58,10 @@ def measure_swd(
             "real_against_real": like_reals,
             "real_against_real_images": number,
         },
-        note=published.SWD_NOTE,
-        published=[asdict(entry) for entry in published.SWD] if fakes.shape[:2] == (64, 64) else [],
+        note=f"Not comparable with published numbers: {obstacle}. {published.SWD_NOTE}"
+        if obstacle
+        else f"Comparable with published numbers of the same data set and crop. {published.SWD_NOTE}",
+        published=[asdict(entry) for entry in published.SWD] if beside else [],
     )
     return {
         **numbers,
@@ -81,15 +93,21 @@ def measure_ms_ssim(
 
 
 def _swd_chart(
-    numbers: dict[str, float], like_samples: dict[str, float], like_reals: dict[str, float], number: int
+    numbers: dict[str, float],
+    like_samples: dict[str, float],
+    like_reals: dict[str, float],
+    number: int,
+    *,
+    beside: bool,
 ) -> Figure:
+    """Draw the distances by level, published ones `beside` them."""
     rows = {
         "these samples": numbers,
         f"{number:,} samples, {number:,} real": like_samples,
         f"{number:,} real, {number:,} other real": like_reals,
     }
     levels = [name for name in numbers if name != "swd"]
-    if "swd_64" in numbers and len(levels) == 3:
+    if beside:
         rows |= {f"DCGAN on {entry.what} (published)": entry.values for entry in published.SWD}
     labels = [f"{level.removeprefix('swd_')} px" for level in levels] + ["mean"]
     values = {name: [row[level] for level in levels] + [row["swd"]] for name, row in rows.items()}

@@ -9,22 +9,19 @@ ranks exactly, and allows sets of different size.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.common.errors import DataError
 from pipeline.common.randomness import Purpose, raw_bits
 from pipeline.common.ranks import ALONE, Ranks
-from pipeline.common.shapes.size import in_words, written
 from pipeline.evaluation.device import full_float32, to_maps
 from pipeline.evaluation.images import BLOCK, Images, num_blocks
+from pipeline.evaluation.metrics.pyramids import Pyramid, laplacian_pyramid, resolutions
 
 PATCH = 7
-SMALLEST_LEVEL = 16
 BINS = 8192
 REACH = 32.0
 """Bins cover projections from -REACH to REACH, in deviations; projections beyond count in the outermost bins."""
@@ -41,6 +38,8 @@ class Sampling:
     """Patches of an image on every level."""
     directions: int = 512
     """Random projections on every level."""
+    pyramid: Pyramid = "pggan"
+    """Which kind of levels. Distances of one kind are compared with those of the same kind alone."""
 
 
 @dataclass(frozen=True)
@@ -52,51 +51,6 @@ class Projections:
     counts: NDArray[np.int64]
     """(levels, directions, BINS)."""
     sampling: Sampling
-
-
-def resolutions(height: int, width: int) -> list[int | str]:
-    """Return the sizes of the pyramid's levels, as `written` writes them: halved while no side is below 16.
-
-    Raises DataError if there is none.
-    """
-    if min(height, width) < SMALLEST_LEVEL:
-        raise DataError(
-            f"images of {in_words(width, height)} pixels are too small for SWD: it needs at least {SMALLEST_LEVEL}"
-        )
-    levels = [written(width, height)]
-    while min(height, width) >= 2 * SMALLEST_LEVEL:
-        height, width = -(-height // 2), -(-width // 2)
-        levels.append(written(width, height))
-    return levels
-
-
-def laplacian_pyramid(maps: Tensor) -> list[Tensor]:
-    """Return the detail of each level of maps float32 (n, channels, h, w), of the same type, finest first.
-
-    The last level is the remaining image, not a detail.
-    """
-    pyramid = []
-    for _ in resolutions(*maps.shape[2:])[:-1]:
-        (halve_rows, double_rows), (halve, double) = (_halve_and_double(n, maps.device) for n in maps.shape[2:])
-        smaller = halve_rows @ (maps @ halve.T)
-        pyramid.append(maps - double_rows @ (smaller @ double.T))
-        maps = smaller
-    return [*pyramid, maps]
-
-
-@cache
-def _halve_and_double(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the matrices (half, length) and (length, half) that resize a row by half, rounded up, and back.
-
-    Both blur with the binomial 1-4-6-4-1 filter, mirrored at the edges: one before it leaves out every other pixel,
-    one after it has put zeros between them. Matrix products are far faster than convolutions of so few channels.
-    """
-    matrix = np.zeros((length, length), np.float32)
-    places = np.arange(length)
-    for offset, weight in zip(range(-2, 3), (1, 4, 6, 4, 1), strict=True):
-        mirrored = (length - 1) - np.abs((length - 1) - np.abs(places + offset))
-        np.add.at(matrix, (places, mirrored), weight / 16)
-    return torch.tensor(matrix[::2], device=device), torch.tensor(2 * matrix[:, ::2], device=device)
 
 
 def _patches(level: Tensor, first_image: int, lane: int, sampling: Sampling) -> Tensor:
@@ -139,14 +93,14 @@ def project(
     Reads the images twice: the first pass measures the means and deviations of the channels, the second one counts.
     The result is the same, bit for bit, for every number of ranks with the same device.
     """
-    levels = resolutions(*images.shape[:2])
+    levels = resolutions(*images.shape[:2], pyramid=sampling.pyramid)
     channels = min(images.shape[2], 3)  # RGBA is measured as RGB over a background
     lanes = [(3 * index, 3 * index + (1 if real else 2)) for index in range(len(levels))]
     with full_float32():
         # One row for each block, zeros in those of other ranks: x + 0 is exact, so the sum does not depend on them.
         sums = torch.zeros(num_blocks(images.count), len(levels), 2, channels, dtype=torch.float64, device=device)
         for block, pixels in images.blocks(ranks.rank, ranks.world_size):
-            for index, level in enumerate(laplacian_pyramid(to_maps(pixels, device))):
+            for index, level in enumerate(laplacian_pyramid(to_maps(pixels, device), sampling.pyramid)):
                 patches = _patches(level, block * BLOCK, lanes[index][1], sampling).double()
                 for moment, values in enumerate((patches, patches.square())):
                     # First by image: a sum of few numbers does not depend on the number of threads.
@@ -166,7 +120,7 @@ def project(
         counts = torch.zeros(len(levels), sampling.directions, BINS, dtype=torch.int64, device=device)
         one = torch.ones((), dtype=torch.int64, device=device)
         for block, pixels in images.blocks(ranks.rank, ranks.world_size):
-            for index, level in enumerate(laplacian_pyramid(to_maps(pixels, device))):
+            for index, level in enumerate(laplacian_pyramid(to_maps(pixels, device), sampling.pyramid)):
                 patches = _patches(level, block * BLOCK, lanes[index][1], sampling)
                 matrix, offset = maps[index]
                 bins = torch.addmm(offset, matrix, patches.view(-1, channels * PATCH**2).T)

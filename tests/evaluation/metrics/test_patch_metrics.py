@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from planted import write_planted
+from support import write_dataset
 from typer.testing import CliRunner
 
 from pipeline.common.errors import UsageError
@@ -13,6 +15,7 @@ from pipeline.data.labeled import load_labeled
 from pipeline.evaluation.cli import app
 from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics.swd import Sampling, distances, project
+from pipeline.evaluation.published import why_not_comparable
 
 FEW = ["--patches", "16", "--directions", "16"]
 
@@ -29,6 +32,27 @@ def test_samples_equal_to_the_data_score_as_low_as_data_against_data(labeled: Pa
     assert written["settings"]["images"] == 480
     assert written["published"] == []  # figures are for 64 pixels, these are 32
     assert (tmp_path / "swd.png").stat().st_size > 5000
+
+
+def test_published_numbers_stand_beside_their_own_pyramid_alone(tmp_path: Path) -> None:
+    data = str(write_dataset(tmp_path / "data", images=32, size=64))
+    for pyramid, beside in (("pggan", 0), ("mmagic", 2)):
+        options = ["--samples", data, "--data", data, "--out", str(tmp_path / "out"), "--pyramid", pyramid, *FEW]
+        assert CliRunner().invoke(app, ["swd", *options], catch_exceptions=False).exit_code == 0
+        written = json.loads((tmp_path / "out" / "swd.json").read_text())
+        assert len(written["published"]) == beside
+        assert (written["protocol"]["pyramid"], written["protocol"]["comparable"]) == (pyramid, False)
+        assert written["note"].startswith("Not comparable with published numbers: ")
+    theirs: dict[str, Any] = {
+        "pyramid": "mmagic",
+        "patches": 128,
+        "directions": 512,
+        "size": (64, 64),
+        "images": 16_384,
+    }
+    assert why_not_comparable(**theirs) == ""
+    others = {"pyramid": "pggan", "patches": 127, "directions": 511, "size": (32, 32), "images": 5_000}
+    assert all(why_not_comparable(**theirs | {name: value}) for name, value in others.items())
 
 
 def test_halves_are_compared_with_as_many_samples(labeled: Path, tmp_path: Path) -> None:

@@ -19,25 +19,27 @@ from pipeline.evaluation.device import full_float32
 from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics import swd
 from pipeline.evaluation.metrics.ms_ssim import ms_ssim
+from pipeline.evaluation.metrics.pyramids import Pyramid, laplacian_pyramid, resolutions
 from pipeline.evaluation.metrics.quality import quality, reference
 
 
 def brute_force(reals: Pixels, fakes: Pixels, sampling: swd.Sampling) -> dict[str, float]:
     """Every step in the plainest form: 2-D convolutions, python loops, scipy's 1-D Wasserstein distance."""
     binomial = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+    ours = sampling.pyramid == "pggan"
+    blur = partial(scipy.ndimage.convolve, weights=binomial[..., None], mode="mirror" if ours else "constant")
 
     def pyramid(image: NDArray[np.float64]) -> list[NDArray[np.float64]]:
         levels = [image]
-        while levels[-1].shape[0] > swd.SMALLEST_LEVEL:
-            smaller = np.stack(
-                [scipy.ndimage.convolve(plane, binomial, mode="mirror") for plane in levels[-1].transpose(2, 0, 1)], -1
-            )[::2, ::2]
+        while levels[-1].shape[0] > 16 and (ours or len(levels) < 4):
+            smaller = blur(levels[-1])[::2, ::2]
             spread = np.zeros_like(levels[-1])
-            spread[::2, ::2] = smaller
-            larger = np.stack(
-                [scipy.ndimage.convolve(plane, 4 * binomial, mode="mirror") for plane in spread.transpose(2, 0, 1)], -1
-            )
-            levels[-1] = levels[-1] - larger
+            if ours:
+                spread[::2, ::2] = 4 * smaller
+            else:
+                for row, column in np.ndindex(2, 2):
+                    spread[row::2, column::2] = smaller
+            levels[-1] = levels[-1] - blur(spread)
             levels.append(smaller)
         return levels
 
@@ -57,7 +59,7 @@ def brute_force(reals: Pixels, fakes: Pixels, sampling: swd.Sampling) -> dict[st
         return stacked.reshape(len(stacked), -1)
 
     result = {}
-    for level, resolution in enumerate(swd.resolutions(*reals.shape[1:3])):
+    for level, resolution in enumerate(resolutions(*reals.shape[1:3], pyramid=sampling.pyramid)):
         a, b = described(reals, level, 3 * level + 1), described(fakes, level, 3 * level + 2)
         directions = swd._directions(a.shape[1], 3 * level, sampling).astype(np.float64)
         each = [scipy.stats.wasserstein_distance(a @ d, b @ d) for d in directions.T]
@@ -72,8 +74,9 @@ def distance(reals: Pixels, fakes: Pixels, sampling: swd.Sampling = swd.Sampling
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_agrees_with_sorting_every_projection(pictures: Pixels, size: int) -> None:
-    sampling = swd.Sampling(seed=3, patches=16, directions=24)
+@pytest.mark.parametrize("pyramid", ["pggan", "mmagic"])
+def test_agrees_with_sorting_every_projection(pictures: Pixels, size: int, pyramid: Pyramid) -> None:
+    sampling = swd.Sampling(seed=3, patches=16, directions=24, pyramid=pyramid)
     step = 64 // size
     reals, fakes = pictures[:24, ::step, ::step], pictures[200:224, ::step, ::step] // 2
     ours = distance(reals, fakes, sampling)
@@ -81,6 +84,21 @@ def test_agrees_with_sorting_every_projection(pictures: Pixels, size: int) -> No
     for level, expected in independent.items():
         assert ours[level] == pytest.approx(expected, rel=2e-3, abs=0.05), level
     assert ours["swd"] == pytest.approx(np.mean(list(independent.values())), rel=2e-3)
+
+
+def test_the_pyramids_differ_in_detail_and_in_depth(pictures: Pixels) -> None:
+    """mmagic's details of 64 pixels are others, its black edges too; it ends after four levels."""
+    maps = torch.from_numpy(pictures[:8]).permute(0, 3, 1, 2).float()
+    kinds: tuple[Pyramid, Pyramid] = ("pggan", "mmagic")
+    one, other = (laplacian_pyramid(maps, kind) for kind in kinds)
+    inner = (..., slice(8, -8), slice(8, -8))
+    assert (one[0] - other[0])[inner].abs().max() > 1, "doubled in another way"
+    torch.testing.assert_close(one[2][..., 4:-4, 4:-4], other[2][..., 4:-4, 4:-4])  # blurred and halved alike
+    assert resolutions(256, 256, "mmagic") == [256, 128, 64, 32]
+    assert resolutions(256, 256) == [256, 128, 64, 32, 16]
+    for kind in kinds:
+        sizes = [level.shape[2:] for level in laplacian_pyramid(torch.rand(1, 3, 75, 50), kind)]
+        assert sizes == [(75, 50), (38, 25)], "of odd sides too"
 
 
 def test_the_digits_are_those_of_the_first_release(pictures: Pixels) -> None:

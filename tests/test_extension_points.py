@@ -80,6 +80,7 @@ def test_features_and_forget_look_into_it(run: Path, faces32: Path, tmp_path: Pa
         data=None,
         samples=16,
         strength=1.0,
+        layer=1,
         seed=0,
     )
     maps = load_generator(str(run)).generator.feature_maps(torch.zeros(1, 8))

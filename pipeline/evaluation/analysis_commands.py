@@ -311,6 +311,9 @@ def forget(
     data: OptionalData = None,
     samples: Annotated[int, typer.Option(help="Samples to search for --attribute.", min=8)] = 512,
     strength: Annotated[float, typer.Option(help="1 drops the maps, 0.5 halves them.", min=0, max=2)] = 1.0,
+    layer: Annotated[
+        int, typer.Option(help="Whose maps: 1 are those that make the image, 2 those before them, the paper's.", min=1)
+    ] = 2,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
@@ -328,6 +331,7 @@ def forget(
         data=data,
         samples=samples,
         strength=strength,
+        layer=layer,
         seed=seed,
     )
     show(dict(numbers), folder, "forget")

@@ -65,7 +65,11 @@ class Generator(networks.Generator):
 
     @property
     def last_activation(self) -> nn.Module:
-        return [layer for layer in self.layers if isinstance(layer, nn.ReLU)][-1]
+        return self.activation_layers[0]
+
+    @property
+    def activation_layers(self) -> list[nn.Module]:
+        return [layer for layer in reversed(list(self.layers)) if isinstance(layer, nn.ReLU)]
 
 
 class Discriminator(networks.Discriminator):

@@ -31,6 +31,11 @@ class Generator(nn.Module):
     def last_activation(self) -> nn.Module:
         """The module whose output, (N, maps, h, w), the last convolution reads."""
 
+    @property
+    def activation_layers(self) -> list[nn.Module]:
+        """The modules whose outputs are maps (N, maps, h, w) that a convolution reads, those of the image's first."""
+        return [self.last_activation]
+
     def folded(self) -> "Generator":
         """Return a float32 copy in which each BatchNorm that follows a convolution is folded into it.
 
@@ -44,10 +49,15 @@ class Generator(nn.Module):
         return folded
 
     @torch.no_grad()
-    def feature_maps(self, z: Tensor) -> Tensor:
-        """Return the maps (N, maps, h, w) of z (N, latent_dim) that the last convolution reads."""
+    def feature_maps(self, z: Tensor, layer: int = 1) -> Tensor:
+        """Return the maps (N, maps, h, w) of z (N, latent_dim) that the last convolution reads, or an earlier one.
+
+        `layer` counts `activation_layers` from the image, 1 and so on.
+        """
         seen: list[Tensor] = []
-        handle = self.last_activation.register_forward_hook(lambda _, __, output: seen.append(output.clone()))
+        handle = self.activation_layers[layer - 1].register_forward_hook(
+            lambda _, __, output: seen.append(output.clone())
+        )
         try:
             self(z)
         finally:
@@ -55,15 +65,18 @@ class Generator(nn.Module):
         return seen[0]
 
     @torch.no_grad()
-    def without_maps(self, z: Tensor, dropped: Tensor, strength: float = 1.0) -> Tensor:
-        """Return the images of z with the feature maps of the indices `dropped` scaled by 1 - strength, everywhere."""
+    def without_maps(self, z: Tensor, dropped: Tensor, strength: float = 1.0, layer: int = 1) -> Tensor:
+        """Return the images of z with the feature maps of the indices `dropped` scaled by 1 - strength, everywhere.
+
+        The maps are those of `feature_maps(z, layer)`.
+        """
 
         def drop(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             output = output.clone()
             output[:, dropped] *= 1 - strength
             return output
 
-        handle = self.last_activation.register_forward_hook(drop)
+        handle = self.activation_layers[layer - 1].register_forward_hook(drop)
         try:
             images: Tensor = self(z)
         finally:

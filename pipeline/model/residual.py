@@ -83,6 +83,10 @@ class Generator(networks.Generator):
     def last_activation(self) -> nn.Module:
         return self.normalize
 
+    @property
+    def activation_layers(self) -> list[nn.Module]:
+        return [self.normalize, *[*self.blocks][-2::-1]]
+
 
 class Discriminator(networks.Discriminator):
     """Images (N, channels, height, width) float in [-1, 1] -> logits (N,), positive for real."""

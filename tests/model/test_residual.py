@@ -64,6 +64,9 @@ def test_maps_are_read_and_dropped_before_the_last_convolution() -> None:
     everything = torch.arange(4)
     torch.testing.assert_close(generator.without_maps(z, everything), torch.zeros_like(before))
     torch.testing.assert_close(generator(z), before)
+    second = generator.feature_maps(z, 2)
+    assert second.shape == (3, 4, 16, 16)
+    torch.testing.assert_close(generator.to_image(generator.normalize(generator.blocks[-1](second))), before)
 
 
 @pytest.mark.parametrize("setting", [{"kernel_size": 5}, {"upsampling": "bilinear"}])

@@ -12,8 +12,8 @@ from pipeline.common.shapes.size import in_words, written
 
 Pyramid = Literal["pggan", "mmagic"]
 """`pggan` is that of Karras et al. 2018's code: edges are mirrored, a level is doubled by zeros between its pixels and
-a blur, the last level has 16 pixels. `mmagic` is open-mmlab's (mmgeneration, mmagic): edges are black, a level is doubled
-by doubling its pixels and a blur, so its details are others, and there are at most four levels.
+a blur, the last level has 16 pixels. `mmagic` is open-mmlab's (mmgeneration, mmagic): edges are black, a level is
+doubled by doubling its pixels and a blur, so its details are others, and there are at most four levels.
 """
 
 SMALLEST_LEVEL = 16
@@ -42,7 +42,8 @@ def laplacian_pyramid(maps: Tensor, pyramid: Pyramid = "pggan") -> list[Tensor]:
     The last level is the remaining image, not a detail.
     """
     levels = []
-    for _ in resolutions(*maps.shape[2:], pyramid=pyramid)[:-1]:
+    height, width = maps.shape[2:]
+    for _ in resolutions(height, width, pyramid)[:-1]:
         (halve_rows, double_rows), (halve, double) = (_matrices(n, pyramid, maps.device) for n in maps.shape[2:])
         smaller = halve_rows @ (maps @ halve.T)
         levels.append(maps - double_rows @ (smaller @ double.T))

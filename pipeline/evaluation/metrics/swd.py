@@ -93,7 +93,7 @@ def project(
     Reads the images twice: the first pass measures the means and deviations of the channels, the second one counts.
     The result is the same, bit for bit, for every number of ranks with the same device.
     """
-    levels = resolutions(*images.shape[:2], pyramid=sampling.pyramid)
+    levels = resolutions(images.shape[0], images.shape[1], sampling.pyramid)
     channels = min(images.shape[2], 3)  # RGBA is measured as RGB over a background
     lanes = [(3 * index, 3 * index + (1 if real else 2)) for index in range(len(levels))]
     with full_float32():

@@ -1,7 +1,8 @@
 """`dcgan-eval forget`: drop the feature maps of G that draw an object, and measure what is left (Figure 6).
 
-As in the paper, a logistic regression learns from the maps that G's last convolution reads which positions lie inside
-boxes around the object. Every map with a positive weight is then dropped everywhere.
+As in section 6.3.1 of the paper, a logistic regression learns from maps of G which positions lie inside boxes around
+the object. Every map with a positive weight is then dropped everywhere. The paper takes "the second highest convolution
+layer", and drops 200 maps: more than the 128 that the last convolution reads, so its maps are the 256 before those.
 """
 
 import csv
@@ -75,6 +76,7 @@ def run_forget(
     data: str | None,
     samples: int,
     strength: float,
+    layer: int,
     seed: int,
 ) -> dict[str, float]:
     """Write forget.json and a picture of samples with and without the maps, and return the numbers."""
@@ -86,8 +88,11 @@ def run_forget(
         "region": region,
         "samples": samples,
         "strength": strength,
+        "layer": layer,
         "seed": seed,
     }
+    if layer > (there := len(generator.activation_layers)):
+        raise UsageError(f"--layer {layer}: the generator has maps of layers 1 to {there}, counted from the image")
     if region is not None and (max(region[::2]) > shape[1] or max(region[1::2]) > shape[0]):
         raise UsageError(f"--region {','.join(map(str, region))}: not inside an image of {shape[1]}x{shape[0]} pixels")
     if boxes is None and (attribute is None or region is None):
@@ -109,40 +114,55 @@ def run_forget(
             f"boxes in only {with_boxes} samples: too few to tell the object's maps from others; expected {FEWEST}"
         )
 
-    weights, accuracy = object_maps(generator, drawn, seed)
+    weights, accuracy = object_maps(generator, drawn, seed, layer)
     dropped = np.flatnonzero(weights > 0)
     if len(dropped) == 0:
         raise DataError("no feature map is more active inside the boxes than outside: there is none to drop")
     control = permutation(len(weights), seed, Purpose.ANALYSIS, lane=9 << 32)[: len(dropped)]
     fresh = draw(loaded.config, seed, max(samples, max(box.index for box in drawn) + 1), MEASURED)
     before = images_with_progress(generator, fresh, "samples")
-    after = without_maps(generator, dropped, fresh, strength)
-    other = without_maps(generator, control, fresh, strength)
+    after = without_maps(generator, dropped, fresh, strength, layer)
+    other = without_maps(generator, control, fresh, strength, layer)
 
     numbers = {"maps": float(len(weights)), "dropped": float(len(dropped)), "accuracy": accuracy}
     shown = np.arange(SHOWN)
     summary = (
-        f"From the {len(weights)} feature maps that G's last convolution reads, a logistic regression tells positions "
-        f"inside {len(drawn)} boxes from positions outside with an accuracy of {accuracy:.1%}. The {len(dropped)} maps "
-        "with positive weights were dropped."
+        f"From the {len(weights)} feature maps of layer {layer}, counted from the image, a logistic regression tells "
+        f"positions inside {len(drawn)} boxes from positions outside with an accuracy of {accuracy:.1%}. The "
+        f"{len(dropped)} maps with positive weights were dropped."
     )
+    table: list[list[str]] = []
     if detector is not None:
         shares, had = _shares(detector, before, after, other)
         numbers |= shares
         shown = np.flatnonzero(had)[:SHOWN]
-        low, high = wilson(shares["kept"], int(had.sum()))
+        rates = [_with_interval(shares[f"share_{name}"], MEASURED) for name in ("before", "after", "control")]
         summary += (
-            f" Of {int(had.sum())} fresh samples with {attribute}, {shares['kept']:.0%} still have it (95 % interval "
-            f"{low:.0%} to {high:.0%}). When as many random maps are dropped, {shares['kept_control']:.0%} do."
+            f" Of {MEASURED:,} fresh samples, the classifier sees {attribute} in {rates[0]} before, in {rates[1]} "
+            f"without the maps, and in {rates[2]} without as many random ones. Of the {int(had.sum())} that had it, "
+            f"{_with_interval(shares['kept'], int(had.sum()))} keep it, and {shares['kept_control']:.0%} without "
+            "random maps."
         )
+        table = [
+            ["", f"samples with {attribute}", "of those that had it"],
+            ["before", rates[0], ""],
+            [f"without the {len(dropped)} maps of the object", rates[1], f"{shares['kept']:.0%}"],
+            [f"without {len(dropped)} random maps", rates[2], f"{shares['kept_control']:.0%}"],
+        ]
     groups = [
         ("samples", before[shown]),
         (f"without the {len(dropped)} maps of the object", after[shown]),
         (f"without {len(dropped)} random maps", other[shown]),
     ]
     result.picture(charts.sheet(groups, SHOWN), "Samples with and without the object's feature maps")
-    result.write(dict(numbers), summary=summary)
+    result.write(dict(numbers), summary=summary, table=table)
     return numbers
+
+
+def _with_interval(share: float, count: int) -> str:
+    """Return a share of `count` samples, with its 95 % interval, in words."""
+    low, high = wilson(share, count)
+    return f"{share:.0%} ({low:.0%} to {high:.0%})"
 
 
 def _detector(attribute: str, classifier: Classifier) -> Detector:
@@ -168,7 +188,9 @@ def _shares(
     return shares | kept, had
 
 
-def object_maps(generator: Generator, boxes: Sequence[Box], seed: int) -> tuple[NDArray[np.float64], float]:
+def object_maps(
+    generator: Generator, boxes: Sequence[Box], seed: int, layer: int = 1
+) -> tuple[NDArray[np.float64], float]:
     """Return the logistic regression's weight of every map, and its accuracy on a fifth of the samples held out.
 
     Raises DataError when the boxes leave nothing outside.
@@ -181,7 +203,7 @@ def object_maps(generator: Generator, boxes: Sequence[Box], seed: int) -> tuple[
     inside: list[NDArray[np.bool_]] = []
     group: list[NDArray[np.int64]] = []
     for number, index in enumerate(dict.fromkeys(box.index for box in boxes)):
-        maps = generator.feature_maps(torch.from_numpy(draw(config, seed, index, 1)).to(device()))[0]
+        maps = generator.feature_maps(torch.from_numpy(draw(config, seed, index, 1)).to(device()), layer)[0]
         pixels = config.image_shape[0] // maps.shape[1]
         mask = np.zeros(maps.shape[1:], bool)
         for box in boxes:  # a position outside one box may be inside another
@@ -205,13 +227,13 @@ def object_maps(generator: Generator, boxes: Sequence[Box], seed: int) -> tuple[
 
 
 @torch.no_grad()
-def without_maps(generator: Generator, dropped: NDArray[np.int64], z: Z, strength: float = 1.0) -> Pixels:
+def without_maps(
+    generator: Generator, dropped: NDArray[np.int64], z: Z, strength: float = 1.0, layer: int = 1
+) -> Pixels:
     """Return the images of z (N, latent_dim) with the maps `dropped` scaled by 1 - strength: uint8 (N, H, W, C)."""
     rows = torch.from_numpy(np.ascontiguousarray(dropped)).to(device())
-    images = [
-        to_uint8(generator.without_maps(torch.from_numpy(z[start : start + BLOCK]).to(device()), rows, strength)).cpu()
-        for start in range(0, len(z), BLOCK)
-    ]
+    blocks = (torch.from_numpy(z[start : start + BLOCK]).to(device()) for start in range(0, len(z), BLOCK))
+    images = [to_uint8(generator.without_maps(block, rows, strength, layer)).cpu() for block in blocks]
     return np.asarray(torch.cat(images).numpy())
 
 

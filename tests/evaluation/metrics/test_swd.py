@@ -59,7 +59,7 @@ def brute_force(reals: Pixels, fakes: Pixels, sampling: swd.Sampling) -> dict[st
         return stacked.reshape(len(stacked), -1)
 
     result = {}
-    for level, resolution in enumerate(resolutions(*reals.shape[1:3], pyramid=sampling.pyramid)):
+    for level, resolution in enumerate(resolutions(reals.shape[1], reals.shape[2], sampling.pyramid)):
         a, b = described(reals, level, 3 * level + 1), described(fakes, level, 3 * level + 2)
         directions = swd._directions(a.shape[1], 3 * level, sampling).astype(np.float64)
         each = [scipy.stats.wasserstein_distance(a @ d, b @ d) for d in directions.T]

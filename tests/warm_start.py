@@ -108,9 +108,8 @@ def start_ranks(
     """Start `count` processes of one world, as a launcher would. What they say goes to `output`."""
     if count == 1:
         return [Popen(args, env=env, stdout=output, stderr=output)]
-    from ports import (
-        free_port,
-    )  # here: processes that a program starts read this file, too, without tests/ on their path
+    # Here, because processes that a program starts read this file too, without tests/ on their path.
+    from ports import free_port
 
     port = free_port()
     world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}

@@ -2,11 +2,12 @@
 
 Two questions, each a ratio of interleaved rounds in one run (medians of 15, with an A/A control):
 
-1. `step`: our update against the loop of every DCGAN tutorial, same networks, batch 64, 64x64, width 64, fp32.
+1. `step`: our update against the loop of every DCGAN tutorial, same networks, batch 64, 64x64, width 64; in fp32, and
+   on CPUs with AMX in bf16, against the tutorial's fp32 and against its loop under autocast.
 2. `loop`: the whole trainer (loader, EMA, gradient norms, metrics, checkpoints) against a bare update on a tensor
    in memory, at the demo preset; and the share of /metrics alone.
 
-    python benchmarks/training.py --data demo/data        # CPU, some 8 minutes; writes benchmarks/results/training.json
+    python benchmarks/training.py --data demo/data    # CPU, 15 minutes; writes benchmarks/results/training.json
 """
 
 import argparse
@@ -22,8 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hardware import describe  # benchmarks/hardware.py
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import RunConfig, load_config
 from pipeline.model.latents import latent_batches
@@ -79,9 +82,10 @@ def tutorial(config: RunConfig, device: torch.device = CPU, *, bf16: bool = Fals
     return update
 
 
-def ours(config: RunConfig, accelerator: Accelerator) -> Update:
+def ours(config: RunConfig, precision: str = "no") -> Update:
     """AdversarialStep on a batch in memory."""
-    step = AdversarialStep(config, accelerator)
+    AcceleratorState._reset_state(reset_partial_state=True)  # else the precision of the arm before
+    step = AdversarialStep(config, Accelerator(cpu=True, mixed_precision=precision))
     network, count = config.network, config.recipe.batch
     reals = np.random.default_rng(0).integers(0, 256, (count, network.image_size, network.image_size, 3), np.uint8)
     latents = latent_batches(config, start=0)
@@ -143,6 +147,31 @@ def summarize(rates: dict[str, list[float]], against: str) -> dict[str, dict[str
             "quartile_high": round(high, 3),
         }
     return summary
+
+
+def limit(arms: dict[str, Update], images: int) -> dict[str, dict[str, float]]:
+    """Return the operations of an image in each arm, and the rates at which matrix products alone would do them.
+
+    Products of 2048x2048 matrices in the arm's precision, the best of 15, are what this processor can do at most.
+    """
+    peaks = {}
+    for dtype in {torch.bfloat16 if "bf16" in name else torch.float32 for name in arms}:
+        factors = torch.randn(2, 2048, 2048).to(dtype)
+        seconds = []
+        for _ in range(15):
+            start = time.perf_counter()
+            factors[0] @ factors[1]
+            seconds.append(time.perf_counter() - start)
+        peaks[dtype] = 2 * 2048**3 / min(seconds)
+    found = {}
+    for name, update in arms.items():
+        if "compiled" in name or "again" in name:
+            continue  # the counter sees eager operations
+        with FlopCounterMode(display=False) as counter:
+            update()
+        flop, peak = counter.get_total_flops() / images, peaks[torch.bfloat16 if "bf16" in name else torch.float32]
+        found[name] = {"gigaflop_an_image": round(flop / 1e9, 3), "images_per_second_at_most": round(peak / flop, 1)}
+    return found
 
 
 def trainer_rounds(config: RunConfig, data: str, rounds: int, updates: int) -> dict[str, list[float]]:
@@ -254,7 +283,6 @@ def main() -> None:
     parser.add_argument("--only", choices=["step", "loop"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
     options = parser.parse_args()
-    accelerator = Accelerator()
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
     result.update(describe())
     if options.only != "loop":
@@ -263,13 +291,18 @@ def main() -> None:
         arms = {
             "tutorial": tutorial(config),
             "tutorial again": tutorial(config),
-            "ours": ours(config, accelerator),
-            "ours, compiled": ours(levers, accelerator),
+            "ours": ours(config),
+            "ours, compiled": ours(levers),
         }
+        if "amx_bf16" in Path("/proc/cpuinfo").read_text():  # elsewhere bf16 is twenty times slower than fp32
+            arms["tutorial, bf16"] = tutorial(config, bf16=True)
+            arms["ours, bf16"] = ours(config, "bf16")
+            arms["ours, bf16, compiled"] = ours(levers, "bf16")
         rates = compare(arms, updates=2, images=64, rounds=options.rounds)
-        result["step"] = {"setting": "64x64, width 64, batch 64, fp32", "rounds": options.rounds} | summarize(
-            rates, "tutorial"
-        )
+        result["step"] = {
+            "setting": "64x64, width 64, batch 64, fp32 where no other precision is named",
+            "rounds": options.rounds,
+        } | summarize(rates, "tutorial")
         print(json.dumps(result["step"], indent=1))
     if options.only != "step":
         config = load_config("demo")

@@ -29,6 +29,15 @@ def available_threads() -> int:
     return int(wanted) if wanted.isdigit() and int(wanted) else available_cores()
 
 
+def has_amx() -> bool:
+    """Return whether the processor multiplies matrices of bfloat16 in tiles (AMX, on x86 servers since 2023)."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("flags"):
+                return "amx_bf16" in line.split()
+    return False
+
+
 class SignalStack(ctypes.Structure):
     """stack_t of Linux."""
 

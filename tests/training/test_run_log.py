@@ -1,13 +1,16 @@
-"""Every value of a window reaches metrics.jsonl and /metrics under its own name."""
+"""Every value of a window reaches metrics.jsonl and /metrics under its own name; and what a run says as it begins."""
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import load_config
+from pipeline.training import preflight
 from pipeline.training.manager import Written
 from pipeline.training.run_directory import RunDirectory
 from pipeline.training.run_log import RunLog
@@ -91,3 +94,13 @@ def test_time_for_other_tasks_does_not_slow_the_rate(tmp_path: Path) -> None:
     assert stopped.pop("time") > 0
     assert stopped == {"images": 256, "grid_seconds": 1.0, "checkpoint_seconds": 3.0}
     assert [line["images_per_second"] for line in windows] == [128.0, 64.0]
+
+
+@pytest.mark.parametrize(("amx", "lines"), [(True, 1), (False, 0)])
+def test_a_run_in_float32_on_a_processor_with_amx_is_told_of_bf16(
+    amx: bool, lines: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(preflight, "has_amx", lambda: amx)
+    preflight.warn(load_config(), Accelerator(cpu=True), from_noise=True)
+    assert sum("AMX: with --mixed_precision bf16" in record.getMessage() for record in caplog.records) == lines

@@ -29,6 +29,21 @@ def available_threads() -> int:
     return int(wanted) if wanted.isdigit() and int(wanted) else available_cores()
 
 
+def cores_near(pci_address: str, system: Path = Path("/sys")) -> set[int]:
+    """Return those cores of this process that lie on the NUMA node of a PCI device (`0000:3b:00.0`).
+
+    Empty where the system has no such device, knows no node of it, or forbids all of that node's cores.
+    """
+    with suppress(OSError, ValueError):
+        node = int((system / "bus/pci/devices" / pci_address / "numa_node").read_text())  # -1: not known
+        cores: set[int] = set()
+        for part in (system / f"devices/system/node/node{node}/cpulist").read_text().strip().split(","):
+            first, _, last = part.partition("-")
+            cores |= set(range(int(first), int(last or first) + 1))
+        return cores & os.sched_getaffinity(0)
+    return set()
+
+
 def has_amx() -> bool:
     """Return whether the processor multiplies matrices of bfloat16 in tiles (AMX, on x86 servers since 2023)."""
     with suppress(OSError):

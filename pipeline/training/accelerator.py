@@ -1,5 +1,6 @@
 """The processes of a run: how accelerate sets them up, and the few things that all of them do together."""
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,9 +15,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.common.errors import ConfigConflict, TryAgainError, UnavailableError, UserError, describe_os_error
+from pipeline.common.machine import cores_near
 from pipeline.data.loading.thread_pool import ThreadPool
 from pipeline.training.rendezvous.meet import meet
 from pipeline.training.watchdog import Peers
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -58,7 +62,28 @@ def make_accelerator() -> Accelerator:
             raise ConfigConflict(
                 f"{processes} processes on a machine with {gpus} GPUs: each needs one of its own; start {gpus}"
             )
+        _stay_near(accelerator.device)
     return accelerator
+
+
+def pci_address(device: torch.device) -> str:
+    """Return where a GPU sits, as the system names it (`0000:3b:00.0`); empty where PyTorch does not say."""
+    gpu = torch.cuda.get_device_properties(device)
+    domain, bus, slot = (getattr(gpu, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
+    return f"{domain:04x}:{bus:02x}:{slot:02x}.0" if bus is not None else ""
+
+
+def _stay_near(device: torch.device) -> None:
+    """Keep this process and the threads that it will start on the NUMA node of its GPU, beside other processes.
+
+    accelerate's own `--enable_cpu_affinity` counts the GPUs by NVML, which does not know CUDA_VISIBLE_DEVICES. A
+    process that has the machine for itself keeps all cores for its loader.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        return
+    if cores := cores_near(pci_address(device)):
+        os.sched_setaffinity(0, cores)
+        log.info("%s: on the %d cores of its NUMA node", device, len(cores))
 
 
 def set_kernels(accelerator: Accelerator, *, tf32: bool) -> None:

@@ -1,12 +1,14 @@
 """What records say of the machine and of the packages that did the work."""
 
+import os
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from pipeline.common.machine import imported_versions, processor
+from pipeline.common.machine import cores_near, imported_versions, processor
 
 
 def test_versions_are_those_of_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +32,17 @@ def test_without_the_metadata_of_the_project_every_import_counts(monkeypatch: py
 
 def test_the_processor_has_a_name() -> None:
     assert processor().strip()
+
+
+def test_cores_near_a_device_are_those_of_its_numa_node_that_the_process_may_use(tmp_path: Path) -> None:
+    mine = os.sched_getaffinity(0)
+    for address, node in (("0000:3b:00.0", "1"), ("0000:af:00.0", "-1"), ("0000:d8:00.0", "2")):
+        (tmp_path / "bus/pci/devices" / address).mkdir(parents=True)
+        (tmp_path / "bus/pci/devices" / address / "numa_node").write_text(f"{node}\n")
+    first, other = min(mine), max(mine) + 100
+    for node, cores in (("1", f"{first},{other}-{other + 3}"), ("2", f"{other}-{other + 3}")):
+        (tmp_path / f"devices/system/node/node{node}").mkdir(parents=True)
+        (tmp_path / f"devices/system/node/node{node}/cpulist").write_text(f"{cores}\n")
+    assert cores_near("0000:3b:00.0", tmp_path) == {first}
+    for unknown in ("0000:af:00.0", "0000:d8:00.0", "0000:00:00.0", ""):
+        assert cores_near(unknown, tmp_path) == set()

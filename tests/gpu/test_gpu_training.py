@@ -11,6 +11,8 @@ import pytest
 import torch
 from support import TINY, write_dataset
 
+from pipeline.training.accelerator import pci_address
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 SCHEDULE = (
@@ -19,6 +21,11 @@ SCHEDULE = (
     "schedule.checkpoint_every_images=128",
     "schedule.evaluate_samples=64",
 )
+
+
+def test_a_gpu_is_where_pytorch_says() -> None:
+    """Else ranks would not find the NUMA node of theirs, in silence."""
+    assert (Path("/sys/bus/pci/devices") / pci_address(torch.device("cuda", 0)) / "numa_node").exists()
 
 
 def launch(data: Path, out: Path, *overrides: str, precision: str = "no", cpu: bool = False) -> list[dict[str, float]]:

@@ -299,10 +299,9 @@ def main() -> None:
             arms["ours, bf16"] = ours(config, "bf16")
             arms["ours, bf16, compiled"] = ours(levers, "bf16")
         rates = compare(arms, updates=2, images=64, rounds=options.rounds)
-        result["step"] = {
-            "setting": "64x64, width 64, batch 64, fp32 where no other precision is named",
-            "rounds": options.rounds,
-        } | summarize(rates, "tutorial")
+        setting = "64x64, width 64, batch 64, fp32 where no other precision is named"
+        result["step"] = {"setting": setting, "rounds": options.rounds} | summarize(rates, "tutorial")
+        result["step"]["limit"] = limit(arms, 64)
         print(json.dumps(result["step"], indent=1))
     if options.only != "step":
         config = load_config("demo")

@@ -1,7 +1,7 @@
 """How fast training batches can be had from disk, against webdataset, a numpy memmap, and other projects.
 
     python benchmarks/data_loading.py [--others PYTHON]
-    python benchmarks/data_loading.py --remote [--quick]   # instead: from a slow store, see data_loading_remote.py
+    python benchmarks/data_loading.py --remote [--quick]   # instead: from a slow store, see loading/slow_store.py
 
 PYTHON is the interpreter of an environment that has mosaicml-streaming and litdata. Every contender runs in a
 process of its own on the same core, and they take turns: 15 rounds, medians of the per-round ratios. "again" is
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data_loading_contenders import BATCH, CONTENDERS, OTHERS, SIZE
 from hardware import cpu_model, describe
+from loading.contenders import BATCH, CONTENDERS, OTHERS, SIZE
 from PIL import Image
 
 ROUNDS = 15
@@ -50,10 +50,10 @@ def main() -> None:
     remote.add_argument("--note", default="", help="what else ran on the machine, for the record")
     options = parser.parse_args()
     if options.remote:
-        import data_loading_remote
+        from loading import slow_store
 
         settings = {name: getattr(options, name) for name in ("quick", "lookahead_mb", "lanes", "note")}
-        data_loading_remote.main(RESULTS, **settings)
+        slow_store.main(RESULTS, **settings)
         return
     core = min(os.sched_getaffinity(0))
     prepare(options.work, options.images, options.count)
@@ -121,7 +121,7 @@ class Contender:
     """A process that draws batches when it is told to."""
 
     def __init__(self, name: str, python: str, work: Path) -> None:
-        command = [python, str(Path(__file__).with_name("data_loading_contenders.py")), name, str(work)]
+        command = [python, str(Path(__file__).parent / "loading" / "contenders.py"), name, str(work)]
         with (work / "contenders.log").open("a") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1

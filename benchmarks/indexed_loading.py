@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 from data_loading import RESULTS, Seconds, race
-from data_loading_contenders import BATCH, INDEXED, SIZE
 from hardware import cpu_model, describe
+from loading.contenders import BATCH, INDEXED, SIZE
 from PIL import Image
 
 ROUNDS = 15

@@ -1,6 +1,6 @@
 """What benchmarks/data_loading.py compares: each contender turns one folder of data into an endless supply of batches.
 
-Run as `data_loading_contenders.py NAME FOLDER`: for every line "COUNT" on standard input it draws COUNT batches and
+Run as `loading/contenders.py NAME FOLDER`: for every line "COUNT" on standard input it draws COUNT batches and
 prints the seconds that they took, by the clock and of processor time. The contenders of other projects import
 nothing of ours, so that they run in an environment of their own.
 """

@@ -1,0 +1,1 @@
+"""What data_loading.py and indexed_loading.py measure, and with what."""

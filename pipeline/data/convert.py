@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import encode
 from pipeline.common.progress import Progress
-from pipeline.common.storage import UMASK, atomic_path, is_url, made_directory, require_writable
+from pipeline.common.storage import UMASK, atomic_path, fsync_directory, is_url, made_directory, require_writable
 from pipeline.data.dataset import Dataset, LabelType
 from pipeline.data.shard_reader import iterate
 from pipeline.data.sources.interface import read_picture
@@ -97,10 +97,22 @@ def _new_folder(path: Path) -> Iterator[Path]:
         try:
             yield folder
             folder.chmod(0o777 & ~UMASK)
-            os.sync()
+            _fsync_all(folder)
             folder.replace(path)
+            fsync_directory(path.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fsync_all(folder: Path) -> None:
+    """Make the files in a folder durable: all at the end, when most of them are on the disk already."""
+    names = os.listdir(folder)
+    with Progress("saving", len(names), "files") as progress:
+        for name in names:
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+            progress.advance(1)
+    fsync_directory(folder)
 
 
 def _write_folder(folder: Path, pictures: Iterator[Picture], dataset: Dataset) -> None:

@@ -1,6 +1,7 @@
 """`dcgan-data convert`: what it writes is read by others and by ourselves, to the same images and labels."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,21 @@ def test_a_damaged_set_leaves_nothing(dcgan_data: Any, tmp_path: Path, pictures:
     assert (done.code, "SHA-256" in done.err) == (65, True), done.err
     assert tree(tmp_path) == before
     assert not (tmp_path / "new").exists()
+
+
+def test_what_was_written_is_durable_and_nothing_else_is_waited_for(
+    dcgan_data: Any, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dcgan_data("build", "folder", pictures, tmp_path / "set", *SMALL).code == 0
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(handle: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "sync", lambda: pytest.fail("the whole machine was synced"))
+    assert dcgan_data("convert", tmp_path / "set", tmp_path / "it").code == 0
+    assert {path.name for path in (tmp_path / "it").iterdir()} <= set(synced)
+    assert synced[-1] == tmp_path.name, "the rename, too"

@@ -8,7 +8,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
@@ -19,10 +19,13 @@ from pipeline.common.pictures.color import is_srgb, to_srgb
 from pipeline.common.pictures.dicom import INVERTED, STATED, BadDicom, open_dicom
 from pipeline.common.pictures.formats import HEAD_BYTES, USUAL, advice, enable, kind_of
 from pipeline.common.pictures.window import apply_window
+from pipeline.common.shapes.crop import parse_crop
 from pipeline.common.shapes.frame import MODES, Frame, over_checkerboard, place, premultiply, sound, straight
 from pipeline.common.storage import write_atomic
 
 Pixels = NDArray[np.uint8]
+Picture = bytes | NDArray[Any]
+"""A picture of a source: an encoded file, or numbers (height, width, channels); those of 8 bits are pixels."""
 
 PIXEL_SCALE, PIXEL_OFFSET = 127.5, 128.0
 """An image value x in [-1, 1] is the pixel x * scale + offset, clamped and truncated; a pixel p is p / scale - 1."""
@@ -34,8 +37,10 @@ MAX_PIXELS = 1 << 27
 # 16-bit gray images scale to 8 bits; Pillow's own conversion would clip them.
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 
-# The bound above is checked here, with an error that names the size; Pillow's warning would only add noise.
+# The bound above is checked here, with an error that names the size; Pillow's warning would only add noise. So would
+# those of broken metadata: a picture is decoded, or refused by name.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 class BadImage(ValueError):
@@ -93,7 +98,7 @@ def upright(image: Image.Image, channels: int, window: str = "") -> Image.Image:
             white = Image.new("RGBA", picture.size, "white")
             image = picture if channels == 4 else Image.alpha_composite(white, picture)
         elif image.mode == "F":
-            image = _from_unit(np.asarray(image))
+            image = Image.fromarray(_grays(np.asarray(image)[..., None], "")[..., 0])
         if info.get(INVERTED):
             image = ImageOps.invert(image)
         return image if image.mode == mode else image.convert(mode)
@@ -102,14 +107,6 @@ def upright(image: Image.Image, channels: int, window: str = "") -> Image.Image:
     except Exception as error:  # decoders meet hostile bytes here and raise whatever they like
         reason = "truncated" if "truncated" in str(error) else f"undecodable ({type(error).__name__})"
         raise BadImage(reason) from None
-
-
-def _from_unit(values: NDArray[np.float32]) -> Image.Image:
-    """Return floating-point pixels (H, W) from 0 to 1 as gray. Raises BadImage for other ranges."""
-    low, high = float(values.min()), float(values.max())
-    if not 0 <= low <= high <= 1:  # also where one is not a number
-        raise BadImage(f"floating-point pixels from {low:.0e} to {high:.0e}, expected 0 to 1, or --window")
-    return Image.fromarray((values * 255 + 0.5).astype(np.uint8))
 
 
 def to_pixels(images: NDArray[np.float32]) -> Pixels:
@@ -131,12 +128,22 @@ def load_image(data: bytes, frame: Frame) -> Pixels:
             raise BadImage(f"smaller than {frame.min_side} pixels")
         image.draft(None, _twice(image, frame))
         image = upright(image, frame.channels, frame.window)
+    return in_frame(image, frame)
+
+
+def in_frame(image: Image.Image, frame: Frame) -> Pixels:
+    """Return an upright L, RGB or RGBA picture in its frame: (height, width, channels). Raises BadImage."""
     mode = MODES[frame.channels]
-    return place(image if image.mode == mode else image.convert(mode), frame)
+    try:
+        return place(image if image.mode == mode else image.convert(mode), frame)
+    except ValueError as error:
+        raise BadImage(str(error)) from None
 
 
 def _twice(image: Image.Image, frame: Frame) -> tuple[int, int]:
     """Return the width and height below which a picture, as it is stored, is not to be decoded."""
+    if frame.crop:
+        return image.size
     turned = frame.width != frame.height and _turned(image)
     width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
     return 2 * width, 2 * height
@@ -150,22 +157,58 @@ def _turned(image: Image.Image) -> bool:
         return False
 
 
-def reframe(pixels: Pixels, frame: Frame) -> Pixels:
-    """Return an image (height, width, channels) of ours in another frame. Raises BadImage."""
+def reframe(values: NDArray[Any], frame: Frame) -> Pixels:
+    """Return an image of ours, or any numbers (height, width, channels), in another frame. Raises BadImage."""
+    pixels = values if values.dtype == np.uint8 else _grays(values, frame.window)
     height, width, channels = pixels.shape
     if min(height, width) < frame.min_side:
         raise BadImage(f"smaller than {frame.min_side} pixels")
-    if pixels.shape == (frame.height, frame.width, frame.channels):
+    if pixels.shape == (frame.height, frame.width, frame.channels) and not frame.crop:
         return pixels
     image = _picture(pixels)
-    mode = MODES[frame.channels]
-    if channels == 4 and mode != "RGBA":
+    if channels == 4 and frame.channels != 4:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return place(image.convert(mode), frame)
+    return in_frame(image, frame)
 
 
-def aspect_of(picture: bytes | Pixels) -> float:
-    """Return width over height of a picture as it is seen, upright. Raises BadImage."""
+def _grays(values: NDArray[Any], window: str) -> Pixels:
+    """Return numbers (height, width, channels) that are not of 8 bits as an image.
+
+    Without a window 16 bits are scaled to 8, and floating-point numbers must lie within 0 and 1. Raises BadImage for
+    others.
+    """
+    if window:
+        try:
+            pixels = apply_window(values, window, None)
+        except ValueError as error:
+            raise BadImage(str(error)) from None
+    elif values.dtype == np.uint16:
+        pixels = (values.astype(np.float32) * (255 / 65535) + 0.5).astype(np.uint8)
+    elif values.dtype.kind == "f":
+        low, high = float(values.min()), float(values.max())
+        if not 0 <= low <= high <= 1:  # also where one is not a number
+            raise BadImage(f"floating-point pixels from {low:.0e} to {high:.0e}, expected 0 to 1, or --window")
+        pixels = (values.astype(np.float32) * 255 + 0.5).astype(np.uint8)
+    else:
+        if int(values.min()) < 0 or int(values.max()) > 255:
+            raise BadImage("pixels that are no 8 bits, expected 0 to 255, or --window")
+        pixels = values.astype(np.uint8)
+    return premultiply(pixels) if pixels.shape[2] == 4 else pixels
+
+
+def has_window(picture: Picture) -> bool:
+    """Whether a window changes a picture: whether it is gray of more than 8 bits. Raises BadImage."""
+    if not isinstance(picture, bytes):
+        return picture.dtype != np.uint8
+    mode = open_image(picture).mode
+    return mode in _SIXTEEN_BIT or mode == "F"
+
+
+def aspect_of(picture: Picture, frame: Frame) -> float:
+    """Return width over height of what is seen of a picture, upright. Raises BadImage."""
+    if frame.crop:
+        box = parse_crop(frame.crop)
+        return box.width / box.height
     if not isinstance(picture, bytes):
         return float(picture.shape[1] / picture.shape[0])
     image = open_image(picture)
@@ -185,7 +228,7 @@ def _plain_jpeg(data: bytes, frame: Frame) -> Image.Image | None:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
         if min(height, width) < frame.min_side or height * width > MAX_PIXELS or colors not in ("YCbCr", "RGB", "Gray"):
             return None
-        fraction = min(height // (2 * frame.height), width // (2 * frame.width))
+        fraction = 1 if frame.crop else min(height // (2 * frame.height), width // (2 * frame.width))
         scale = next((s for s in (8, 4, 2) if fraction >= s), 1)
         low_height, low_width = -(-height // scale), -(-width // scale)
         order = "GRAY" if colors == "Gray" else "RGB"
@@ -216,14 +259,15 @@ def _needs_pillow(jpeg: bytes) -> bool:
 
 
 def is_ready(data: bytes, format: Format, frame: Frame) -> bool:
-    """Whether an encoded image can be kept as it is: right format, size and mode, upright, one frame.
+    """Whether an encoded image can be kept as it is: right format, size and mode, whole, upright, one frame.
 
     A JPEG that `decode` refuses is not: Pillow reads some that libjpeg warns of, and encoded anew they are sound.
     Raises BadImage when a PNG or WebP looks right but its pixels cannot be decoded.
     """
     image = open_image(data)
     wanted = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}[format]
-    if image.format != wanted or image.size != (frame.width, frame.height) or image.mode != MODES[frame.channels]:
+    whole = image.size == (frame.width, frame.height) and not frame.crop
+    if image.format != wanted or image.mode != MODES[frame.channels] or not whole:
         return False
     if format != "jpg":
         upright(image, frame.channels)  # before anything asks for EXIF, which reads a PNG to its end

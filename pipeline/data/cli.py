@@ -3,16 +3,25 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from pipeline.common.command_line import command_group, run_command
 from pipeline.common.errors import UsageError
 from pipeline.common.shapes.size import Channels as ChannelCount
 from pipeline.common.shapes.size import parse_size, written
 from pipeline.common.telemetry import MetricsAddress, MetricsPort, PushGateway
-from pipeline.data.build.options import DEFAULT_MARGIN, DEFAULT_MAX_BAD, DEFAULT_QUALITY, LARGEST_SEED, BuildOptions
+from pipeline.data.build.options import (
+    CENTER,
+    DEFAULT_MARGIN,
+    DEFAULT_MAX_BAD,
+    DEFAULT_QUALITY,
+    LARGEST_SEED,
+    WHOLE,
+    BuildOptions,
+)
 from pipeline.data.sources.registry import AUTO, SOURCES
 
 app = command_group(help="Build data sets of images, check them and show them.")
@@ -60,6 +69,20 @@ def _fill(value: str) -> str:
         raise typer.BadParameter(f"{value}: {error}") from None
 
 
+def _crop(value: str) -> str:
+    """Return `--crop`, checked."""
+    if value in ("", CENTER, WHOLE):
+        return value
+    if value == "face":
+        raise typer.BadParameter("face: dcgan-data build faces SRC OUT finds and crops them")
+    from pipeline.common.shapes.crop import check_crop
+
+    try:
+        return check_crop(value)
+    except ValueError as error:
+        raise typer.BadParameter(f"{value}: {error}, {CENTER} or {WHOLE}") from None
+
+
 def _window(value: str) -> str:
     """Return `--window`, checked."""
     if not value:
@@ -81,6 +104,13 @@ class FitName(StrEnum):
     crop = "crop"
     pad = "pad"
     stretch = "stretch"
+
+
+class ResizeName(StrEnum):
+    """How pixels are added and removed."""
+
+    lanczos = "lanczos"
+    area = "area"
 
 
 Size = Annotated[
@@ -122,32 +152,52 @@ def _check_fill(fit: FitName, fill: str) -> None:
         raise UsageError(f"--fill {fill}: applies to --fit pad only, which gives pictures margins")
 
 
-def _require_source(kind: str) -> str:
-    if kind not in (AUTO, *SOURCES):
-        raise typer.BadParameter(f"{kind!r} is not one of {', '.join((AUTO, *SOURCES))}")
-    return kind
+def _places(first: str, second: str, third: str) -> tuple[str, str, str]:
+    """Return SOURCE, SRC and OUT of the words that were given. Of two words SOURCE is auto. Raises UsageError."""
+    known = (AUTO, *SOURCES)
+    if third:
+        if first not in known:
+            raise UsageError(f"SOURCE {first}: is not one of {', '.join(known)}")
+        return first, second, third
+    if not second:
+        raise UsageError("build: words are missing; expected SRC OUT, or SOURCE SRC OUT; --help explains them")
+    if first in known:
+        raise UsageError(f"build {first} {second}: OUT is missing; if SRC is a folder named {first}, write ./{first}")
+    return AUTO, first, second
 
 
-@app.command()
+class _Build(TyperCommand):
+    """Says how the words of `build` are given: the first may be left out, which no argument of its own could be."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what follows the name of the command."""
+        return ["[OPTIONS]", "[SOURCE]", "SRC", "OUT"]
+
+
+@app.command(cls=_Build)
 def build(
     kind: Annotated[
         str,
         typer.Argument(
             metavar="SOURCE",
-            callback=_require_source,
             autocompletion=lambda: [AUTO, *SOURCES],
-            help=f"What SRC is: {', '.join(SOURCES)}. auto: recognized, with the command that it stands for.",
+            help=f"What SRC is: {', '.join(SOURCES)}. auto, or left out: recognized, with the command that it stands "
+            "for.",
+            show_default=False,
         ),
-    ],
+    ] = "",
     src: Annotated[
         str,
         typer.Argument(
             metavar="SRC",
             help="Folder, archive (zip, tar), file or URL of pictures. webdataset: also {0..9}, a glob, ::, @list.txt. "
             "huggingface: also the name of a data set on the Hub.",
+            show_default=False,
         ),
-    ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of the new data set.")],
+    ] = "",
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Folder or URL of the new data set.", show_default=False)
+    ] = "",
     size: Size = str(BuildOptions.size),
     channels: Channels = BuildOptions.channels,
     encoding: Annotated[
@@ -165,6 +215,28 @@ def build(
     min_side: MinSide = BuildOptions.min_side,
     fit: FitOption = FitName(BuildOptions.fit),
     fill: Fill = BuildOptions.fill,
+    crop: Annotated[
+        str,
+        typer.Option(
+            metavar="center|none|X,Y,W,H|NAME",
+            callback=_crop,
+            help="Part of a picture that is taken first: a box in pixels from its upper left corner, or one of "
+            "CelebA's usual ones: celeba-108, celeba-128, celeba-148. none: all of it, with --fit pad or stretch.  "
+            "[default: center]",
+            show_default=False,
+        ),
+    ] = BuildOptions.crop,
+    resize: Annotated[
+        ResizeName, typer.Option(help="Filter: lanczos is sharper, area takes the mean of what a pixel covers.")
+    ] = ResizeName(BuildOptions.resize),
+    all_frames: Annotated[
+        bool,
+        typer.Option(
+            "--all-frames",
+            help="Every page of a TIFF, every frame of an animation (GIF, WebP, PNG, AVIF) and of a DICOM file; "
+            "without it the first.",
+        ),
+    ] = BuildOptions.all_frames,
     window: Annotated[
         str,
         typer.Option(
@@ -244,6 +316,7 @@ def build(
     """Turn the pictures in SRC into the data set OUT. After an interruption, run the same command to resume."""
     from pipeline.data.build.command import build_all
 
+    kind, src, out = _places(kind, src, out)
     _check_fill(fit, fill)
     build_all(
         BuildOptions(
@@ -258,6 +331,9 @@ def build(
             fit=fit.value,
             fill=fill,
             window=window,
+            crop=crop,
+            resize=resize.value,
+            all_frames=all_frames,
             labels=labels,
             all_files=all_files,
             categories=tuple(category or ()),

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import ClassVar
 
 from pipeline.common.errors import DataError, UsageError
-from pipeline.common.imaging import BadImage, Pixels, open_image
+from pipeline.common.imaging import BadImage, Picture, open_image
 from pipeline.common.machine import available_cores
 from pipeline.common.storage import is_url
 from pipeline.data.build import builder
@@ -38,7 +38,7 @@ class _Measured(Recipe):
 
     extra_labels: ClassVar[dict[str, LabelType]] = SIDES
 
-    def make(self, item: Item, picture: bytes | Pixels) -> list[Made]:
+    def make(self, item: Item, picture: Picture) -> list[Made]:
         """Return the image with the picture's height and width behind its labels. Raises BadImage."""
         height, width, _ = _shape(picture)
         return [(key, image, (*labels, height, width)) for key, image, labels in super().make(item, picture)]
@@ -139,7 +139,7 @@ def _first_shape(location: str, source: Source, listing: Listing) -> Shape:
     return height, width, max(channels for _, _, channels in shapes)
 
 
-def _shape(picture: bytes | Pixels) -> Shape:
+def _shape(picture: Picture) -> Shape:
     """Return a picture's height, width and channels (1 or 3), by its header. Raises BadImage."""
     if not isinstance(picture, bytes):
         height, width, channels = picture.shape

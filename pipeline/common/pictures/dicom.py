@@ -3,6 +3,7 @@
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 """The transfer syntax that is compressed as a whole; it could unfold to any size before anything can be checked."""
 
 
+COMPRESSED = "DICOM of a compression that pydicom alone does not read; pip install pylibjpeg"
+
+
 class BadDicom(ValueError):
     """A DICOM file that gives no picture; the message is the reason."""
 
@@ -28,10 +32,35 @@ def open_dicom(data: bytes, most_pixels: int) -> Image.Image:
 
     Raises BadDicom, and whatever pydicom raises for damaged files.
     """
+    file = _read(data, most_pixels)
+    from pydicom.pixels.utils import pixel_array
+
+    try:
+        pixels: NDArray[Any] = pixel_array(file, index=0)
+    except (RuntimeError, NotImplementedError):
+        raise BadDicom(COMPRESSED) from None
+    return _image(file, pixels)
+
+
+def open_frames(data: bytes, most_pixels: int) -> Iterator[Image.Image]:
+    """Yield all frames of a DICOM file that holds more than one, as `open_dicom` returns the first."""
+    file = _read(data, most_pixels)
+    if int(file.get("NumberOfFrames", 1) or 1) <= 1:
+        return
+    from pydicom.pixels.utils import iter_pixels
+
+    try:
+        for pixels in iter_pixels(file):
+            yield _image(file, pixels)
+    except (RuntimeError, NotImplementedError):
+        raise BadDicom(COMPRESSED) from None
+
+
+def _read(data: bytes, most_pixels: int) -> Any:
+    """Return a DICOM file whose pixels are not yet decoded, and are not too many."""
     warnings.filterwarnings("ignore", module="pydicom")  # they quote values, and may name a patient
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     import pydicom
-    from pydicom.pixels.utils import pixel_array
 
     beginning = io.BytesIO(data)
     beginning.seek(HEADER_BYTES)
@@ -43,10 +72,11 @@ def open_dicom(data: bytes, most_pixels: int) -> Image.Image:
         raise BadDicom("DICOM without pixels")
     if int(file.Rows) * int(file.Columns) > most_pixels:
         raise BadDicom("too many pixels")
-    try:
-        pixels: NDArray[Any] = pixel_array(file, index=0)
-    except (RuntimeError, NotImplementedError):
-        raise BadDicom("DICOM of a compression that pydicom alone does not read; pip install pylibjpeg") from None
+    return file
+
+
+def _image(file: Any, pixels: NDArray[Any]) -> Image.Image:
+    """Return a frame of a DICOM file with what the file says of it."""
     kind = str(file.PhotometricInterpretation)
     if pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8:
         return Image.fromarray(pixels)

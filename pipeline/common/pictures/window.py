@@ -26,7 +26,7 @@ def check_window(window: str) -> str:
 
 
 def apply_window(values: NDArray[Any], window: str, stated: tuple[float, float] | None) -> NDArray[np.uint8]:
-    """Return values (H, W) as gray (H, W): the window's lower end and below is 0, its upper end and above 255.
+    """Return values of any shape as gray: the window's lower end and below is 0, its upper end and above 255.
 
     `stated` is the window that the picture states. Percentiles are those of the picture. Raises ValueError with the
     reason why there is no window, or no values.

@@ -1,4 +1,4 @@
-"""How a picture of any size becomes an image of one size: cropped, padded or stretched."""
+"""How a picture of any size becomes an image of one size: cropped, padded or stretched, and resized."""
 
 from typing import Literal, NamedTuple, get_args
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
+from pipeline.common.shapes.crop import cut
 from pipeline.common.shapes.size import parse_size
 
 Fit = Literal["crop", "pad", "stretch"]
@@ -13,6 +14,9 @@ Fit = Literal["crop", "pad", "stretch"]
 FITS: tuple[Fit, ...] = get_args(Fit)
 EDGE = "edge"
 """The fill of margins that repeats the picture's outermost pixels."""
+Resize = Literal["lanczos", "area"]
+"""lanczos: the sharpest that does not alias. area: the mean of the pixels that an image's pixel covers."""
+FILTERS: dict[Resize, Image.Resampling] = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode of an image with so many channels."""
 
@@ -30,6 +34,10 @@ class Frame(NamedTuple):
     """The margins of `pad`: a color, `edge`, or '' for black; in RGBA for transparent."""
     window: str = ""
     """The part of 16-bit and floating-point values that becomes grays; see `check_window`."""
+    crop: str = ""
+    """The part of the picture that is taken first; see `parse_crop`."""
+    resize: Resize = "lanczos"
+    """How pixels are added and removed."""
 
     @property
     def width(self) -> int:
@@ -55,15 +63,18 @@ def check_fill(fill: str) -> str:
 def place(image: Image.Image, frame: Frame) -> NDArray[np.uint8]:
     """Return an L, RGB or RGBA picture in its frame, resized with antialiasing: uint8 (height, width, channels).
 
-    RGBA is multiplied by its alpha first: what is transparent has no color that could bleed.
+    RGBA is multiplied by its alpha first: what is transparent has no color that could bleed. Raises ValueError, with
+    the reason, when the part that `crop` names does not lie in the picture.
     """
+    if frame.crop:
+        image = cut(image, frame.crop)
     if image.mode == "RGBA":
         image = Image.frombytes("RGBa", image.size, premultiply(np.asarray(image)).tobytes())
     width, height = frame.width, frame.height
     if frame.fit == "pad":
         pixels = _padded(image, frame)
     elif frame.fit == "stretch":
-        pixels = _array(image.resize((width, height), Image.Resampling.LANCZOS))
+        pixels = _array(image.resize((width, height), FILTERS[frame.resize]))
     else:
         wide = image.width * height >= image.height * width
         across = image.height * width / height if wide else image.width
@@ -73,7 +84,7 @@ def place(image: Image.Image, frame: Frame) -> NDArray[np.uint8]:
         if (across, down) == (width, height):
             pixels = _array(image.crop((int(left), int(top), int(left) + width, int(top) + height)))
         else:
-            pixels = _array(image.resize((width, height), Image.Resampling.LANCZOS, box))
+            pixels = _array(image.resize((width, height), FILTERS[frame.resize], box))
     return sound(pixels) if pixels.shape[2] == 4 else pixels
 
 
@@ -87,7 +98,7 @@ def _padded(image: Image.Image, frame: Frame) -> NDArray[np.uint8]:
     width, height = frame.width, frame.height
     scale = min(width / image.width, height / image.height)
     inner = max(1, min(width, round(image.width * scale))), max(1, min(height, round(image.height * scale)))
-    pixels = _array(image if image.size == inner else image.resize(inner, Image.Resampling.LANCZOS))
+    pixels = _array(image if image.size == inner else image.resize(inner, FILTERS[frame.resize]))
     left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
     margins = (top, height - inner[1] - top), (left, width - inner[0] - left), (0, 0)
     if frame.fill == EDGE:

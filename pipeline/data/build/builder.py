@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 
 from pipeline.common.errors import DataError, escaped
-from pipeline.common.imaging import BadImage, Pixels, aspect_of
+from pipeline.common.imaging import BadImage, Picture, aspect_of
 from pipeline.common.partition import Partition
 from pipeline.common.progress import Progress
 from pipeline.common.records import first_problem
@@ -97,7 +97,7 @@ class Builder:
                     raise picture
                 made = self.recipe.make(item, picture)
                 if self.recipe.fit == "stretch":
-                    aspects.append(math.log(aspect_of(picture)))
+                    aspects.append(math.log(aspect_of(picture, self.recipe.frame)))
             except BadImage as error:
                 log.add(item.key, str(error))
                 continue
@@ -119,7 +119,7 @@ class Builder:
         prefix = shard_name(group, number).removesuffix(".tar")
         return ShardWriter(prefix, self.recipe.encoding, list(self.labels), self.shard_bytes)
 
-    def _pictures(self, items: list[Item]) -> Iterator[tuple[Item, bytes | Pixels | BadImage]]:
+    def _pictures(self, items: list[Item]) -> Iterator[tuple[Item, Picture | BadImage]]:
         """Yield every picture in order; remote ones are fetched ahead."""
         if not self.remote:
             yield from ((item, self._read(item)) for item in items)
@@ -129,7 +129,7 @@ class Builder:
                 some = items[start : start + 8 * REMOTE_READERS]
                 yield from zip(some, readers.map(self._read, some), strict=True)
 
-    def _read(self, item: Item) -> bytes | Pixels | BadImage:
+    def _read(self, item: Item) -> Picture | BadImage:
         try:
             return read_picture(self.source, item)
         except BadImage as error:

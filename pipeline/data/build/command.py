@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UsageError, one_line
-from pipeline.common.imaging import encode, grid
+from pipeline.common.imaging import BadImage, encode, grid, has_window
 from pipeline.common.machine import available_cores
 from pipeline.common.partition import Partition, parse_partition
 from pipeline.common.shapes.size import parse_size, refusal
 from pipeline.common.storage import require_writable, sha256_file
 from pipeline.common.telemetry import Telemetry
 from pipeline.data.build import builder, state
-from pipeline.data.build.options import DEFAULT_MARGIN, DEFAULT_QUALITY, BuildOptions
+from pipeline.data.build.options import CENTER, DEFAULT_MARGIN, DEFAULT_QUALITY, WHOLE, BuildOptions
 from pipeline.data.build.plan import PlannedBuild, Selection, plan_build
 from pipeline.data.build.transform import Recipe
 from pipeline.data.dataset import Dataset
 from pipeline.data.shard_reader import iterate
-from pipeline.data.sources.interface import Items, Listing, Source
+from pipeline.data.sources.interface import Items, Listing, Source, gathered, read_picture
 from pipeline.data.sources.recognize import recognize
 from pipeline.data.sources.registry import AUTO, open_source
+
+WINDOW_PROBES = 16
+"""Pictures that are looked at, to tell whether `--window` changes any."""
 
 
 def build_all(options: BuildOptions) -> None:
@@ -79,6 +82,8 @@ def build_all(options: BuildOptions) -> None:
                 shard_bytes=options.shard_bytes,
                 shard_images=options.shard_images,
             )
+        if options.window:
+            _check_window(options, source, planned)
         listing.items = Items()  # the plans hold the pictures, in their order
         finished = {out: state.prepare(out, one.plan, overwrite=options.overwrite) for out, one in planned.items()}
         for out, one in planned.items():
@@ -91,9 +96,35 @@ def build_all(options: BuildOptions) -> None:
 def _recognized(options: BuildOptions) -> BuildOptions:
     """Return the options with the source that reads SRC, and say which it is."""
     kind, what = recognize(options.src)
-    words = shlex.join(["dcgan-data", "build", kind, *sys.argv[3:]] if sys.argv[1:3] == ["build", AUTO] else [kind])
+    given = list(sys.argv[2:]) if sys.argv[1:2] == ["build"] and options.src in sys.argv else []
+    if AUTO in given[: given.index(options.src)] if given else []:
+        given.remove(AUTO)
+    words = shlex.join(["dcgan-data", "build", kind, *given] if given else [kind])
     print(one_line(f"{options.src}: {what}. The same as: {words}"), file=sys.stderr)
     return replace(options, kind=kind)
+
+
+def _check_window(options: BuildOptions, source: Source, planned: dict[str, PlannedBuild]) -> None:
+    """Say that `--window` changes none of the first pictures; raise UsageError where it can change none at all."""
+    probed = next(iter(planned.values())).pictures.slice(0, WINDOW_PROBES)
+    encoded: set[bool] = set()
+    with gathered(source, probed) as near:
+        for item in probed:
+            try:
+                picture = read_picture(near, item)
+                if has_window(picture):
+                    return
+            except BadImage:
+                continue
+            encoded.add(isinstance(picture, bytes))
+    if not encoded:
+        return  # the build says why none can be read
+    if encoded == {False}:
+        raise UsageError(f"--window {options.window}: has no effect on {options.src}, whose pixels have 8 bits")
+    print(
+        f"note: --window {options.window} changes none of the first {len(probed)} pictures: they have 8 bits, or color",
+        file=sys.stderr,
+    )
 
 
 def _build_one(
@@ -135,6 +166,9 @@ def _recipe(options: BuildOptions) -> Recipe:
         "fit": options.fit,
         "fill": options.fill,
         "window": options.window,
+        "crop": _crop(options),
+        "resize": options.resize,
+        "all_frames": options.all_frames,
     }
     if options.encoding == "jpg" and options.channels == 4:
         raise UsageError("--encoding jpg with --channels 4: a JPEG has no transparency; use packed, png or webp")
@@ -144,8 +178,11 @@ def _recipe(options: BuildOptions) -> Recipe:
         if given:
             raise UsageError(f"--{next(iter(given)).replace('_', '-')}: applies to the source faces only")
         return Recipe(**values)
-    if options.fit != "crop":
-        raise UsageError(f"--fit {options.fit}: a face is cropped; leave it out, or build from another source")
+    for name, value in (("fit", options.fit.replace("crop", "")), ("crop", options.crop)):
+        if value:
+            raise UsageError(f"--{name} {value}: a face is cropped; leave it out, or build from another source")
+    if options.all_frames:
+        raise UsageError("--all-frames: has no effect on the source faces, which looks at the first frame")
     from pipeline.data.build.faces import FaceRecipe
 
     detector, model_sha256 = "haar", ""
@@ -157,6 +194,18 @@ def _recipe(options: BuildOptions) -> Recipe:
     return FaceRecipe(
         **values, **{"min_face": max(8, min(parse_size(options.size))), "margin": DEFAULT_MARGIN, **given}
     )
+
+
+def _crop(options: BuildOptions) -> str:
+    """Return the part of a picture that `--crop` takes. Raises UsageError where `--fit` says something else."""
+    if options.crop == CENTER and options.fit != "crop":
+        raise UsageError(f"--crop {CENTER}: --fit {options.fit} keeps the whole picture; leave one of them out")
+    if options.crop == WHOLE and options.fit == "crop":
+        raise UsageError(
+            f"--crop {WHOLE}: a picture of another proportion becomes {options.size} with margins (--fit pad), or out "
+            "of proportion (--fit stretch); add one of them"
+        )
+    return "" if options.crop in (CENTER, WHOLE) else options.crop
 
 
 def report(dataset: Dataset) -> None:

@@ -8,8 +8,8 @@ from PIL import Image
 from pydantic import Field
 
 from pipeline.common.errors import DataError, UnavailableError
-from pipeline.common.imaging import BadImage, Pixels, encode, open_image, upright
-from pipeline.common.shapes.frame import MODES
+from pipeline.common.imaging import BadImage, Picture, Pixels, open_image, upright
+from pipeline.common.shapes.frame import FILTERS, MODES
 from pipeline.data.build.transform import Made, Recipe, Skipped
 from pipeline.data.dataset import LabelType
 from pipeline.data.sources.interface import Item, printable
@@ -34,7 +34,7 @@ class FaceRecipe(Recipe):
 
     extra_labels: ClassVar[dict[str, LabelType]] = {"face_x": "int", "face_y": "int", "face_side": "int"}
 
-    def make(self, item: Item, picture: bytes | Pixels) -> list[Made]:
+    def make(self, item: Item, picture: Picture) -> list[Made]:
         """Return the faces of a picture, from left to right. Raises BadImage, or Skipped when there is none."""
         if not isinstance(picture, bytes):
             raise BadImage("pixels, where an encoded picture was expected")
@@ -48,8 +48,7 @@ class FaceRecipe(Recipe):
         for number, box in enumerate(kept):
             pixels = self._crop(image, box)
             key = f"{printable(item.key)}#{number}"
-            stored = pixels if self.encoding == "packed" else encode(pixels, self.encoding, self.quality)
-            made.append((key, stored, (*item.labels, *box)))
+            made.append((key, self._stored(pixels), (*item.labels, *box)))
         return made
 
     def find(self, rgb: Pixels) -> list[Box]:
@@ -83,7 +82,7 @@ class FaceRecipe(Recipe):
         wide, high = wanted * across, wanted * down
         x = min(max(left + side / 2 - wide / 2, 0), image.width - wide)
         y = min(max(top + side / 2 - high / 2, 0), image.height - high)
-        face = image.resize((frame.width, frame.height), Image.Resampling.LANCZOS, (x, y, x + wide, y + high))
+        face = image.resize((frame.width, frame.height), FILTERS[frame.resize], (x, y, x + wide, y + high))
         return np.asarray(face.convert(MODES[self.channels])).reshape(frame.height, frame.width, -1)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.common.shapes.frame import Fit
+    from pipeline.common.shapes.frame import Fit, Resize
     from pipeline.common.shapes.size import Channels
     from pipeline.data.dataset import Encoding
 
@@ -13,6 +13,8 @@ DEFAULT_QUALITY = {"packed": 100, "png": 100, "jpg": 95, "webp": 92}
 """`--quality` by encoding; packed and png are lossless."""
 DEFAULT_MARGIN = 0.25
 """`--margin` of the source faces."""
+CENTER, WHOLE = "center", "none"
+"""`--crop`: the largest central part, and all of the picture."""
 DEFAULT_MAX_BAD = 0.01
 """`--max-bad`. Without the option, a damaged source is an error whatever its share of pictures."""
 
@@ -35,6 +37,9 @@ class BuildOptions:
     fit: "Fit" = "crop"
     fill: str = ""
     window: str = ""
+    crop: str = ""
+    resize: "Resize" = "lanczos"
+    all_frames: bool = False
     labels: str | None = None
     all_files: bool = False
     categories: tuple[str, ...] = ()

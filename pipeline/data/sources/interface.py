@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from pipeline.common.errors import TryAgainError, describe_os_error
-from pipeline.common.imaging import BadImage, Pixels
+from pipeline.common.imaging import BadImage, Picture
 from pipeline.data.dataset import LabelType, Refusals
 from pipeline.data.spool import Spool
 
@@ -111,8 +111,8 @@ class Source(Protocol):
         """Find all pictures and their labels. Raises UserError when there are none."""
         ...
 
-    def read(self, item: Item) -> bytes | Pixels:
-        """Return a picture: its encoded bytes, or pixels (H, W, C). Raises BadImage or OSError."""
+    def read(self, item: Item) -> Picture:
+        """Return a picture: its encoded bytes, or numbers (H, W, C). Raises BadImage or OSError."""
         ...
 
 
@@ -130,7 +130,7 @@ def gathered(source: Source, items: Iterable[Item], workers: int = 1) -> Abstrac
     return source.gathered(items, workers) if isinstance(source, Gathering) else nullcontext(source)
 
 
-def read_picture(source: Source, item: Item) -> bytes | Pixels:
+def read_picture(source: Source, item: Item) -> Picture:
     """Return a picture of `source`. Raises BadImage when it cannot be read, TryAgainError when a retry may succeed."""
     try:
         return source.read(item)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.common.errors import DataError
-from pipeline.common.imaging import Pixels
+from pipeline.common.imaging import Picture
 from pipeline.common.pictures.formats import SUFFIXES
 from pipeline.common.storage import Store, is_url, locate
 from pipeline.data.dataset import Dataset, open_dataset
@@ -78,7 +78,7 @@ class Tars:
         """Where the tars lie; each is opened once, not once an image."""
         return {}
 
-    def read(self, item: Item) -> bytes | Pixels:
+    def read(self, item: Item) -> Picture:
         """Return the image's bytes, or its pixels when it lies in a block."""
         tar, offset, size, shape = item.where
         folder = tar.rpartition("/")[0]

@@ -106,3 +106,24 @@ def test_auto_builds_what_the_command_that_it_names_builds(dcgan_data: Any, tmp_
     assert json.loads(first["dataset.json"])["source"]["kind"] == "arrays"
     refused = dcgan_data("build", "auto", tmp_path / "nothing", tmp_path / "no")
     assert (refused.code, "no such file or folder" in refused.err) == (2, True), refused.err
+
+
+def test_without_a_source_it_is_recognized(dcgan_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((4, 8, 8), np.uint8))
+    done = dcgan_data("build", "--size", 8, tmp_path / "a.npz", tmp_path / "out", "--workers", 1)
+    assert done.code == 0, done.err
+    assert f"The same as: dcgan-data build arrays --size 8 {tmp_path}/a.npz {tmp_path}/out --workers 1" in done.err
+    same = dcgan_data("build", "--size", 8, "auto", tmp_path / "a.npz", tmp_path / "out", "--workers", 1)
+    assert "already built" in same.out
+    assert f"dcgan-data build arrays --size 8 {tmp_path}/a.npz" in same.err
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "folder", 2)
+    for words, expected in (
+        (("folder", "out"), "OUT is missing; if SRC is a folder named folder, write ./folder"),
+        (("nosuch", "a.npz", "out"), "SOURCE nosuch: is not one of auto, folder"),
+        (("a.npz",), "expected SRC OUT"),
+        ((), "expected SRC OUT"),
+    ):
+        refused = dcgan_data("build", *words)
+        assert (refused.code, expected in refused.err) == (2, True), refused.err
+    assert dcgan_data("build", "./folder", "new", "--size", 8, "--workers", 1).code == 0

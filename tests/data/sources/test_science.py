@@ -175,3 +175,43 @@ def test_a_wrong_window_is_refused(dcgan_data: Any, tmp_path: Path, window: str)
     (tmp_path / "src").mkdir()
     done = dcgan_data("build", "folder", tmp_path / "src", tmp_path / "out", "--window", window)
     assert (done.code, window in done.err) == (2, True), done.err
+
+
+def test_every_frame_of_a_dicom_through_its_window(dcgan_data: Any, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    frames = [stored(), stored()[::-1], stored().T]
+    ct(NumberOfFrames=3, PixelData=b"".join(frame.tobytes() for frame in frames)).save_as(tmp_path / "src" / "a.dcm")
+    ct().save_as(tmp_path / "src" / "b.dcm")
+    options = (*GRAY, "--window", "0,2000", "--all-frames")
+    done = dcgan_data("build", "folder", tmp_path / "src", tmp_path / "out", *options)
+    assert done.code == 0, done.err
+    pixels, columns = next(iter(iterate(open_dataset(tmp_path / "out"), labels=True)))
+    found = dict(zip(columns["key"], pixels[..., 0], strict=True))
+    assert sorted(found) == ["a.dcm#0", "a.dcm#1", "a.dcm#2", "b.dcm"]
+    for index, frame in enumerate(frames):
+        assert np.abs(found[f"a.dcm#{index}"] - windowed(frame, 1024, 3024)).max() <= 0.51
+
+
+@pytest.mark.parametrize("kind", ["int16", "uint16", "float32", "float64", "int32"])
+def test_arrays_of_more_than_8_bits_have_windows(dcgan_data: Any, tmp_path: Path, kind: str) -> None:
+    values = (stored().astype(np.int64) - (0 if kind == "uint16" else 1024)).astype(kind)
+    np.savez(tmp_path / "a.npz", images=np.stack([values, values]))
+    low = 24 if kind == "uint16" else -1000
+    out = tmp_path / "out"
+    done = dcgan_data("build", "arrays", tmp_path / "a.npz", out, *GRAY, "--window", f"{low},{low + 1400}")
+    assert done.code == 0, done.err
+    assert np.abs(images(out) - windowed(values, low, low + 1400)).max() <= 0.51
+    if kind == "int16":
+        done = dcgan_data("build", "arrays", tmp_path / "a.npz", tmp_path / "no", *GRAY, "--max-bad", 1)
+        assert (done.code, "expected 0 to 255, or --window" in done.err) == (65, True), done.err
+
+
+def test_a_window_that_changes_nothing_is_refused_or_said(dcgan_data: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.stack([make_picture(index, 32, 32) for index in range(3)]))
+    done = dcgan_data("build", "arrays", tmp_path / "a.npy", tmp_path / "out", *GRAY, "--window", "0,9")
+    assert (done.code, "--window 0,9: has no effect" in done.err) == (2, True), done.err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.png").write_bytes(as_bytes(Image.fromarray(make_picture(1)), "PNG"))
+    done = dcgan_data("build", "folder", tmp_path / "src", tmp_path / "out", *GRAY, "--window", "0,9")
+    assert (done.code, "note: --window 0,9 changes none of the first 1 pictures" in done.err) == (0, True), done.err

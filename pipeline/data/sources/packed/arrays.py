@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, UsageError, first_line
-from pipeline.common.imaging import BadImage, Pixels
+from pipeline.common.imaging import BadImage, Picture
 from pipeline.common.shapes.frame import premultiply
 from pipeline.data.dataset import LabelType
 from pipeline.data.sources.interface import KEY, Item, Listing
@@ -155,8 +155,8 @@ class Arrays:
                 raise
             raise DataError(f"{self.location}: the array {array.name} is damaged: {first_line(error)[:200]}") from None
 
-    def read(self, item: Item) -> bytes | Pixels:
-        """Return the pixels (H, W, C), or an encoded picture."""
+    def read(self, item: Item) -> Picture:
+        """Return the numbers (H, W, C), or an encoded picture."""
         cell: Cell = item.where
         values = cell.open(*cell.place)
         try:
@@ -165,16 +165,13 @@ class Arrays:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise BadImage(f"unreadable ({type(error).__name__})") from None
-        return (
-            np.asarray(found, np.uint8).tobytes() if cell.form == "encoded" else as_pixels(np.asarray(found), cell.form)
-        )
+        if cell.form == "encoded":
+            return np.asarray(found, np.uint8).tobytes()
+        return as_picture(np.asarray(found), cell.form)
 
 
-def as_pixels(image: NDArray[Any], form: str) -> Pixels:
-    """Return an image of any numbers as uint8 (H, W, C).
-
-    16 bits are scaled to 8. Floating-point numbers must lie within 0 and 1. Raises BadImage for others.
-    """
+def as_picture(image: NDArray[Any], form: str) -> NDArray[Any]:
+    """Return the numbers of an image as (H, W, C); true is 255, and RGBA of 8 bits is multiplied by its alpha."""
     if form == "planes":
         side = isqrt(image.size // 3) if isqrt(image.size // 3) ** 2 * 3 == image.size else isqrt(image.size)
         image = image.reshape(-1, side, side)
@@ -183,19 +180,7 @@ def as_pixels(image: NDArray[Any], form: str) -> Pixels:
     image = image[:, :, None] if image.ndim == 2 else image
     if image.dtype == np.bool_:
         image = image.astype(np.uint8) * 255
-    elif image.dtype == np.uint16:
-        image = (image.astype(np.float32) * (255 / 65535) + 0.5).astype(np.uint8)
-    elif image.dtype.kind == "f":
-        low, high = float(image.min()), float(image.max())
-        if not 0 <= low <= high <= 1:  # also where one is not a number
-            raise BadImage(f"floating-point pixels from {low:.0e} to {high:.0e}, expected 0 to 1")
-        image = (image.astype(np.float32) * 255 + 0.5).astype(np.uint8)
-    elif image.dtype != np.uint8:
-        low, high = int(image.min()), int(image.max())
-        if low < 0 or high > 255:
-            raise BadImage("pixels that are no 8 bits, expected 0 to 255")
-        image = image.astype(np.uint8)
-    return premultiply(image) if image.shape[2] == 4 else np.ascontiguousarray(image)
+    return premultiply(image) if image.shape[2] == 4 and image.dtype == np.uint8 else np.ascontiguousarray(image)
 
 
 def _form(array: Array) -> str | None:

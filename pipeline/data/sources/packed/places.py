@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.common.errors import DataError
-from pipeline.common.imaging import BadImage, Pixels
+from pipeline.common.imaging import BadImage, Picture
 from pipeline.common.storage import Store, locate
-from pipeline.data.sources.packed.arrays import as_pixels
+from pipeline.data.sources.packed.arrays import as_picture
 
 PIL_HEADER = 12
 PIL_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
@@ -29,7 +29,7 @@ class Span(NamedTuple):
     """Of a TFRecord, where the record around it lies: its CRC-32C follows it."""
 
 
-def read_span(span: Span) -> bytes | Pixels:
+def read_span(span: Span) -> Picture:
     """Return a picture: its encoded bytes, or pixels (H, W, C). Raises BadImage where it is damaged."""
     store, name = _place(span.file)
     if span.record is None:
@@ -43,14 +43,14 @@ def read_span(span: Span) -> bytes | Pixels:
     if not span.form:
         return data
     if span.form != "pil":
-        return as_pixels(np.frombuffer(data, np.uint8).reshape(span.shape), span.form)
+        return as_picture(np.frombuffer(data, np.uint8).reshape(span.shape), span.form)
     width, height, letters = (int(number) for number in np.frombuffer(data[:PIL_HEADER], "<u4"))
     mode = data[PIL_HEADER : PIL_HEADER + letters].decode("ascii", "replace")
     channels = PIL_CHANNELS.get(mode)
     pixels = data[PIL_HEADER + letters :]
     if channels is None or len(pixels) != width * height * channels or not pixels:
         raise BadImage(f"raw pixels of the mode {mode[:8]!r}, expected L, RGB or RGBA")
-    return as_pixels(np.frombuffer(pixels, np.uint8).reshape(height, width, channels), "HWC")
+    return as_picture(np.frombuffer(pixels, np.uint8).reshape(height, width, channels), "HWC")
 
 
 def _range(store: Store, name: str, offset: int, size: int) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.common.errors import DataError, UsageError, first_line
-from pipeline.common.imaging import Pixels
+from pipeline.common.imaging import Picture
 from pipeline.common.storage import Store, locate
 from pipeline.data.dataset import LabelType
 from pipeline.data.sources.archives.files import compression_of, open_archive
@@ -133,7 +133,7 @@ class Streams:
             raise UsageError(f"{location}: {what}: {known}")
         return sure[0]
 
-    def read(self, item: Item) -> bytes | Pixels:
+    def read(self, item: Item) -> Picture:
         """Return the encoded picture, or its pixels."""
         return read_span(item.where)
 

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from pipeline.common.errors import DataError, UsageError
-from pipeline.common.imaging import Pixels
+from pipeline.common.imaging import Picture
 from pipeline.common.pictures.formats import HEAD_BYTES, kind_of
 from pipeline.common.storage import locate
 from pipeline.data.sources.archives.files import compression_of, open_archive
@@ -110,7 +110,7 @@ class TfRecords:
                 return name, Span(file, offset, length, *raw, record=(start, size))
         return None
 
-    def read(self, item: Item) -> bytes | Pixels:
+    def read(self, item: Item) -> Picture:
         """Return the encoded picture, or its pixels. The record's checksum is compared where google-crc32c is."""
         return read_span(item.where)
 

@@ -1,4 +1,4 @@
-"""TFRecord, MDS and litdata folders: written here by their formats' descriptions, not by what reads them."""
+"""TFRecord, MDS and litdata folders give pictures and labels; what is damaged is one line."""
 
 import gzip
 import json
@@ -6,15 +6,13 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from numpy.typing import NDArray
+from packed_files import example, png, record, samples_file, write_litdata, write_mds, write_mds_cells
 from picture_files import make_picture, tree
 from storage_servers import python_server
 
-from pipeline.common.imaging import encode
 from pipeline.data.dataset import open_dataset
 from pipeline.data.shard_reader import iterate
 
@@ -28,75 +26,6 @@ def found(out: Path) -> dict[str, tuple[NDArray[np.uint8], dict[str, Any]]]:
         for index, key in enumerate(columns["key"]):
             result[key] = images[index], {name: values[index] for name, values in columns.items() if name != "key"}
     return result
-
-
-def png(index: int) -> bytes:
-    return encode(make_picture(index, 32, 32), "png")
-
-
-def example_class() -> Any:
-    """Return tf.train.Example as protobuf makes it of TensorFlow's example.proto and feature.proto."""
-    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
-    kinds = descriptor_pb2.FieldDescriptorProto
-    lists = (("BytesList", kinds.TYPE_BYTES), ("FloatList", kinds.TYPE_FLOAT), ("Int64List", kinds.TYPE_INT64))
-    for name, kind in lists:
-        message = file.message_type.add(name=name)
-        message.field.add(name="value", number=1, type=kind, label=kinds.LABEL_REPEATED)
-    feature = file.message_type.add(name="Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, (name, _) in enumerate(lists, 1):
-        field = name.lower().replace("list", "_list")
-        feature.field.add(
-            name=field,
-            number=number,
-            type=kinds.TYPE_MESSAGE,
-            type_name=f".t.{name}",
-            label=kinds.LABEL_OPTIONAL,
-            oneof_index=0,
-        )
-    features = file.message_type.add(name="Features")
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    entry.field.add(name="key", number=1, type=kinds.TYPE_STRING, label=kinds.LABEL_OPTIONAL)
-    entry.field.add(name="value", number=2, type=kinds.TYPE_MESSAGE, type_name=".t.Feature", label=kinds.LABEL_OPTIONAL)
-    features.field.add(
-        name="feature",
-        number=1,
-        type=kinds.TYPE_MESSAGE,
-        type_name=".t.Features.FeatureEntry",
-        label=kinds.LABEL_REPEATED,
-    )
-    example = file.message_type.add(name="Example")
-    example.field.add(
-        name="features", number=1, type=kinds.TYPE_MESSAGE, type_name=".t.Features", label=kinds.LABEL_OPTIONAL
-    )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))
-
-
-EXAMPLE = example_class()
-
-
-def example(**features: Any) -> bytes:
-    """Return an Example; `a__b` is the feature a/b."""
-    made = EXAMPLE()
-    for name, given in features.items():
-        feature = made.features.feature[name.replace("__", "/")]
-        values = given if isinstance(given, list) else [given]
-        kind = {bytes: feature.bytes_list, float: feature.float_list, int: feature.int64_list}[type(values[0])]
-        kind.value.extend(values)
-    return bytes(made.SerializeToString(deterministic=True))
-
-
-def masked(data: bytes) -> bytes:
-    crc = google_crc32c.value(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32)
-
-
-def record(data: bytes) -> bytes:
-    length = struct.pack("<Q", len(data))
-    return length + masked(length) + data + masked(data)
 
 
 def imagenet(index: int) -> bytes:
@@ -210,51 +139,6 @@ def test_damaged_tfrecords(dcgan_data: Any, tmp_path: Path) -> None:
         assert not (tmp_path / "no").exists()
 
 
-def pil(index: int) -> bytes:
-    return struct.pack("<3I", 32, 32, 3) + b"RGB" + make_picture(index, 32, 32).tobytes()
-
-
-def samples_file(samples: list[bytes], extra: bytes = b"") -> bytes:
-    """Return a file of samples: their number, their offsets, and they."""
-    offsets = np.cumsum([4 + 4 * (len(samples) + 1) + len(extra), *map(len, samples)]).astype("<u4")
-    return struct.pack("<I", len(samples)) + offsets.tobytes() + extra + b"".join(samples)
-
-
-def write_mds(folder: Path, first: int, *, raw: bool = False, packed: bool = False) -> None:
-    """Write ten samples in two shards: a picture, an int64, a text and a pickle that must not be opened."""
-    folder.mkdir(parents=True)
-    names, encodings, sizes = ["image", "number", "text", "rest"], ["pil" if raw else "png", "int", "str", "pkl"], None
-    sizes = [None, 8, None, None]
-    shards = []
-    for shard in range(2):
-        samples = []
-        for index in range(first + 5 * shard, first + 5 * shard + 5):
-            picture, text = pil(index) if raw else png(index), f"t{index}".encode()
-            head = struct.pack("<3I", len(picture), len(text), 4)
-            samples.append(head + picture + struct.pack("<q", index) + text + b"evil")
-        data = samples_file(samples, b'{"format": "mds"}')
-        name = f"shard.{shard:05d}.mds"
-        info = {"basename": name, "bytes": len(data), "hashes": {}}
-        zipped = {**info, "basename": f"{name}.gz"} if packed else None
-        (folder / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(data) if packed else data)
-        shards.append(
-            {
-                "column_encodings": encodings,
-                "column_names": names,
-                "column_sizes": sizes,
-                "compression": "gz" if packed else None,
-                "format": "mds",
-                "hashes": [],
-                "raw_data": info,
-                "samples": 5,
-                "size_limit": 1 << 26,
-                "version": 2,
-                "zip_data": zipped,
-            }
-        )
-    (folder / "index.json").write_text(json.dumps({"shards": shards, "version": 2}))
-
-
 def check_numbers(out: Path, numbers: range) -> None:
     images = found(out)
     assert sorted(labels["number"] for _, labels in images.values()) == list(numbers)
@@ -285,22 +169,7 @@ def test_splits_of_mds(dcgan_data: Any, tmp_path: Path) -> None:
 
 
 def test_litdata_folders_give_pictures_and_labels(dcgan_data: Any, tmp_path: Path) -> None:
-    (tmp_path / "src").mkdir()
-    samples = []
-    for index in range(10):
-        leaves = [png(index), struct.pack("<q", index), f"t{index}".encode(), b"\1"]
-        samples.append(struct.pack("<4I", *map(len, leaves)) + b"".join(leaves))
-    (tmp_path / "src" / "chunk-0-0.bin").write_bytes(samples_file(samples))
-    context = json.dumps(["image", "number", "text", "good"])
-    leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
-    spec = json.dumps([1, {"type": "builtins.dict", "context": context, "children_spec": [leaf] * 4}])
-    config: dict[str, Any] = {
-        "compression": None,
-        "data_format": ["image:png", "int", "str", "bool"],
-        "data_spec": spec,
-    }
-    chunks = [{"chunk_bytes": 1, "chunk_size": 10, "dim": None, "filename": "chunk-0-0.bin"}]
-    (tmp_path / "src" / "index.json").write_text(json.dumps({"chunks": chunks, "config": config}))
+    config, chunks = write_litdata(tmp_path / "src", 10)
     done = dcgan_data("build", "litdata", tmp_path / "src", tmp_path / "out", *SMALL)
     assert done.code == 0, done.err
     check_numbers(tmp_path / "out", range(10))
@@ -337,3 +206,80 @@ def test_damaged_folders_of_samples_are_one_line(dcgan_data: Any, tmp_path: Path
         assert not (tmp_path / "out").exists()
     done = dcgan_data("build", "mds", tmp_path, tmp_path / "out", *SMALL, "--split", "x")
     assert (done.code, "--split x" in done.err) == (2, True), done.err
+
+
+def mds_array(values: NDArray[Any], stated: str) -> bytes:
+    """Return an array as MDS writes it: what the column does not state comes before the values."""
+    kind, _, shape = stated.partition(":")
+    data = b"" if kind else bytes([{"uint8": 8, "uint16": 16, "float32": 34}[values.dtype.name]])
+    if not shape:
+        data += bytes([values.ndim << 2]) + bytes(values.shape)
+    return data + values.tobytes()
+
+
+def litdata_array(values: NDArray[Any], numbers: dict[str, int]) -> bytes:
+    return (
+        struct.pack(f"<{2 + values.ndim}I", numbers[values.dtype.name], values.ndim, *values.shape) + values.tobytes()
+    )
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("form", ["HWC", "CHW", "HW"])
+def test_arrays_in_columns_give_pictures(dcgan_data: Any, tmp_path: Path, kind: str, form: str) -> None:
+    pixels = [make_picture(index, 32, 32) for index in range(6)]
+    scale: Any = {"uint8": np.uint8(1), "uint16": np.uint16(257), "float32": np.float32(1 / 255)}[kind]
+    values = [(picture * scale).astype(kind) for picture in pixels]
+    values = [{"HWC": one, "CHW": one.transpose(2, 0, 1), "HW": one[..., 0]}[form] for one in values]
+    shape = ",".join(map(str, values[0].shape))
+    mds: list[tuple[str, list[bytes]]] = [
+        (f"ndarray{encoding and ':'}{encoding}", [mds_array(one, encoding) for one in values])
+        for encoding in ("", kind, f"{kind}:{shape}")
+    ]
+    numpy, torch = {"uint8": 4, "uint16": 5, "float32": 9}, {"uint8": 11, "uint16": 20, "float32": 0}
+    litdata = [
+        (name, [litdata_array(one, numbers) for one in values])
+        for name, numbers in (("numpy", numpy), ("tensor", torch))
+    ]
+    for number, (encoding, cells) in enumerate([*mds, *litdata]):
+        src = tmp_path / f"src{number}"
+        if encoding.startswith("ndarray"):
+            write_mds_cells(src, encoding, cells)
+        else:
+            config, chunks = write_litdata(src, len(cells))
+            samples = [
+                struct.pack("<4I", len(cell), 8, 1, 1) + cell + struct.pack("<q", i) + b"t\1"
+                for i, cell in enumerate(cells)
+            ]
+            (src / "chunk-0-0.bin").write_bytes(samples_file(samples))
+            config["data_format"] = [encoding, "int", "str", "bool"]
+            (src / "index.json").write_text(json.dumps({"chunks": chunks, "config": config}))
+        out = tmp_path / f"out{number}"
+        source = "mds" if encoding.startswith("ndarray") else "litdata"
+        done = dcgan_data("build", source, src, out, *SMALL, "--channels", 1 if form == "HW" else 3)
+        assert done.code == 0, (encoding, done.err)
+        images = found(out)
+        assert sorted(labels["number"] for _, labels in images.values()) == list(range(6))
+        for image, labels in images.values():
+            expected = pixels[labels["number"]]
+            assert np.abs(image.astype(int) - (expected[..., :1] if form == "HW" else expected)).max() <= 1, encoding
+
+
+def test_arrays_that_are_no_pictures_are_named(dcgan_data: Any, tmp_path: Path) -> None:
+    whole = mds_array(make_picture(1, 32, 32), "")
+    cells = {
+        "cut off": whole[:-1],
+        "no known type": b"\7" + whole[1:],
+        "no image (H, W, C)": bytes([8, 1 << 2, 16]) + bytes(16),
+    }
+    for number, (words, cell) in enumerate(cells.items()):
+        write_mds_cells(tmp_path / f"src{number}", "ndarray", [cell] * 3)
+        done = dcgan_data("build", "mds", tmp_path / f"src{number}", tmp_path / "out", *SMALL, "--max-bad", 1)
+        assert (done.code, words in done.err) == (65, True), done.err
+    two = tmp_path / "two"
+    write_mds_cells(two, "ndarray", [whole] * 3)
+    index = json.loads((two / "index.json").read_text())
+    index["shards"][0]["column_encodings"] = ["ndarray", "ndarray:int64:1"]
+    (two / "index.json").write_text(json.dumps(index))
+    done = dcgan_data("build", "mds", two, tmp_path / "out", *SMALL)
+    assert (done.code, "choose with --column" in done.err) == (2, True), done.err
+    assert dcgan_data("build", "mds", two, tmp_path / "out", *SMALL, "--column", "image").code == 0

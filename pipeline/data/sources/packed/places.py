@@ -11,6 +11,7 @@ from pipeline.common.errors import DataError
 from pipeline.common.imaging import BadImage, Picture
 from pipeline.common.storage import Store, locate
 from pipeline.data.sources.packed.arrays import as_picture
+from pipeline.data.sources.packed.columns import ARRAYS, read_array
 
 PIL_HEADER = 12
 PIL_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
@@ -23,7 +24,8 @@ class Span(NamedTuple):
     offset: int
     bytes: int
     form: str = ""
-    """Empty for an encoded picture; `HWC` or `CHW` for pixels of `shape`; `pil` for pixels behind their own header."""
+    """Empty for an encoded picture; `HWC` or `CHW` for pixels of `shape`; `pil` for pixels behind their own header;
+    an encoding of `read_array` for an array."""
     shape: tuple[int, ...] = ()
     record: tuple[int, int] | None = None
     """Of a TFRecord, where the record around it lies: its CRC-32C follows it."""
@@ -42,6 +44,8 @@ def read_span(span: Span) -> Picture:
         data = whole[span.offset - start : span.offset - start + span.bytes]
     if not span.form:
         return data
+    if span.form.partition(":")[0] in ARRAYS:
+        return as_picture(*read_array(data, span.form))
     if span.form != "pil":
         return as_picture(np.frombuffer(data, np.uint8).reshape(span.shape), span.form)
     width, height, letters = (int(number) for number in np.frombuffer(data[:PIL_HEADER], "<u4"))

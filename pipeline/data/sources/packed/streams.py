@@ -17,11 +17,12 @@ from pipeline.common.storage import Store, locate
 from pipeline.data.dataset import LabelType
 from pipeline.data.sources.archives.files import compression_of, open_archive
 from pipeline.data.sources.interface import KEY, Item, Listing
+from pipeline.data.sources.packed.columns import ARRAYS
 from pipeline.data.sources.packed.places import Span, read_span
 
 INDEX = "index.json"
-PICTURES = ("jpeg", "jpg", "png", "webp", "pil", "image", "bytes", "tifffile", "file")
-"""Encodings of columns that may hold pictures."""
+PICTURES = (("jpeg", "jpg", "png", "webp", "pil", "image", "tifffile"), ARRAYS, ("bytes", "file"))
+"""Encodings of columns that hold pictures, in three degrees of certainty."""
 
 
 def _number(kind: str) -> Callable[[bytes], Any]:
@@ -121,12 +122,15 @@ class Streams:
         return [wanted]
 
     def _picture(self, columns: list[Column], location: str) -> str:
-        names = [column.name for column in columns if column.encoding.partition(":")[0] in PICTURES]
+        degrees = [
+            [column.name for column in columns if column.encoding.partition(":")[0] in some] for some in PICTURES
+        ]
+        names = [name for some in degrees for name in some]
         if self.column is not None:
             if self.column not in names:
                 raise UsageError(f"--column {self.column}: the columns of pictures are: {', '.join(names) or 'none'}")
             return self.column
-        sure = [column.name for column in columns if column.name in names and column.encoding != "bytes"] or names
+        sure = next(filter(None, degrees), [])
         if len(sure) != 1:
             known = ", ".join(f"{column.name} ({column.encoding})" for column in columns)
             what = "several columns of pictures; choose with --column" if sure else "no column of pictures"
@@ -222,7 +226,8 @@ def _samples(
             if body + size > end:
                 raise damaged
             if column.name == picture:
-                span = Span(file, body, size, "pil" if column.encoding == "pil" else "")
+                form = column.encoding if column.encoding.partition(":")[0] in ("pil", *ARRAYS) else ""
+                span = Span(file, body, size, form)
             elif column.name in labels:
                 try:
                     value = LABELS[column.encoding][1](bytes(data[body : body + size]))

@@ -1,10 +1,15 @@
 """How fast `dcgan-data build folder` is, beside a plain Pillow loop that writes the same images with webdataset.
 
     python benchmarks/build.py [--images 3000] [--rounds 15]
+    python benchmarks/build.py --forms [--rounds 7]   # instead: a zip, a parquet, and two parts, beside one folder
 
 Both read the same folder of JPEGs (256 pixels on the short side, as LSUN's are), crop and resize to 64×64 with
 antialiasing, and write tars of JPEGs (quality 95) with a .json beside each. The loop is one process, as such
 loops are; an A/A control runs it twice a round. Also measures peak memory over builds of growing size.
+
+With --forms, builds of the same JPEGs take turns: from their folder, from a zip of it (deflated, as downloads are) and
+from a parquet as the Hub has it, with two workers each; and from a folder of ten times as many names, once as a whole
+with one worker, and as two parts side by side with one worker each, without and with the merge.
 """
 
 import argparse
@@ -16,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -110,16 +116,106 @@ def memory(root: Path, counts: list[int]) -> list[dict[str, int]]:
     return rows
 
 
+def make_forms(root: Path) -> None:
+    """Write the folder `src` as a zip and as a parquet, and as `many`, ten links to each of its pictures."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pictures = sorted((root / "src").iterdir())
+    with zipfile.ZipFile(root / "src.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in pictures:
+            archive.write(path, path.name)
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    column = pa.array([{"bytes": path.read_bytes(), "path": path.name} for path in pictures], image)
+    pq.write_table(pa.table({"image": column}), root / "src.parquet", row_group_size=256)
+    for copy in range(10):
+        folder = root / "many" / f"{copy}"
+        folder.mkdir(parents=True)
+        for path in pictures:
+            (folder / path.name).hardlink_to(path)
+
+
+def run_side_by_side(root: Path, *commands: list[str]) -> float:
+    """Return how long commands of dcgan-data take that start together, on empty folders."""
+    for path in root.glob("out*"):
+        shutil.rmtree(path)
+    began = time.perf_counter()
+    running = [subprocess.Popen([sys.executable, "-c", CODE, *words], stderr=subprocess.PIPE) for words in commands]
+    if any(process.wait() for process in running):
+        raise SystemExit(f"a build failed: {[process.stderr.read() for process in running if process.stderr]}")
+    return time.perf_counter() - began
+
+
+def measure_forms(root: Path, rounds: int) -> None:
+    """Measure zip, parquet and parts in interleaved rounds, and write the record."""
+    make_forms(root)
+    options = ["--encoding", "jpg", "--workers"]
+    out = str(root / "out")
+
+    def build(kind: str, name: str, *more: str) -> list[str]:
+        return ["build", kind, str(root / name), out, *options, *more]
+
+    def parts(merge: bool) -> float:
+        halves = (
+            ["build", "folder", str(root / "many"), f"{out}{i}", *options, "1", "--part", f"{i}/2"] for i in (0, 1)
+        )
+        took = run_side_by_side(root, *halves)
+        if not merge:
+            return took
+        began = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-c", CODE, "merge", out, f"{out}0", f"{out}1"], check=True, capture_output=True
+        )
+        return took + time.perf_counter() - began
+
+    actions: dict[str, Callable[[], float]] = {
+        "folder": lambda: run_side_by_side(root, build("folder", "src", "2")),
+        "folder, again": lambda: run_side_by_side(root, build("folder", "src", "2")),
+        "zip": lambda: run_side_by_side(root, build("folder", "src.zip", "2")),
+        "parquet": lambda: run_side_by_side(root, build("parquet", "src.parquet", "2")),
+        "whole": lambda: run_side_by_side(root, build("folder", "many", "1")),
+        "two parts": lambda: parts(merge=False),
+        "two parts, merged": lambda: parts(merge=True),
+    }
+    compared = {"folder, again": "folder", "zip": "folder", "parquet": "folder"}
+    compared |= {"two parts": "whole", "two parts, merged": "whole"}
+    took: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(rounds):
+        for name in list(actions)[:: 1 if number % 2 else -1]:
+            took[name].append(actions[name]())
+        print(number, {name: round(values[-1], 2) for name, values in took.items()}, flush=True)
+    speeds = {
+        name: [base / value for base, value in zip(took[against], took[name], strict=True)]
+        for name, against in compared.items()
+    }
+    result = {
+        **describe("pillow", "pyarrow", "simplejpeg"),
+        "images": len(list((root / "src").iterdir())),
+        "rounds": rounds,
+        "seconds": {name: round(statistics.median(values), 2) for name, values in took.items()},
+        "times_as_fast": {name: round(statistics.median(values), 2) for name, values in speeds.items()},
+        "beside": compared,
+        "spread": {name: [round(min(values), 2), round(max(values), 2)] for name, values in speeds.items()},
+        "bars": {"zip": 0.9, "parquet": 0.9, "two parts": 1.8},
+    }
+    Path(__file__).with_name("results").joinpath("build_forms.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["times_as_fast"]))
+
+
 def main() -> None:
     """Measure in interleaved rounds and write the record."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--forms", action="store_true", help="measure these, and nothing else")
     parser.add_argument("--memory", type=int, nargs="*", default=[5_000, 100_000])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         make_folder(root / "src", arguments.images)
+        if arguments.forms:
+            measure_forms(root, arguments.rounds)
+            return
         ratios: dict[str, list[float]] = {"2 workers": [], "1 worker": [], "A/A control": []}
         base = []
         for number in range(arguments.rounds):

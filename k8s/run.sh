@@ -53,18 +53,21 @@ ask() {
     [ -z "$answer" ] || printf '%s\n' "$answer"
 }
 
-# What the overlay has for a step.
+# What the overlay has for a step; a TrainJob last, which is refused before its runtime is there.
 documents() {
     printf '%s\n---\n' "$rendered" | awk -v label="    app.kubernetes.io/component: $1" '
-        $0 == "---" { if (mine) printf "%s---\n", text; text = mine = ""; next }
+        $0 == "---" { if (mine && kind == "TrainJob") last = text "---\n"; else if (mine) printf "%s---\n", text
+            text = mine = ""; next }
+        /^kind:/ { kind = $2 }
         $0 == label { mine = 1 }
-        { text = text $0 "\n" }'
+        { text = text $0 "\n" }
+        END { printf "%s", last }'
 }
 
-# What of it runs: job/train, jobset/train, deployment/serve, pod/files.
+# What of it runs: job/train, jobset/train, trainjob/train, deployment/serve, pod/files.
 workload() {
     documents "$1" | awk '/^kind:/ { kind = tolower($2) }
-        /^  name:/ && kind ~ /^(job|jobset|deployment|pod)$/ { print kind "/" $2 }'
+        /^  name:/ && kind ~ /^(job|jobset|trainjob|deployment|pod)$/ { print kind "/" $2 }'
 }
 
 apply() {
@@ -179,7 +182,7 @@ true_conditions() {
     ask -n "$namespace" get "$1" -o 'jsonpath={.status.conditions[?(@.status=="True")].type}'
 }
 
-# Waits for a Job or JobSet to end.
+# Waits for a Job, JobSet or TrainJob to end.
 finished() {
     begin_looking
     while :; do
@@ -217,9 +220,10 @@ started() {
 # With its pods, and not before they have ended.
 remove() { ask -n "$namespace" delete "$1" --ignore-not-found --cascade=foreground >/dev/null; }
 
-# Runs a Job or JobSet, or finds that this has been done; sets `before` to when it ended.
+# Runs a Job, JobSet or TrainJob, or finds that this has been done; sets `before` to when it ended.
 run() {
-    state='{..configMapRef.name}|{..image}|{.status.conditions[?(@.status=="True")].type}'
+    state='{..configMapRef.name}{.metadata.annotations.dcgan\.settings}|{..image}'
+    state="$state|{.status.conditions[?(@.status==\"True\")].type}"
     state="$state|{.metadata.creationTimestamp}|{.status.conditions[?(@.status==\"True\")].lastTransitionTime}"
     found=$(ask -n "$namespace" get "$2" --ignore-not-found -o "jsonpath=$state")
     IFS='|' read -r maps images conditions created times <<EOF
@@ -256,7 +260,11 @@ EOF
     # Settings that the step does not use may have changed: those of a running Job keep their name.
     text=$(documents "$1")
     [ -z "$maps" ] || text=$(printf '%s\n' "$text" | sed "s/name: settings-[a-z0-9]*\$/name: $maps/")
-    if ! apply "$text"; then
+    case $2$maps in
+        # Its controller reads the runtime again when a queue lets it go on: the one that it was started with.
+        trainjob/*settings-*) text="" ;;
+    esac
+    if [ -n "$text" ] && ! apply "$text"; then
         ! grep -q "field is immutable" "$errors" || echo "error: $1 is running, and was started from other manifests:" \
             "its pods cannot change. Wait for it, or stop it: kubectl -n $namespace delete $2 (it saves first)" >&2
         return 1
@@ -304,7 +312,7 @@ for step in "$@"; do
     for thing in $(workload "$step"); do
         echo "== $step"
         case $thing in
-            job/* | jobset/*) run "$step" "$thing" ;;
+            job/* | jobset/* | trainjob/*) run "$step" "$thing" ;;
             *)
                 old=$(ask -n "$namespace" get "$thing" --ignore-not-found -o name)
                 case $thing in

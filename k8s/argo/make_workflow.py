@@ -34,11 +34,11 @@ Object = dict[str, Any]
 def make(objects: list[Object]) -> list[Object]:
     """Return what to apply: the overlay's base and Services, what Argo's executor may do, and the WorkflowTemplate.
 
-    Raises ValueError if the overlay trains by a JobSet, or has no Job.
+    Raises ValueError if the overlay trains by a JobSet or a TrainJob, or has no Job.
     """
-    if any(thing["kind"] == "JobSet" for thing in objects):
+    for kind in {thing["kind"] for thing in objects} & {"JobSet", "TrainJob"}:
         raise ValueError(
-            "found a JobSet, expected a Job: remove components/jobset from the overlay, Argo repeats ranks"
+            f"found a {kind}, expected a Job: remove components/{kind.lower()} from the overlay, Argo repeats ranks"
         )
     jobs = {thing["metadata"]["name"]: thing for thing in objects if thing["kind"] == "Job"}
     steps = [name for name in STEPS if name in jobs]

@@ -6,12 +6,14 @@ These are the rules that a changed manifest meets, as a Kubernetes 1.36 was seen
 - A finished Job stays, and is not run again. A failed Job keeps its condition.
 - A ConfigMap that is immutable cannot change.
 - A pod reads its ConfigMap when it starts: whoever replaces a pod makes it read again (`start_pod`).
+- A TrainJob is refused when its runtime is not there.
 - Deleting a Job deletes its pods. A namespace that is deleted before its unfinished Jobs stays for ever.
 """
 
 import json
 import re
 import threading
+from collections.abc import Callable
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -27,6 +29,7 @@ KINDS = {
     "batch/v1": "jobs Job",
     "apps/v1": "deployments Deployment",
     "networking.k8s.io/v1": "networkpolicies NetworkPolicy",
+    "trainer.kubeflow.org/v1alpha1": "trainjobs TrainJob, trainingruntimes TrainingRuntime",
 }
 RESOURCES = {version: dict(pair.split() for pair in text.split(", ")) for version, text in KINDS.items()}
 
@@ -36,8 +39,8 @@ def discovery() -> dict[str, Object]:
     groups = [
         {
             "name": version.partition("/")[0],
-            "versions": [{"groupVersion": version, "version": "v1"}],
-            "preferredVersion": {"groupVersion": version, "version": "v1"},
+            "versions": [{"groupVersion": version, "version": version.rpartition("/")[2]}],
+            "preferredVersion": {"groupVersion": version, "version": version.rpartition("/")[2]},
         }
         for version in RESOURCES
         if "/" in version
@@ -48,7 +51,7 @@ def discovery() -> dict[str, Object]:
         "/openapi/v3": {"paths": {root(v)[1:]: {"serverRelativeURL": f"/openapi/v3{root(v)}"} for v in RESOURCES}},
     }
     for version, resources in RESOURCES.items():
-        group = version.rpartition("/")[0]
+        group, _, number = version.rpartition("/")
         verbs = ["get", "list", "create", "patch", "delete", "watch", "deletecollection"]
         found[root(version)] = {
             "kind": "APIResourceList",
@@ -65,7 +68,7 @@ def discovery() -> dict[str, Object]:
             ],
         }
         patch = [
-            (kind, {"group": group, "version": "v1", "kind": kind}, [{"name": "fieldValidation", "in": "query"}])
+            (kind, {"group": group, "version": number, "kind": kind}, [{"name": "fieldValidation", "in": "query"}])
             for kind in resources.values()
         ]
         found[f"/openapi/v3{root(version)}"] = {
@@ -165,9 +168,13 @@ class ApiServer(ThreadingHTTPServer):
         return dict(settings["data"])
 
     def create(self, what: str, thing: Object) -> Object:
+        if what == "trainjobs":
+            runtime = thing["spec"]["runtimeRef"]["name"]
+            if self.find("trainingruntimes", runtime) is None:
+                raise Refused("spec.runtimeRef", f"Invalid value: {runtime}: the runtime must be created first")
         thing["metadata"]["creationTimestamp"] = self.now()
         thing["metadata"]["uid"] = str(self._clock)
-        if what == "jobs":
+        if what in ("jobs", "trainjobs"):
             thing["status"] = {"asked": 0}
         self.objects[what].append(thing)
         return thing
@@ -175,7 +182,7 @@ class ApiServer(ThreadingHTTPServer):
     def ask_about(self, thing: Object) -> None:
         """Let a Job go on, up to its end; a Deployment and a Pod start at once."""
         name, kind, status = thing["metadata"]["name"], thing["kind"], thing.setdefault("status", {})
-        if kind == "Job" and not ended(thing):
+        if kind in ("Job", "TrainJob") and not ended(thing):
             status["asked"] += 1
             if name in self.suspended:
                 status["conditions"] = [{"type": "Suspended", "status": "True", "lastTransitionTime": self.now()}]
@@ -265,7 +272,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         thing = self.body()
         with self.server.lock:
-            self.answer(201, self.server.create(self.place()[0], thing))
+            self.answer_unless_refused(thing, 201, lambda: self.server.create(self.place()[0], thing))
 
     def do_PATCH(self) -> None:
         what, name = self.place()
@@ -273,13 +280,16 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             thing = self.server.find(what, name)
             assert thing is not None
-            try:
-                self.answer(200, self.server.patch(thing, patch))
-            except Refused as error:
-                field, wrong = error.args
-                causes = [{"reason": "FieldValueInvalid", "field": field, "message": wrong}]
-                details = {"name": name, "kind": thing["kind"], "causes": causes}
-                self.refuse(422, "Invalid", f"{field}: {wrong}", details)
+            self.answer_unless_refused(thing, 200, lambda: self.server.patch(thing, patch))
+
+    def answer_unless_refused(self, thing: Object, code: int, change: Callable[[], Object]) -> None:
+        try:
+            self.answer(code, change())
+        except Refused as error:
+            field, wrong = error.args
+            causes = [{"reason": "FieldValueInvalid", "field": field, "message": wrong}]
+            details = {"name": thing["metadata"]["name"], "kind": thing["kind"], "causes": causes}
+            self.refuse(422, "Invalid", f"{field}: {wrong}", details)
 
     def do_DELETE(self) -> None:
         what, name = self.place()

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from overlays import ROOT, kustomize
+from overlays import ROOT, objects
 
 if importlib.util.find_spec("kubernetes_validate") is None:  # the project's own environment
     collect_ignore_glob = ["test_*.py"]
@@ -17,7 +16,7 @@ if importlib.util.find_spec("kubernetes_validate") is None:  # the project's own
 @pytest.fixture
 def render() -> Callable[[str], list[dict[str, Any]]]:
     """Return the objects of an overlay of the repository."""
-    return lambda overlay: list(yaml.safe_load_all(kustomize(ROOT / "k8s/overlays" / overlay)))
+    return lambda overlay: objects(ROOT / "k8s/overlays" / overlay)
 
 
 @pytest.fixture

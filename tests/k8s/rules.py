@@ -22,13 +22,21 @@ def of(objects: list[Object], *kinds: str) -> list[Object]:
     return [thing for thing in objects if thing["kind"] in kinds]
 
 
+def job_sets(objects: list[Object]) -> Iterator[tuple[str, Object]]:
+    """Yield (name, spec of a JobSet): JobSets, and those that a TrainJob makes of its runtime."""
+    for thing in of(objects, "JobSet"):
+        yield thing["metadata"]["name"], thing["spec"]
+    for thing in of(objects, "TrainingRuntime"):
+        yield thing["metadata"]["name"], thing["spec"]["template"]["spec"]
+
+
 def jobs(objects: list[Object]) -> Iterator[tuple[str, Object, str]]:
     """Yield (name, spec of a Job, labels' job name): plain Jobs and those inside a JobSet."""
     for thing in of(objects, "Job"):
         yield thing["metadata"]["name"], thing["spec"], thing["metadata"]["name"]
-    for thing in of(objects, "JobSet"):
-        for replicated in thing["spec"]["replicatedJobs"]:
-            yield thing["metadata"]["name"], replicated["template"]["spec"], ""
+    for name, spec in job_sets(objects):
+        for replicated in spec["replicatedJobs"]:
+            yield name, replicated["template"]["spec"], ""
 
 
 def pods(objects: list[Object]) -> Iterator[tuple[str, Object]]:
@@ -234,13 +242,51 @@ def training_restarts_as_one(objects: list[Object]) -> Iterator[str]:
             yield "train: ranks would fail one by one"
         if spec["completions"] != spec["parallelism"]:
             yield "train: not all ranks run at once"
-        if not spec["template"]["spec"].get("subdomain"):
+        if not spec["template"]["spec"].get("subdomain") and not of(objects, "TrainingRuntime"):
             yield "train: ranks have no names"
-    for thing in of(objects, "JobSet"):
-        if any(replicated["template"]["spec"]["backoffLimit"] != 0 for replicated in thing["spec"]["replicatedJobs"]):
+    for _, spec in job_sets(objects):
+        if any(replicated["template"]["spec"]["backoffLimit"] != 0 for replicated in spec["replicatedJobs"]):
             yield "JobSet: a pod would be replaced alone"
+    for thing in of(objects, "JobSet"):
         if thing["spec"]["network"]["subdomain"] != "ranks":
             yield "JobSet: another subdomain"
+
+
+@rule
+def a_train_job_finds_its_runtime_and_its_ranks_each_other(objects: list[Object]) -> Iterator[str]:
+    """What Kubeflow Trainer 2.3 asks for: it gives its variables to the container `node` of the job that has the label.
+
+    They send all ranks to NAME-node-0-0.NAME, which is the default of a JobSet, and say how many there are.
+    """
+    values = settings(objects)
+    runtimes = {thing["metadata"]["name"]: thing["spec"] for thing in of(objects, "TrainingRuntime")}
+    for thing in of(objects, "TrainJob"):
+        spec, reference = thing["spec"], thing["spec"]["runtimeRef"]
+        runtime = runtimes.get(reference["name"]) if reference["kind"] == "TrainingRuntime" else None
+        if runtime is None:
+            yield f"TrainJob: no runtime {reference['name']}"
+            continue
+        job_set = runtime["template"]["spec"]
+        (replicated,) = job_set["replicatedJobs"]
+        template = replicated["template"]
+        (container,) = template["spec"]["template"]["spec"]["containers"]
+        wanted = (int(values["NODES"]), int(values["GPUS"]), container["image"])
+        if (spec["trainer"]["numNodes"], spec["trainer"]["numProcPerNode"], spec["trainer"]["image"]) != wanted:
+            yield f"TrainJob: other nodes, processes or image than {wanted}"
+        sources = [source["configMapRef"]["name"] for source in container["envFrom"] if "configMapRef" in source]
+        if sources != [thing["metadata"]["annotations"].get("dcgan.settings")]:
+            yield "TrainJob: does not say which settings it was started with"
+        labels = template.get("metadata", {}).get("labels", {})
+        if (
+            "torch" not in runtime["mlPolicy"]
+            or (replicated["name"], replicated["replicas"], container["name"]) != ("node", 1, "node")
+            or labels.get("trainer.kubeflow.org/trainjob-ancestor-step") != "trainer"
+        ):
+            yield "TrainJob: the controller would not tell the ranks where they are"
+        if job_set.get("network") or "subdomain" in template["spec"]["template"]["spec"]:
+            yield "TrainJob: rank 0 would have another name than the controller says"
+        if "ttlSecondsAfterFinished" in job_set:
+            yield "TrainJob: would be run again when its JobSet goes"
 
 
 @rule
@@ -268,7 +314,7 @@ def the_trainer_accepts_the_numbers(objects: list[Object]) -> Iterator[str]:
     """What pipeline/config.py asks for: every process owns some of the streams, and every stream some of the batch."""
     values = settings(objects)
     batch, streams = int(values["BATCH"]), int(values["STREAMS"])
-    for _, container in [(n, c) for n, _, c in containers(objects) if n == "train/train"]:
+    for container in [c for _, _, c in containers(objects) if "train" in c.get("args", [])]:
         processes = int(values["NODES"]) * int(container["resources"]["limits"].get(GPU, 1))
         if streams % processes:
             yield f"STREAMS={streams} cannot be split over {processes} processes"

@@ -3,12 +3,13 @@
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 from hera.workflows.models import WorkflowTemplate
-from overlays import ROOT
+from overlays import ROOT, objects, variant
 from test_schemas import NEWEST, OLDEST, Render, lost
 
 sys.path.insert(0, str(ROOT / "k8s/argo"))
@@ -25,13 +26,13 @@ def made(render: Render, overlay: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_argos_own_models_know_every_field(render: Render, overlay: str) -> None:
-    *objects, workflow = make_workflow.make(render(overlay))
+    *others, workflow = make_workflow.make(render(overlay))
     assert dropped(workflow) == []
-    for thing in objects:
+    for thing in others:
         for version in (OLDEST, NEWEST):
             kubernetes_validate.validate(thing, version, strict=True)
-    assert {"Namespace", "ConfigMap", "PersistentVolumeClaim", "Role", "Service"} <= {t["kind"] for t in objects}
-    assert "Job" not in {thing["kind"] for thing in objects}, "Argo starts the pods"
+    assert {"Namespace", "ConfigMap", "PersistentVolumeClaim", "Role", "Service"} <= {t["kind"] for t in others}
+    assert "Job" not in {thing["kind"] for thing in others}, "Argo starts the pods"
     workflow["spec"]["templates"][1]["retryStrategy"]["limits"] = 3
     workflow["spec"]["templates"][0]["dag"]["tasks"][0]["dependsOn"] = "x"
     assert [path.rpartition(".")[2] for path in dropped(workflow)] == ["dependsOn", "limits"], (
@@ -82,8 +83,10 @@ def test_the_entrypoint_is_that_of_the_image() -> None:
     assert json.loads(found[1]) == make_workflow.ENTRYPOINT
 
 
-def test_what_it_cannot_run_is_refused_in_one_line(render: Render) -> None:
-    with pytest.raises(ValueError, match="remove components/jobset"):
-        make_workflow.make(render("multi-node"))
+def test_what_it_cannot_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    for trainer in ("jobset", "trainjob"):
+        overlay = variant(ROOT / "k8s/overlays/multi-node", tmp_path / trainer, [trainer])
+        with pytest.raises(ValueError, match=f"remove components/{trainer}"):
+            make_workflow.make(objects(overlay))
     with pytest.raises(ValueError, match="kubectl kustomize"):
         make_workflow.make([])

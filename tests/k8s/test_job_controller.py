@@ -6,13 +6,14 @@ tests/deploy/test_exit_codes.py compares the launcher, the programs and the job 
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from exit_codes import DISRUPTED, limits, promises
 from job_controller import ArgoStep, Job, JobSet, verdict
-from overlays import OVERLAYS, ROOT
-from rules import of, settings
+from overlays import OVERLAYS, ROOT, objects, variant
+from rules import job_sets, of, settings
 from test_schemas import Render
 
 sys.path.insert(0, str(ROOT / "k8s/argo"))
@@ -41,12 +42,14 @@ def test_a_job_does_what_the_page_says(render: Render, overlay: str) -> None:
             assert found == promised, f"{thing['metadata']['name']} at {code}"
 
 
-def test_a_job_set_does_what_the_page_says(render: Render) -> None:
-    (thing,) = of(render("multi-node"), "JobSet")
-    (replicated,) = thing["spec"]["replicatedJobs"]
+@pytest.mark.parametrize("trainer", ["jobset", "trainjob"])
+def test_a_job_set_does_what_the_page_says(tmp_path: Path, trainer: str) -> None:
+    """Also the one that a TrainJob makes of its runtime."""
+    ((_, spec),) = job_sets(objects(variant(ROOT / "k8s/overlays/multi-node", tmp_path / "variant", [trainer])))
+    (replicated,) = spec["replicatedJobs"]
     replicated["template"]["spec"] = one(replicated["template"]["spec"])
     for code, promised in promises("JobSet").items():
-        assert verdict(lambda: JobSet(thing["spec"]), **how(code)) == promised, code
+        assert verdict(lambda: JobSet(spec), **how(code)) == promised, code
 
 
 @pytest.mark.parametrize("overlay", ["cpu-demo", "single-gpu"])
@@ -71,9 +74,9 @@ def seconds(text: str, values: dict[str, str]) -> int | None:
 
 def limited(render: Render) -> Iterator[tuple[str, Object, dict[str, str]]]:
     for overlay in OVERLAYS:
-        objects = render(overlay)
-        for thing in of(objects, "Job"):
-            yield thing["metadata"]["name"], thing["spec"], settings(objects)
+        found = render(overlay)
+        for thing in of(found, "Job"):
+            yield thing["metadata"]["name"], thing["spec"], settings(found)
 
 
 def test_its_limits_are_those_of_the_page(render: Render) -> None:
@@ -150,8 +153,8 @@ def test_a_lost_rank_costs_a_run_one_pod_and_not_all(render: Render) -> None:
 
 
 def test_what_is_no_job_is_started_always_or_never(render: Render) -> None:
-    objects = render("single-gpu")
-    (server,), (files,) = of(objects, "Deployment"), of(objects, "Pod")
+    found = render("single-gpu")
+    (server,), (files,) = of(found, "Deployment"), of(found, "Pod")
     assert server["spec"]["template"]["spec"].get("restartPolicy", "Always") == "Always"
     assert files["spec"]["restartPolicy"] == "Never"
 

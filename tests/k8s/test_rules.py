@@ -1,5 +1,6 @@
 """The rules of rules.py hold for every overlay, and each rule notices a manifest that breaks it."""
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,14 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
-from overlays import OVERLAYS, ROOT, kustomize
-from rules import RULES
+from overlays import OVERLAYS, ROOT, objects, variant
+from rules import RULES, of
 
 Render = Callable[[str], list[dict[str, Any]]]
 
 
-def problems(objects: list[dict[str, Any]]) -> dict[str, list[str]]:
-    found = {check.__name__: list(check(objects)) for check in RULES}
+def problems(things: list[dict[str, Any]]) -> dict[str, list[str]]:
+    found = {check.__name__: list(check(things)) for check in RULES}
     return {name: messages for name, messages in found.items() if messages}
 
 
@@ -23,18 +24,41 @@ def test_every_overlay_keeps_every_rule(render: Render, overlay: str) -> None:
     assert problems(render(overlay)) == {}
 
 
+@pytest.mark.parametrize("trainer", ["", "jobset", "trainjob"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_so_does_every_combination_with_components(tmp_path: Path, overlay: str, trainer: str) -> None:
+    source = ROOT / "k8s/overlays" / overlay
+    has_data = "../../data" in yaml.safe_load((source / "kustomization.yaml").read_text())["resources"]
+    others = ["metrics", "kueue"] + ["index"] * has_data
+    for chosen in itertools.chain(*(itertools.combinations(others, count) for count in range(len(others) + 1))):
+        added = [*(name for name in chosen if name != "kueue"), *[trainer] * bool(trainer), *{"kueue"} & set(chosen)]
+        found = objects(variant(source, tmp_path / "-".join(added or ["none"]), added, without=("jobset", "metrics")))
+        spare = {"every_setting_is_used"} if "index" in chosen else set()  # SOURCE_KIND, ENCODING
+        assert set(problems(found)) <= spare, added
+        kinds = {thing["kind"] for thing in found if thing["metadata"]["name"] == "train"}
+        assert kinds == {"jobset": {"JobSet"}, "trainjob": {"TrainJob", "TrainingRuntime"}}.get(trainer, {"Job"})
+        assert bool(of(found, "PodMonitor")) == ("metrics" in chosen)
+        queued = {
+            t["metadata"]["name"] for t in found if "kueue.x-k8s.io/queue-name" in t["metadata"].get("labels", {})
+        }
+        work = {t["metadata"]["name"] for t in of(found, "Job", "JobSet", "TrainJob")}
+        assert queued == (work if "kueue" in chosen else set())
+        assert {"train", "export", "generate", "generate-merge"} <= work
+
+
 MUTATIONS = yaml.safe_load((Path(__file__).parent / "mutations.yaml").read_text())
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[f"{m['rule']}-{i}" for i, m in enumerate(MUTATIONS)])
-def test_a_broken_rule_is_noticed(copy: Path, mutation: dict[str, str]) -> None:
+def test_a_broken_rule_is_noticed(copy: Path, mutation: dict[str, Any]) -> None:
     path = copy / mutation["file"].format(overlay=mutation["overlay"])
     text = path.read_text()
     assert mutation["before"] in text
     path.write_text(text.replace(mutation["before"], mutation["after"]))
-    assert mutation["rule"] in problems(
-        list(yaml.safe_load_all(kustomize(copy / "k8s/overlays" / mutation["overlay"])))
-    )
+    overlay = copy / "k8s/overlays" / mutation["overlay"]
+    if "components" in mutation:
+        overlay = variant(overlay, copy / "k8s/overlays/variant", mutation["components"])
+    assert mutation["rule"] in problems(objects(overlay))
 
 
 def test_every_rule_is_broken_once() -> None:
@@ -55,16 +79,3 @@ def test_one_file_holds_every_edit(overlay: str) -> None:
         lines = [line for line in path.read_text().splitlines() if not line.strip().startswith("#")]
         text = "\n".join(line.split(" #")[0] for line in lines)
         assert not re.search(r"newTag|newName|storageClassName|://bucket|AWS_|example\.com", text), path
-
-
-@pytest.mark.parametrize(("overlay", "last"), [("cpu-demo", "../../components/settings]"), ("multi-node", "")])
-def test_jobs_can_wait_in_a_queue(copy: Path, overlay: str, last: str) -> None:
-    path = copy / "k8s/overlays" / overlay / "kustomization.yaml"
-    text = path.read_text().rstrip()
-    assert text.endswith(last or "without it, remove this line")
-    path.write_text(text[:-1] + ", ../../components/kueue]" if last else f"{text}\n  - ../../components/kueue\n")
-    objects = list(yaml.safe_load_all(kustomize(path.parent)))
-    queued = {t["metadata"]["name"] for t in objects if "kueue.x-k8s.io/queue-name" in t["metadata"]["labels"]}
-    assert queued == {t["metadata"]["name"] for t in objects if t["kind"] in ("Job", "JobSet")}
-    assert {"train", "export", "generate", "generate-merge"} <= queued
-    assert problems(objects) == {}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from api_server import ApiServer
+from overlays import variant
 from test_run import Run, run, server
 
 Edit = Callable[..., None]
@@ -151,3 +152,30 @@ def test_a_pod_to_copy_with(run: Run, server: ApiServer) -> None:
     assert "files: ready\n" in run("cpu-demo", "files")[0].stdout
     (made,) = [thing for thing in server.objects["pods"] if thing["metadata"]["name"] == "files"]
     assert made["spec"]["securityContext"]["runAsUser"] == 10001
+
+
+def test_a_train_job_keeps_what_it_was_started_with(run: Run, server: ApiServer, copy: Path, edit: Edit) -> None:
+    """Its runtime may change at any time, and is read again when a queue lets the TrainJob go on."""
+    overlays = copy / "k8s/overlays"
+    variant(overlays / "cpu-demo", overlays / "trainer", ["trainjob", "kueue"])
+    run("trainer", "train", root=copy, looks=999, reached=4, refuses=1, refusal="stop")  # the watcher is gone
+    (job,), (runtime,) = server.objects["trainjobs"], server.objects["trainingruntimes"]
+    before = (str(job["spec"]), str(job["metadata"]), str(runtime))
+    edit(SEED=8)  # nothing to training
+    done, _ = run("trainer", "train", root=copy)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("train: done\n")
+    assert before == (str(job["spec"]), str(job["metadata"]), str(runtime))
+    assert "train: done before, at 2026-" in run("trainer", "train", root=copy)[0].stdout
+    edit(TOTAL_IMAGES=26000)
+    assert "with TOTAL_IMAGES=128000 (now 26000); runs again" in run("trainer", "train", root=copy)[0].stdout
+    edit(newTag="next")
+    done, _ = run("trainer", "train", root=copy, looks=999, reached=14, refuses=1, refusal="stop")
+    assert "with image localhost/dcgan:0.1.0 (now localhost/dcgan:next); runs again" in done.stdout
+    edit(TOTAL_IMAGES=28000)
+    done, _ = run("trainer", "train", root=copy, looks=999)
+    assert done.returncode == 1
+    assert "TOTAL_IMAGES=26000 (now 28000)" in done.stderr
+    assert "kubectl -n dcgan delete trainjob/train" in done.stderr
+    assert run("trainer", "down", root=copy)[0].returncode == 0
+    assert not server.objects["trainjobs"] + server.objects["trainingruntimes"]

@@ -10,11 +10,12 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from overlays import OVERLAYS, ROOT, kustomize
+from overlays import OVERLAYS, ROOT, kustomize, objects, variant
+from rules import job_sets
 
 Render = Callable[[str], list[dict[str, Any]]]
 OLDEST, NEWEST = "1.34", "1.37"  # podReplacementPolicy with podFailurePolicy is stable from 1.34 on
-CUSTOM = {"PodMonitor", "PrometheusRule", "JobSet"}
+CUSTOM = {"PodMonitor", "PrometheusRule", "JobSet", "TrainJob", "TrainingRuntime"}
 
 # Reviewed: checks of checkov that we do not follow, and why.
 NOT_FOLLOWED = {
@@ -28,23 +29,32 @@ NOT_FOLLOWED = {
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_core_objects_fit_their_schemas(render: Render, overlay: str, version: str) -> None:
+def test_core_objects_fit_their_schemas(render: Render, tmp_path: Path, overlay: str, version: str) -> None:
+    found = render(overlay) + custom(tmp_path, overlay)
     checked = 0
-    for thing in render(overlay):
+    for thing in found:
         if thing["kind"] not in CUSTOM:
             kubernetes_validate.validate(thing, version, strict=True)
             checked += 1
-        for job in thing["spec"]["replicatedJobs"] if thing["kind"] == "JobSet" else []:
-            kubernetes_validate.validate(
-                {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job["name"]}, **job["template"]},
-                version,
-                strict=True,
-            )
-    assert checked > 10
+    for name, spec in job_sets(found):
+        for job in spec["replicatedJobs"]:
+            metadata = {"name": name, **job["template"].get("metadata", {})}
+            inside = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": job["template"]["spec"]}
+            kubernetes_validate.validate(inside, version, strict=True)
+            checked += 1
+    assert checked > 12
 
 
-def test_custom_resources_fit_their_models(render: Render) -> None:
-    found = [thing for thing in render("multi-node") if thing["kind"] in CUSTOM]
+def custom(folder: Path, overlay: str = "multi-node") -> list[dict[str, Any]]:
+    """Return an overlay's objects of all kinds that are not Kubernetes' own, trained by a JobSet and by a TrainJob."""
+    found = []
+    for trainer in ("jobset", "trainjob"):
+        found += objects(variant(ROOT / "k8s/overlays" / overlay, folder / trainer, ["metrics", trainer, "kueue"]))
+    return [thing for thing in found if thing["kind"] in CUSTOM]
+
+
+def test_custom_resources_fit_their_models(tmp_path: Path) -> None:
+    found = custom(tmp_path)
     assert {thing["kind"] for thing in found} == CUSTOM
     for thing in found:
         assert dropped_by_model(thing) == []
@@ -54,11 +64,15 @@ def dropped_by_model(thing: dict[str, Any]) -> list[str]:
     """Return the fields that a custom resource's model does not know: it drops misspelt ones without a word."""
     import cloudcoil.models.prometheus_operator.v1 as operator
     from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+    from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
+    from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import TrainerV1alpha1TrainingRuntime
 
     models = {
         "PodMonitor": operator.PodMonitor,
         "PrometheusRule": operator.PrometheusRule,
         "JobSet": JobsetV1alpha2JobSet,
+        "TrainJob": TrainerV1alpha1TrainJob,
+        "TrainingRuntime": TrainerV1alpha1TrainingRuntime,
     }
     thing = without_quantities(thing)
     model = models[thing["kind"]].model_validate(thing)
@@ -91,10 +105,13 @@ def lost(before: Any, after: Any, path: str = "") -> list[str]:
         ("JobSet", ["spec", "failurePolicy"], "maxRestarts"),
         ("PodMonitor", ["spec", "podMetricsEndpoints", 0], "interval"),
         ("PrometheusRule", ["spec", "groups", 0, "rules", -1], "annotations"),
+        ("TrainJob", ["spec", "trainer"], "numNodes"),
+        ("TrainingRuntime", ["spec"], "mlPolicy"),
+        ("TrainingRuntime", ["spec", "template", "spec", "replicatedJobs", 0, "template", "spec"], "podFailurePolicy"),
     ],
 )
-def test_misspelt_fields_of_custom_resources_are_found(render: Render, kind: str, path: list[Any], field: str) -> None:
-    thing = next(thing for thing in render("multi-node") if thing["kind"] == kind)
+def test_misspelt_fields_of_custom_resources_are_found(tmp_path: Path, kind: str, path: list[Any], field: str) -> None:
+    thing = next(thing for thing in custom(tmp_path) if thing["kind"] == kind)
     inside = thing
     for step in path:
         inside = inside[step]

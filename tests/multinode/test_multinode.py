@@ -54,15 +54,24 @@ def cable() -> Iterator[None]:
         ip("netns", "del", node, check=False)
 
 
-def start(node: int, data: Path, out: Path, *overrides: str, restarts: int = 0) -> subprocess.Popen[str]:
-    """Start one node's launcher inside its namespace, in a process group of its own."""
+def start(
+    node: int, data: Path, out: Path, *overrides: str, restarts: int = 0, told_by: str = "options"
+) -> subprocess.Popen[str]:
+    """Start one node's launcher inside its namespace, in a process group of its own.
+
+    `told_by`: options, or the variables that Kubeflow Trainer gives to the pods of a TrainJob.
+    """
     launch = str(Path(sys.executable).parent / "dcgan-launch")
-    command = ["ip", "netns", "exec", NODES[node], launch, "--nodes", "2", "--node-rank", str(node)]
-    command += ["--processes", "1", "--restarts", str(restarts), "--grace-seconds", "10"]
-    command += ["--address", ADDRESSES[0], "--port", "29517"]
-    command += ["train", "--data", str(data), "--out", str(out), *TINY, *OPTIONS, *overrides]
+    command = ["ip", "netns", "exec", NODES[node], launch, "--restarts", str(restarts), "--grace-seconds", "10"]
+    place = {"--nodes": "2", "--node-rank": str(node), "--processes": "1", "--address": ADDRESSES[0], "--port": "29517"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment |= {"GLOO_SOCKET_IFNAME": f"wire{node}"}
+    if told_by == "options":
+        command += [word for pair in place.items() for word in pair]
+    else:
+        names = ("PET_NNODES", "PET_NODE_RANK", "PET_NPROC_PER_NODE", "PET_MASTER_ADDR", "PET_MASTER_PORT")
+        environment |= dict(zip(names, place.values(), strict=True))
+    command += ["train", "--data", str(data), "--out", str(out), *TINY, *OPTIONS, *overrides]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -93,15 +102,17 @@ def wait_for_checkpoints(out: Path, processes: list[subprocess.Popen[str]]) -> N
     raise AssertionError("no two checkpoints in two minutes")
 
 
-def train_together(data: Path, out: Path, total: int) -> None:
-    ends = finish([start(node, data, out, f"schedule.total_images={total}") for node in (0, 1)], 200)
+def train_together(data: Path, out: Path, total: int, *, told_by: str = "options") -> None:
+    total_images = f"schedule.total_images={total}"
+    ends = finish([start(node, data, out, total_images, told_by=told_by) for node in (0, 1)], 200)
     assert [code for code, _ in ends] == [0, 0], ends
     state = json.loads((out / "checkpoints" / f"{total:012d}" / "state.json").read_text())
     assert state["world_size"] == 2
 
 
-def test_two_nodes_train(cable: None, faces32: Path, tmp_path: Path) -> None:
-    train_together(faces32, tmp_path / "run", 640)
+@pytest.mark.parametrize("told_by", ["options", "kubeflow trainer"])
+def test_two_nodes_train(cable: None, faces32: Path, tmp_path: Path, told_by: str) -> None:
+    train_together(faces32, tmp_path / "run", 640, told_by=told_by)
 
 
 @pytest.mark.parametrize("accident", ["cut cable", "lost node 1", "lost node 0"])

@@ -8,7 +8,36 @@ from types import ModuleType
 
 import pytest
 
-from pipeline.common.machine import cores_near, imported_versions, processor
+from pipeline.common import machine
+from pipeline.common.machine import available_cores, available_threads, cores_near, imported_versions, processor
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 16),
+        ({"cpu.max": "max 100000\n"}, 16),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "350000 100000\n"}, 3),
+        ({"cpu.max": "9900000 100000\n"}, 16),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 16),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+    ],
+    ids=["no cgroup", "no limit", "half a core", "3.5 cores", "more than there are", "v1, no limit", "v1, 2 cores"],
+)
+def test_cores_are_those_of_the_containers_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int
+) -> None:
+    """64 threads that share half a core sample at a fiftieth of the rate."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert available_cores() == available_threads() == cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert available_threads() == 5, "what a person says, for all libraries"
 
 
 def test_versions_are_those_of_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:

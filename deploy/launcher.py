@@ -33,7 +33,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, sign
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 AWAITED = (*FORWARDED, signal.SIGCHLD, signal.SIGALRM)
 SAVED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of a trainer that saved after a signal
-PASSING = (75, *(128 + number for number in (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)))
+CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
+PASSING = (75, *(128 + number for number in (signal.SIGKILL, *CRASHES)))
 OURS = (2, 65, 69, 75, 78, 79)  # exit codes of our programs, which say more than "killed" or "failed"
 
 LONGEST_PAUSE_SECONDS = 8.0
@@ -112,17 +113,18 @@ def keep_running(arguments: list[str], environments: list[dict[str, str]], grace
     So the ranks that are well stay on their machines when one is lost, which its scheduler replaces: they look up the
     address of rank 0 anew, meet, and resume from the last checkpoint.
     """
-    pause = 0.0
+    pause, count = 0.0, 0
     while True:
         began = time.monotonic()
         code, stop = supervise(arguments, environments, grace_seconds)
-        if stop or code not in PASSING or restarts == 0:
+        if stop or code not in PASSING or count == restarts:
             return code
-        restarts -= 1
+        count += 1
+        environments = [{**known, "TORCHELASTIC_RESTART_COUNT": str(count)} for known in environments]
         if time.monotonic() - began > LONG_SECONDS:
             pause = 0.0
         print(
-            f"dcgan-launch: ended with code {code}; starting again in {pause:.0f} s; {restarts} restarts left",
+            f"dcgan-launch: ended with code {code}; starting again in {pause:.0f} s; {restarts - count} restarts left",
             file=sys.stderr,
             flush=True,
         )
@@ -151,7 +153,7 @@ def supervise(arguments: list[str], environments: list[dict[str, str]], grace_se
     """
     running: dict[int, int] = {}  # process id -> local rank
     ended: list[int] = []  # exit codes in the order of exit
-    armed, stop = False, 0
+    armed, killed, stop = False, False, 0
 
     def send(number: int) -> None:
         for process in running:
@@ -167,6 +169,7 @@ def supervise(arguments: list[str], environments: list[dict[str, str]], grace_se
     while running:
         number = signal.sigwait(AWAITED)
         if number == signal.SIGALRM:
+            killed = True
             send(signal.SIGKILL)
         elif number != signal.SIGCHLD:
             stop = number if number in STOPS else stop
@@ -180,16 +183,27 @@ def supervise(arguments: list[str], environments: list[dict[str, str]], grace_se
             rank = running.pop(process)
             code = os.waitstatus_to_exitcode(status)
             ended.append(code if code >= 0 else 128 - code)
-            if ended[-1] not in (0, *SAVED) and running:
-                print(
-                    f"dcgan-launch: process {rank} exited with code {ended[-1]}; stopping the others", file=sys.stderr
-                )
+            failed = ended[-1] not in (0, *SAVED)
+            if failed and (running or code < 0):  # of its own end a process says more than we can
+                said = _how_it_ended(code, killed) + ("; stopping the others" if running else "")
+                print(f"dcgan-launch: process {rank} {said}", file=sys.stderr, flush=True)
+            if failed and running:
                 send(signal.SIGTERM)
                 if not armed:  # once: a process that fails later must not prolong the grace of those that hang
                     signal.alarm(grace_seconds)
                     armed = True
     signal.alarm(0)
     return exit_code(ended), stop
+
+
+def _how_it_ended(code: int, killed: bool) -> str:
+    """Return words for the end of a process; `killed` by us, or else by the kernel, which leaves none in its log."""
+    if code >= 0:
+        return f"exited with code {code}"
+    by = signal.Signals(-code)
+    if by == signal.SIGKILL:
+        return "did not end in time, and was killed" if killed else "was killed by SIGKILL: out of memory?"
+    return f"was ended by {by.name}" + (": a crash inside a library" if by in CRASHES else "")
 
 
 def exit_code(ended: list[int]) -> int:

@@ -132,7 +132,15 @@ TRAINING = Dashboard(
                     f"max by (run) (dcgan_train_nonfinite_steps_total{RUN})": "updates skipped for NaN",
                     f"max by (run) (dcgan_train_mirror_failures_total{RUN})": "checkpoints not mirrored",
                     f"max by (run) (dcgan_train_restarts{RUN})": "restarts",
+                    f"max by (run) (dcgan_train_launcher_restarts{RUN})": "restarts in place",
                 },
+            ),
+            Panel(
+                "Waiting for other ranks",
+                {f"max by (run) (dcgan_train_waiting_seconds{RUN})": "{{run}}"},
+                "s",
+                red_above=300,
+                about="Some ranks have not come, or have not come again. The log says which.",
             ),
             Panel(
                 "Time of a checkpoint",

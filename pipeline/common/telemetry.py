@@ -53,6 +53,16 @@ METRICS: dict[Program, tuple[Metric, ...]] = {
         Metric("dcgan_train_info", "gauge", INFO, {"precision": (), "device": ()}, final=True),
         Metric("dcgan_train_processes", "gauge", "Processes that train together."),
         Metric("dcgan_train_restarts", "gauge", "Times that this run was started again; known where rank 0 is."),
+        Metric(
+            "dcgan_train_launcher_restarts",
+            "gauge",
+            "Times that dcgan-launch of this node has started its processes again, in place (--restarts).",
+        ),
+        Metric(
+            "dcgan_train_waiting_seconds",
+            "gauge",
+            "How long the first rank of this node has waited for ranks that have not come; 0 once all have.",
+        ),
         Metric("dcgan_train_target_images", "gauge", "Real images after which the run is done.", final=True),
         Metric("dcgan_train_seen_images", "gauge", "Real images seen since the run began, over resumes.", final=True),
         Metric(
@@ -224,13 +234,16 @@ class Telemetry:
     def start(self, port: int | None, address: str, gateway: str | None) -> int | None:
         """Serve /metrics in a thread if `port` is given, and push to `gateway` (now, and once more by `close`).
 
-        Returns the port; 0 lets the system choose. The first push replaces what an earlier start has left there.
+        Returns the port; 0 lets the system choose. The first push replaces what an earlier start has left there. Where
+        it is served already, only the gateway is new.
         Raises UsageError when the port is taken or the address is not this machine's.
         """
         from prometheus_client import start_http_server
 
         self._gateway = gateway or None  # '' stands for none, as an unset setting of a Job does
         self._push()
+        if self._server is not None:
+            return int(self._server.server_port)
         if port is None:
             return None
         try:

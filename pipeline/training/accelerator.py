@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.common.errors import ConfigConflict, TryAgainError, UnavailableError, UserError, describe_os_error
 from pipeline.common.machine import cores_near
+from pipeline.common.telemetry import Telemetry
 from pipeline.data.loading.thread_pool import ThreadPool
 from pipeline.training.rendezvous.meet import meet
 from pipeline.training.watchdog import Peers
@@ -129,13 +130,20 @@ def check_environment(environment: Mapping[str, str]) -> None:
             )
 
 
-def meet_peers() -> Peers | None:
+def meet_peers(telemetry: Telemetry | None = None) -> Peers | None:
     """Return what the ranks tell each other beside their collectives, when all have come; None for a process alone.
+
+    `telemetry` shows how long this one waits for them.
 
     Raises ConfigConflict as `make_accelerator` does, TryAgainError as `meet` does.
     """
     check_environment(os.environ)
-    found = meet()
+
+    def waited(seconds: float) -> None:
+        if telemetry is not None:
+            telemetry.set("dcgan_train_waiting_seconds", seconds)
+
+    found = meet(waited=waited)
     return None if found is None else Peers(*found)
 
 

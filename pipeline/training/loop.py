@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.ranks import ranks_of
-from pipeline.common.telemetry import Telemetry
 from pipeline.config import RunConfig
 from pipeline.data.classes import Classes
 from pipeline.data.dataset import Dataset, open_dataset
@@ -24,7 +23,7 @@ from pipeline.training.identity import describe_run
 from pipeline.training.manager import CheckpointManager
 from pipeline.training.preflight import check_ranks_agree, check_settings, warn
 from pipeline.training.run_directory import RunDirectory, indexed
-from pipeline.training.run_log import RunLog
+from pipeline.training.run_log import RunLog, open_telemetry
 from pipeline.training.schedule import Due, Schedule
 from pipeline.training.step import AdversarialStep, turns
 from pipeline.training.stop_requests import StopRequests, stopped
@@ -58,8 +57,9 @@ def train(
     """
     recipe, network = config.recipe, config.network
     with ExitStack() as resources:
+        telemetry = resources.enter_context(open_telemetry(out, metrics_port, metrics_address))
         # Armed first: a rank that hangs while it starts is as bad as one that hangs in a step.
-        watchdog = resources.enter_context(Watchdog(config.runtime.step_timeout_seconds, meet_peers()))
+        watchdog = resources.enter_context(Watchdog(config.runtime.step_timeout_seconds, meet_peers(telemetry)))
         accelerator = make_accelerator()
         rank, world_size, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
         data = resources.enter_context(indexed(data, out, network, accelerator))
@@ -82,9 +82,8 @@ def train(
 
         # Images from there on, and what people and machines see of the run.
         def open_rest() -> tuple[AnyLoader, RunLog, Evaluator]:
-            telemetry = None
-            if accelerator.is_local_main_process:
-                telemetry = resources.enter_context(closing(Telemetry("train", run=str(out.resolve()))))
+            if telemetry is not None:
+                resources.callback(telemetry.close)  # pushes once more, while the run is still locked
                 telemetry.start(metrics_port, metrics_address, push_gateway if main else None)
             place = config, dataset, accelerator.device, seen, ranks_of(accelerator)
             loader = open_loader(*place, lambda: watchdog.waiting_for_data(data), requests.end_loading)

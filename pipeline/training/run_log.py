@@ -2,14 +2,19 @@
 
 import logging
 import math
+import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils.environment import get_cpu_distributed_information
+
 from pipeline.checkpoints.mirror import HURRIED_SECONDS, PATIENCE_SECONDS
+from pipeline.common.errors import UsageError
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import RunConfig
 from pipeline.training.collapse.reverts import REVERTS
@@ -47,6 +52,24 @@ class ProgressLine:
             sys.stderr.write(text + "\n")
             self._last = time.monotonic()
         sys.stderr.flush()
+
+
+@contextmanager
+def open_telemetry(out: Path, port: int | None, address: str) -> Iterator[Telemetry | None]:
+    """Serve the metrics of the run `out` from the first process of each node; yield None in the others.
+
+    They are served before the ranks meet, which may take long. That the port is taken is said by a later `start`, when
+    all ranks can hear of it.
+    """
+    if get_cpu_distributed_information().local_rank:
+        yield None
+        return
+    with closing(Telemetry("train", run=str(out.resolve()))) as telemetry:
+        telemetry.set("dcgan_train_waiting_seconds", 0.0)
+        telemetry.set("dcgan_train_launcher_restarts", float(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0))
+        with suppress(UsageError):
+            telemetry.start(port, address, None)
+        yield telemetry
 
 
 class RunLog:

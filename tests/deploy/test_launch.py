@@ -70,15 +70,32 @@ def test_ctrl_c_leaves_the_process_that_saves_in_peace(start: Start, tmp_path: P
 @pytest.mark.parametrize(("what", "code"), [("rank-1-fails", 65), ("rank-1-is-killed", 137)])
 def test_one_failing_process_ends_the_others(start: Start, tmp_path: Path, what: str, code: int) -> None:
     process = start("dcgan-launch", "--processes", 3, STAND_IN, what, tmp_path)
-    ends_with(process, code)
+    error = ends_with(process, code)
+    said = "was killed by SIGKILL: out of memory?" if code == 137 else f"exited with code {code}"
+    assert f"dcgan-launch: process 1 {said}; stopping the others\n" in error
     assert "saved" in events(tmp_path, 0)
     assert "saved" in events(tmp_path, 2)
 
 
 def test_processes_that_do_not_end_are_killed(start: Start, tmp_path: Path) -> None:
     process = start("dcgan-launch", "--processes", 2, "--grace-seconds", 1, STAND_IN, "deaf", tmp_path)
-    ends_with(process, 69)
+    error = ends_with(process, 69)
+    assert "dcgan-launch: process 0 did not end in time, and was killed\n" in error
     assert not psutil.pid_exists(int(events(tmp_path, 0)[0].split()[1]))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, "was killed by SIGKILL: out of memory?"),
+        (signal.SIGSEGV, "was ended by SIGSEGV: a crash inside a library"),
+        (signal.SIGHUP, "was ended by SIGHUP"),
+    ],
+)
+def test_what_cannot_say_how_it_ended_is_spoken_for(start: Start, number: signal.Signals, words: str) -> None:
+    """Else the log of a pod that was OOMKilled ends without a word."""
+    process = start("dcgan-launch", "sh", "-c", f"kill -{number.value} $$")
+    assert ends_with(process, 128 + number) == f"dcgan-launch: process 0 {words}\n"
 
 
 def starts(folder: Path, rank: int = 0) -> int:
@@ -91,6 +108,7 @@ def test_passing_faults_start_the_processes_again(start: Start, tmp_path: Path) 
     assert starts(tmp_path) == 3
     assert "dcgan-launch: ended with code 75; starting again in 0 s; 2 restarts left" in error
     assert "dcgan-launch: ended with code 137; starting again in 1 s; 1 restarts left" in error
+    assert events(tmp_path)[1::2] == ["", "TORCHELASTIC_RESTART_COUNT=1", "TORCHELASTIC_RESTART_COUNT=2"]
 
 
 @pytest.mark.parametrize(("restarts", "codes", "code"), [(1, (75, 75, 0), 75), (5, (65, 0), 65), (0, (75, 0), 75)])
@@ -216,6 +234,25 @@ def test_tasks_of_a_scheduler_that_train_alone_are_told_so(start: Start, tmp_pat
     _, error = process.communicate(timeout=200)
     assert process.returncode == 0
     assert "dcgan-launch: SLURM_NTASKS=2, but" in error
+
+
+def test_what_kubeflow_trainer_sets_makes_one_run_of_two_pods(start: Start, tmp_path: Path) -> None:
+    """As its controller of version 2.3 gives it to the containers `node` of a TrainJob of two nodes."""
+    (tmp_path / "pods").mkdir()
+    for pod in range(2):
+        variables = {
+            "PET_NNODES": "2",
+            "PET_NPROC_PER_NODE": "2",
+            "PET_NODE_RANK": str(pod),
+            "PET_MASTER_ADDR": "train-node-0-0.train",
+            "PET_MASTER_PORT": "29500",
+            "JOB_COMPLETION_INDEX": str(pod),
+        }
+        ends_with(start("dcgan-launch", "--nodes=2", STAND_IN, "exit", tmp_path / "pods", 0, env=variables), 0)
+    assert [events(tmp_path / "pods", rank)[1] for rank in range(4)] == [
+        f"WORLD_SIZE=4 RANK={rank} LOCAL_RANK={rank % 2} MASTER_ADDR=train-node-0-0.train MASTER_PORT=29500"
+        for rank in range(4)
+    ]
 
 
 def test_any_command_runs_once_whatever_the_environment_says(start: Start) -> None:

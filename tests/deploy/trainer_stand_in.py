@@ -39,9 +39,8 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
 if what == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 note(f"pid {os.getpid()}")
-note(
-    " ".join(f"{name}={os.environ[name]}" for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") if name in os.environ)
-)
+SHOWN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+note(" ".join(f"{name}={os.environ[name]}" for name in SHOWN if name in os.environ))
 if what == "exit":
     sys.exit(int(sys.argv[3]))
 if what == "codes":  # one for each start; a negative one is a signal that kills

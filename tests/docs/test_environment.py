@@ -16,7 +16,7 @@ LIBRARIES = "## Variables of libraries"
 
 NAME = re.compile(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*")
 USES_ENVIRONMENT = re.compile(r"environ|getenv|\benv=")
-OTHER_WORDS = {"NCCL", "RGB", "WEBP"}
+OTHER_WORDS = {"NCCL", "RGB", "SPEC", "WEBP"}
 """Strings in capitals that are no variables, in files that use the environment."""
 
 

@@ -383,6 +383,34 @@ def test_a_run_that_is_started_again_and_again(programs: Programs, shards: str) 
     programs.wait_for_alert("DcganRestarting", "restless", alive="restless")
 
 
+def test_ranks_that_wait_for_one_that_does_not_come(programs: Programs, shards: str) -> None:
+    out = str(programs.folder / "waiting")
+    launch = [str(BIN / "dcgan-launch"), "--nodes", "2", "--processes", "1", "--address", "127.0.0.1"]
+    launch += ["--port", str(free_port())]
+    train = ["train", "--data", shards, "--out", out, *(f"{key}={value}" for key, value in (SMALL | FOR_EVER).items())]
+    programs.start("waiting", *launch, "--node-rank", "0", *train)
+    programs.wait_for_alert("DcganRanksWaiting", "waiting", alive="waiting")
+    programs.start("late", *launch, "--node-rank", "1", *train)
+    programs.wait_for_images("waiting", 160)
+    programs.wait(lambda: ("DcganRanksWaiting", "waiting") not in programs.monitoring.firing(), "silence")
+
+
+def test_a_launcher_that_starts_its_processes_again_and_again(programs: Programs, shards: str) -> None:
+    for restarts in (1, 6):  # as dcgan-launch says it to them; an "hour" is a minute here
+        training = programs.train("clumsy", shards, FOR_EVER, UNSAVED, TORCHELASTIC_RESTART_COUNT=str(restarts))
+        programs.wait(
+            functools.partial(
+                programs.monitoring.query, f'dcgan_train_launcher_restarts{{run="clumsy"}} == {restarts}'
+            ),
+            f"restart {restarts} is seen",
+            alive="clumsy",
+        )
+        if restarts == 1:
+            training.kill()
+            training.wait()
+    programs.wait_for_alert("DcganRestarting", "clumsy", alive="clumsy")
+
+
 def test_a_mirror_that_is_lost(programs: Programs, shards: str) -> None:
     mirror = programs.folder / "mirror"
     mirror.mkdir()

@@ -3,17 +3,21 @@
 import dataclasses
 import json
 import logging
+import socket
+import urllib.request
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from ports import free_port
 
+from pipeline.common.errors import UsageError
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import load_config
 from pipeline.training import preflight
 from pipeline.training.manager import Written
 from pipeline.training.run_directory import RunDirectory
-from pipeline.training.run_log import RunLog
+from pipeline.training.run_log import RunLog, open_telemetry
 from pipeline.training.window import Report
 
 VALUES = {
@@ -41,6 +45,31 @@ REPORT = Report(
     step_seconds=1.0,
     affordable=0,
 )
+
+
+def test_metrics_are_served_before_the_ranks_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    port = free_port()
+    with open_telemetry(tmp_path / "run", port, "127.0.0.1") as telemetry:
+        assert telemetry is not None
+        telemetry.set("dcgan_train_waiting_seconds", 90.0)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            text = answer.read().decode()
+        assert 'dcgan_train_waiting_seconds{run="run"} 90.0' in text
+        assert 'dcgan_train_launcher_restarts{run="run"} 3.0' in text
+        assert telemetry.start(port, "127.0.0.1", None) == port, "the one that is there already"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with open_telemetry(tmp_path / "run", port, "127.0.0.1") as telemetry:
+        assert telemetry is None
+
+
+def test_a_port_that_is_taken_is_said_when_all_ranks_hear_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with open_telemetry(tmp_path, port, "127.0.0.1") as telemetry:
+            assert telemetry is not None
+            with pytest.raises(UsageError, match="cannot listen"):
+                telemetry.start(port, "127.0.0.1", None)
 
 
 def test_values_keep_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

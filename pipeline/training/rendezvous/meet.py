@@ -29,8 +29,12 @@ CONNECT_SECONDS = 5.0
 _MET, _MISSING, _OTHERS = "meet/met", "meet/missing", "meet/world"
 
 
-def meet(say: Callable[[str], None] | None = None) -> tuple[Any, int, int] | None:
+def meet(
+    say: Callable[[str], None] | None = None, waited: Callable[[float], None] = lambda seconds: None
+) -> tuple[Any, int, int] | None:
     """Return the key-value store where all ranks have met, this rank and their number; None for a process alone.
+
+    `waited` hears for how many seconds it has waited, and 0 when all have come.
 
     Rank 0 serves the store at MASTER_ADDR:MASTER_PORT, and the process group meets there, too. Rank 0 gives the sign
     when it hears of all ranks at once: one that came and went is waited for. A rank that comes later, in place of one
@@ -46,7 +50,8 @@ def meet(say: Callable[[str], None] | None = None) -> tuple[Any, int, int] | Non
         store = TCPStore(host, port, known.world_size, False, timedelta(seconds=SAY_SECONDS))
         met = PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     else:
-        met = _Meeting(known.rank, known.world_size, host, port, say or speaker(os.environ)).hold()
+        met = _Meeting(known.rank, known.world_size, host, port, say or speaker(os.environ), waited).hold()
+        waited(0.0)
     return met, known.rank, known.world_size
 
 
@@ -56,9 +61,18 @@ def speaker(environment: Mapping[str, str]) -> Callable[[str], None]:
 
 
 class _Meeting:
-    def __init__(self, rank: int, world_size: int, host: str, port: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        host: str,
+        port: int,
+        say: Callable[[str], None],
+        waited: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
         self.rank, self.world_size, self.host, self.port = rank, world_size, host, port
-        self._say, self._token = say, os.urandom(8).hex()  # the token tells this process from one that had its rank
+        self._say, self._waited = say, waited
+        self._token = os.urandom(8).hex()  # tells this process from one that had its rank
         now = time.monotonic()
         self._began = self._answered = now
         self._say_next = now + FIRST_SAY_SECONDS
@@ -160,6 +174,7 @@ class _Meeting:
     def _wait(self, whom: str) -> None:
         """Wait a moment for `whom`, and say so from time to time. The store has just answered, or is gone."""
         self._answered = now = time.monotonic()
+        self._waited(now - self._began)
         left = self._began + WAIT_SECONDS - now
         if left < 0:
             raise TryAgainError(f"rank {self.rank} waited {WAIT_SECONDS / 60:.0f} minutes in vain for {whom}")

@@ -28,10 +28,11 @@ class Rank:
 
     def __init__(self, rank: int, world_size: int, port: int) -> None:
         self.said: list[str] = []
+        self.waited: list[float] = []
         self.end: object = None
         self.store: Any = None
         self._killed = False
-        self._meeting = rendezvous._Meeting(rank, world_size, "127.0.0.1", port, self._hear)
+        self._meeting = rendezvous._Meeting(rank, world_size, "127.0.0.1", port, self._hear, self.waited.append)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -93,6 +94,9 @@ def test_all_say_for_whom_they_wait_until_all_are_there(port: int) -> None:
     assert [rank.ends() for rank in ranks] == ["met"] * 4
     ranks[2].store.set("all", "use it")
     assert ranks[1].store.get("all") == b"use it"
+    for rank in ranks[:2]:
+        assert rank.waited == sorted(rank.waited), "longer and longer"
+        assert rank.waited[-1] > 0
 
 
 def test_one_that_comes_before_rank_0_says_where_it_looks_and_why_in_vain(port: int) -> None:

@@ -5,23 +5,45 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 CGROUP = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
-    """Return the cores that this process may use: its affinity, or the container's CPU limit where that is lower."""
+    """Return the cores that this process may use: its affinity, or the CPU limit of its control group if that is lower.
+
+    The limit is that of a container, or of a job on a shared machine. A part of a core counts as a whole one.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    with suppress(OSError, ValueError):  # the same before version 2 of cgroups, -1 where there is no limit
-        quota, period = ((CGROUP / f"cpu/cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))
-        cores = min(cores, max(1, int(quota) // int(period))) if int(quota) > 0 else cores
-    return cores
+    return min([cores, *(max(1, quota // period) for quota, period in _cpu_limits())])
+
+
+def _cpu_limits() -> Iterator[tuple[int, int]]:
+    """Yield (quota, period) of every limited control group that this process is in, in versions 1 and 2 of cgroups.
+
+    In a container a group's path is often that of the host, where nothing is: then the container's is the uppermost.
+    """
+    own = {"": "/", "cpu": "/"}  # by controller; version 2 has one group for all of them
+    with suppress(OSError, ValueError):
+        for line in OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own |= dict.fromkeys(controllers.split(","), path)
+    for root, path, files in (
+        (CGROUP, own[""], ("cpu.max",)),
+        (CGROUP / "cpu", own["cpu"], ("cpu.cfs_quota_us", "cpu.cfs_period_us")),
+    ):
+        group = PurePosixPath("/", path)
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # "max" where version 2 has no limit
+                quota, period = " ".join((root / folder.relative_to("/") / file).read_text() for file in files).split()
+                if int(quota) > 0:  # -1 where version 1 has none
+                    yield int(quota), int(period)
 
 
 def available_threads() -> int:
@@ -47,11 +69,7 @@ def cores_near(pci_address: str, system: Path = Path("/sys")) -> set[int]:
 
 def has_amx() -> bool:
     """Return whether the processor multiplies matrices of bfloat16 in tiles (AMX, on x86 servers since 2023)."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.startswith("flags"):
-                return "amx_bf16" in line.split()
-    return False
+    return "amx_bf16" in _processor_fields().get("flags", "").split()
 
 
 class SignalStack(ctypes.Structure):
@@ -73,6 +91,7 @@ def use_no_signal_stack() -> None:
         ctypes.CDLL(None).sigaltstack(ctypes.byref(SignalStack(None, NO_SIGNAL_STACK, 0)), None)
 
 
+CPU_INFO = Path("/proc/cpuinfo")
 PACKAGES_OF_DEVELOPMENT = ("dev", "interop")
 """Extras of pyproject.toml that take no part in anyone's result."""
 
@@ -80,10 +99,37 @@ PACKAGES_OF_DEVELOPMENT = ("dev", "interop")
 def processor() -> str:
     """Return the name of the processor, as the system gives it."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+        for line in CPU_INFO.read_text(errors="replace").splitlines():
             if line.startswith(("model name", "Model")) and ":" in line:
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+Instructions = Literal["amx", "avx512", "avx2", "other"]
+_FLAGS: dict[str, Instructions] = {"amx_tile": "amx", "avx512f": "avx512", "avx2": "avx2"}
+"""Flags of /proc/cpuinfo, the widest instructions first."""
+
+
+def instructions() -> Instructions:
+    """Return the widest vector instructions of the processor."""
+    flags = _processor_fields().get("flags", "").split()
+    return next((name for flag, name in _FLAGS.items() if flag in flags), "other")
+
+
+def processor_kind() -> str:
+    """Return the processor's name, family and model: clouds give several generations one name."""
+    fields = _processor_fields()
+    numbers = [f"{name} {fields[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in fields]
+    return ", ".join([processor(), *numbers])
+
+
+def _processor_fields() -> dict[str, str]:
+    """Return what /proc/cpuinfo says of the first processor; nothing where there is no such file."""
+    with suppress(OSError):
+        first = CPU_INFO.read_text(errors="replace").split("\n\n")[0]
+        pairs = (line.partition(":") for line in first.splitlines())
+        return {key.strip(): value.strip() for key, _, value in pairs}
+    return {}
 
 
 def imported_versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.common.errors import ConfigConflict, TryAgainError, UnavailableError, UserError, describe_os_error
-from pipeline.common.machine import cores_near
+from pipeline.common.machine import available_threads, cores_near
 from pipeline.common.telemetry import Telemetry
 from pipeline.data.loading.thread_pool import ThreadPool
 from pipeline.training.rendezvous.meet import meet
@@ -57,6 +57,8 @@ def make_accelerator() -> Accelerator:
         raise UnavailableError(f"--mixed_precision: {error}; use bf16, or no") from None
     if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
         raise UnavailableError("--mixed_precision fp16: accelerate would train in float32 on the CPU; use bf16, or no")
+    if torch.get_num_threads() > available_threads():  # of a container's limit, torch knows nothing
+        torch.set_num_threads(available_threads())
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if torch.distributed.get_backend() == "nccl" and processes > gpus:

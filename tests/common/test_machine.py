@@ -1,7 +1,10 @@
-"""What records say of the machine and of the packages that did the work."""
+"""The cores that a process may use, and what records say of the machine and of the packages that did the work."""
 
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +13,8 @@ import pytest
 
 from pipeline.common import machine
 from pipeline.common.machine import available_cores, available_threads, cores_near, imported_versions, processor
+
+CORES = "from pipeline.common.machine import available_cores; print(available_cores())"
 
 
 @pytest.mark.parametrize(
@@ -38,6 +43,71 @@ def test_cores_are_those_of_the_containers_limit(
     assert available_cores() == available_threads() == cores
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert available_threads() == 5, "what a person says, for all libraries"
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "cores"),
+    [
+        ("0::/job/step\n", {"job/step/cpu.max": "max 100000", "job/cpu.max": "300000 100000"}, 3),
+        ("0::/host/pod7\n", {"cpu.max": "400000 100000"}, 4),  # the host's path, inside the container
+        (
+            "4:cpu,cpuacct:/slurm/job\n0::/\n",
+            {
+                "cpu/slurm/job/cpu.cfs_quota_us": "600000",
+                "cpu/slurm/job/cpu.cfs_period_us": "200000",
+                "cpu/cpu.cfs_quota_us": "500000",
+                "cpu/cpu.cfs_period_us": "100000",
+            },
+            3,
+        ),
+    ],
+    ids=["v2, of a job around it", "v2, of the container", "v1, its own and one around it"],
+)
+def test_the_limits_of_all_groups_around_a_process_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str, limits: dict[str, str], cores: int
+) -> None:
+    for name, content in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert available_cores() == cores
+
+
+@pytest.fixture
+def half_a_core() -> Iterator[Path]:
+    """A control group of half a CPU, of whichever version this machine has; the file that takes processes in."""
+    for root, limits in (
+        ("/sys/fs/cgroup", {"cpu.max": "50000 100000"}),
+        ("/sys/fs/cgroup/cpu", {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "50000"}),
+    ):
+        group = Path(root) / f"dcgan-test-{os.getpid()}"
+        with suppress(OSError):
+            group.mkdir()
+            try:
+                for name, limit in limits.items():
+                    if not (group / name).exists():
+                        raise FileNotFoundError(name)
+                    (group / name).write_text(limit)
+                yield group / "cgroup.procs"
+                return
+            finally:
+                group.rmdir()
+    pytest.skip("needs root, and a control group that may be divided")
+
+
+def test_a_real_control_group_counts(half_a_core: Path) -> None:
+    join = f"echo $$ > {half_a_core} && exec {sys.executable} -c '{CORES}'"
+    done = subprocess.run(["sh", "-c", join], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+def test_the_affinity_counts() -> None:
+    command = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}}); {CORES}"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
 
 
 def test_versions_are_those_of_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:

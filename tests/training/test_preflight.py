@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from pipeline.training import preflight
+from pipeline.training import accelerator, preflight
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,13 @@ def test_only_cores_that_this_container_has_are_missed(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     preflight._warn_about_threads(cast(Any, SimpleNamespace(device=torch.device("cpu"))), processes)
     assert [record.getMessage() for record in caplog.records] == said
+
+
+def test_torch_gets_no_more_threads_than_the_container_has_cores(
+    one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a launcher nobody else tells it."""
+    torch.set_num_threads(2)
+    monkeypatch.setattr(accelerator, "available_threads", lambda: 1)
+    accelerator.make_accelerator()
+    assert torch.get_num_threads() == 1

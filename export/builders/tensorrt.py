@@ -22,7 +22,7 @@ from export.format.tensorrt_library import (
     this_gpu,
 )
 from pipeline.common.errors import DataError, UnavailableError, UsageError
-from pipeline.common.storage import write_atomic
+from pipeline.common.storage import spare_bytes, write_atomic
 
 BEST_BATCH = 64
 """TensorRT chooses the kernels of the throughput profile for this batch size."""
@@ -133,7 +133,7 @@ def _timing_cache(trt: Any, config: Any, options: BuildOptions) -> Iterator[None
         config.set_timing_cache(cache, False)
     yield  # `cache` must live until the engine is built
     made = bytes(config.get_timing_cache().serialize())
-    if hashlib.sha256(made).digest() != hashlib.sha256(known).digest():
+    if hashlib.sha256(made).digest() != hashlib.sha256(known).digest() and spare_bytes(path.parent) >= len(made):
         write_atomic(path, made)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -120,6 +121,16 @@ def write_atomic(path: Path, data: bytes | str | Iterable[bytes | memoryview]) -
                 rest = memoryview(piece)
                 while rest:
                     rest = rest[file.write(rest) :]
+
+
+def spare_bytes(folder: Path) -> int:
+    """Return what a cache in `folder` may still take of its volume; it is negative where others have filled it.
+
+    A twentieth of the volume, at most 1 GiB, stays free: no cache fills the disk on which others write what they need.
+    """
+    there = next(path for path in (folder, *folder.parents, Path()) if path.is_dir())
+    usage = shutil.disk_usage(there)
+    return usage.free - min(usage.total // 20, 1 << 30)
 
 
 def make_directory(path: Path) -> list[Path]:

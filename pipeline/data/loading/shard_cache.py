@@ -1,4 +1,7 @@
-"""Cache of remote shards on the local disk: bounded, evicts the least recently used, shared by processes."""
+"""Cache of remote shards on the local disk: bounded by a limit and by its volume, shared by processes.
+
+It evicts what was read longest ago.
+"""
 
 import fcntl
 import os
@@ -8,8 +11,8 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from pipeline.common.errors import UsageError
-from pipeline.common.storage import Store, atomic_path, made_directory, remove_abandoned, sha256_bytes
+from pipeline.common.errors import TryAgainError, UsageError
+from pipeline.common.storage import Store, atomic_path, made_directory, remove_abandoned, sha256_bytes, spare_bytes
 from pipeline.data.dataset import Dataset, Shard
 
 DEFAULT_LIMIT_GIB = 16.0
@@ -46,6 +49,8 @@ def default_limit_bytes() -> int:
 class ShardCache:
     """At most `limit_bytes` of shards in `directory`, each under its SHA-256, so that equal shards are one file.
 
+    Some of its volume stays free (`spare_bytes`). A shard for which there is no room is read, and not kept.
+
     That of an indexed tar is not of all its bytes: there the ETag is in the name as well.
 
     The cache does not verify its files. The reader does, and calls `drop` for a damaged one.
@@ -69,13 +74,28 @@ class ShardCache:
                 file = FileIO(path, "r")
             except FileNotFoundError:
                 store, name = dataset.place(shard)
-                if not keep and hasattr(os, "memfd_create"):  # elsewhere than on Linux, they are kept
+                room = keep and self._has_room(shard.bytes)
+                if keep and not room and dataset.encoding == "tar":  # of any size, so it is not for the memory
+                    raise TryAgainError(
+                        f"{self.directory}: no room for {name} ({shard.bytes:,} bytes); free some space on this "
+                        "volume, or set DCGAN_CACHE to a folder on a larger one"
+                    ) from None
+                if not room and hasattr(os, "memfd_create"):  # elsewhere than on Linux, they are kept
                     return _in_memory(store, name)
                 self._download(store, name, path, durable)
                 continue
             with suppress(FileNotFoundError):  # `_evict` sorts by access time, which mounts may not keep
                 os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
             return file
+
+    def _has_room(self, needed: int) -> bool:
+        """Whether the volume has room for `needed` bytes, if necessary in place of shards read longest ago."""
+        if (lacking := needed - spare_bytes(self.directory)) <= 0:
+            return True
+        if self.directory.is_dir():
+            with self._locked("evict"):
+                self._remove_oldest(self._entries(), lacking)
+        return needed <= spare_bytes(self.directory)
 
     def drop(self, shard: Shard) -> None:
         """Remove a shard whose copy is damaged."""
@@ -100,13 +120,22 @@ class ShardCache:
     def _evict(self, keep: Path) -> None:
         """Remove the shards read longest ago until the rest fits, and what killed processes left half-written."""
         remove_abandoned(self.directory)
+        entries = [entry for entry in self._entries() if entry[2] != keep]
+        if keep.exists():
+            held = keep.stat().st_size + sum(size for _, size, _ in entries)
+            self._remove_oldest(entries, held - self.limit_bytes)
+
+    def _entries(self) -> list[tuple[int, int, Path]]:
+        """Return (time of the last access, bytes, path) of every shard that is kept."""
         entries = []
-        for path in self.directory.iterdir():
+        for path in self.directory.glob("*.tar"):
             with suppress(FileNotFoundError):
                 stat = path.stat()
-                if path.suffix == ".tar" and path != keep:
-                    entries.append((stat.st_atime_ns, stat.st_size, path))
-        excess = keep.stat().st_size + sum(size for _, size, _ in entries) - self.limit_bytes if keep.exists() else 0
+                entries.append((stat.st_atime_ns, stat.st_size, path))
+        return entries
+
+    def _remove_oldest(self, entries: list[tuple[int, int, Path]], excess: int) -> None:
+        """Remove the shards read longest ago until `excess` bytes are gone."""
         for _, size, path in sorted(entries):
             if excess <= 0:
                 return
@@ -147,5 +176,11 @@ def _in_memory(store: Store, name: str) -> FileIO:
 
 
 def open_cache(directory: Path | None) -> ShardCache:
-    """Return the cache in `directory`, by default the user's. Raises UsageError where the environment gives none."""
-    return ShardCache(directory or default_directory(), default_limit_bytes())
+    """Return the cache in `directory`, by default the user's: as large as the environment says and its volume allows.
+
+    Raises UsageError where the environment gives no folder or no size.
+    """
+    cache = ShardCache(directory or default_directory(), default_limit_bytes())
+    room = sum(size for _, size, _ in cache._entries()) + spare_bytes(cache.directory)
+    cache.limit_bytes = max(1, min(cache.limit_bytes, room))
+    return cache

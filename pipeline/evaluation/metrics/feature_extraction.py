@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import DataError, first_line
 from pipeline.common.ranks import Ranks
-from pipeline.common.storage import sha256_bytes, write_atomic
+from pipeline.common.storage import sha256_bytes, spare_bytes, write_atomic
 from pipeline.evaluation.images import BLOCK, Images, WithProgress, num_blocks
 from pipeline.evaluation.metrics.extractors import Extraction, Extractor
 from pipeline.evaluation.metrics.feature_distances import Moments
@@ -82,7 +82,7 @@ def _blocks(images: Images, extractor: Extractor, ranks: Ranks, what: str | None
 
 
 def cached(path: Path | None, key: dict[str, Any], make: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, Any]:
-    """Return the arrays in the folder `path` for `key`, or make and keep them. Without a path nothing is kept.
+    """Return the arrays in the folder `path` for `key`, or make and keep them: not without a path, or room.
 
     The file's name holds a hash of the key, so statistics of another data set, extractor or size are never used.
     Raises DataError when a file is damaged.
@@ -100,5 +100,6 @@ def cached(path: Path | None, key: dict[str, Any], make: Callable[[], dict[str, 
     arrays = make()
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    write_atomic(file, buffer.getvalue())
+    if spare_bytes(path) >= buffer.tell():
+        write_atomic(file, buffer.getvalue())
     return arrays

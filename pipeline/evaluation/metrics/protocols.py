@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.common.errors import TryAgainError, UnavailableError, UserError
-from pipeline.common.storage import atomic_path, locate, made_directory, sha256_bytes
+from pipeline.common.storage import atomic_path, locate, made_directory, sha256_bytes, spare_bytes
 from pipeline.data.loading.shard_cache import default_directory
 
 
@@ -57,7 +57,7 @@ def why_not_comparable(sha256: str, resize: int | None, samples: int) -> str:
 
 
 def fetch_network(name: str) -> bytes:
-    """Return the file of a published network, from the user's cache or from its URL.
+    """Return the file of a published network, from the user's cache or from its URL. It is kept if there is room.
 
     Raises UnavailableError when it cannot be fetched, with what to do.
     """
@@ -67,14 +67,19 @@ def fetch_network(name: str) -> bytes:
         return data
     try:
         store, file = locate(network.url)
+        if spare_bytes(kept.parent) < network.megabytes * 1_000_000:
+            return _checked(store.read(file), network)
         with made_directory(kept.parent), atomic_path(kept) as temporary:
             store.fetch(file, temporary)
-            data = temporary.read_bytes()
-            if sha256_bytes(data) != network.sha256:
-                raise TryAgainError("another file came back")
+            return _checked(temporary.read_bytes(), network)
     except UserError as error:
         raise UnavailableError(
             f"--extractor {name}: cannot fetch it ({error}). Bring {network.url} ({network.megabytes} MB) to this "
             f"machine and name the file: --extractor FILE --extractor-sha256 {network.sha256}"
         ) from None
+
+
+def _checked(data: bytes, network: PublishedNetwork) -> bytes:
+    if sha256_bytes(data) != network.sha256:
+        raise TryAgainError("another file came back")
     return data

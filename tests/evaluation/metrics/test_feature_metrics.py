@@ -266,6 +266,19 @@ def test_a_network_by_name_is_fetched_once_and_checked(tmp_path: Path, monkeypat
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_network_for_which_the_disk_has_no_room_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.jit.script(InceptionLike()).save(tmp_path / "module.pt")  # type: ignore[no-untyped-call]
+    content = (tmp_path / "module.pt").read_bytes()
+    fsspec.filesystem("memory").pipe_file("/networks/large.pt", content)
+    (known,) = NETWORKS.values()
+    digest = hashlib.sha256(content).hexdigest()
+    there = replace(known, url="memory://networks/large.pt", sha256=digest, megabytes=1 << 40)
+    monkeypatch.setitem(NETWORKS, "inception", there)
+    monkeypatch.setenv("DCGAN_CACHE", str(tmp_path / "cache"))
+    assert load_extractor("inception").sha256 == digest
+    assert not (tmp_path / "cache").exists()
+
+
 def request(out: Path, run: Path, data: Path | None, **changes: object) -> Request:
     options = {
         "out": out,

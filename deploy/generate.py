@@ -235,7 +235,6 @@ def _generate(
     """Make the shards or pictures of this part, and merge if none of another part is missing."""
     from deploy.generation.folder import begin_folder, merge_folder, unfinished_pictures
     from deploy.generation.manifest import begin, merge, missing, unfinished
-    from export.samplers.open import open_sampler
     from pipeline.common.progress import Progress
     from pipeline.common.storage import Store, require_writable
 
@@ -246,7 +245,7 @@ def _generate(
             from export.builders.engine import rebuild_unless_it_fits
 
             rebuild_unless_it_fits(model)
-        sampler = open_sampler(model, backend=backend, batch=batch, threads=threads)
+        sampler = _open(store, model, backend=backend, batch=batch, threads=threads)
     except (DataError, UnavailableError):
         telemetry.set("dcgan_generate_model_refused", 1)
         raise
@@ -282,6 +281,31 @@ def _generate(
     _report(store, plan, left, time.monotonic() - began)
 
 
+def _open(store: "Store", model: str, *, backend: str, batch: int | None, threads: int | None) -> "Sampler":
+    """Open the sampler of this part. Of a generation that has begun, `auto` is what its plan says.
+
+    So machines on which other backends are the fastest make one generation together.
+    """
+    from deploy.generation.folder import begun
+    from export.samplers.open import backends_of, open_sampler
+
+    plan = None
+    if backend == "auto":
+        with suppress(DataError):  # of what is damaged, or not ours, `begin` says more
+            plan = begun(store)
+    if plan is None or plan.backend not in backends_of(model):  # what does not fit is refused when the plans differ
+        sampler = open_sampler(model, backend=backend, batch=batch, threads=threads)
+        if sampler.chosen_because:
+            print(f"backend {sampler.backend}: {sampler.chosen_because}")
+        return sampler
+    try:
+        sampler = open_sampler(model, backend=plan.backend, batch=batch or plan.block_images, threads=threads)
+    except UnavailableError as error:
+        raise UnavailableError(f"{store.location}: was begun with --backend {plan.backend}: {error}") from None
+    print(f"backend {sampler.backend}, {sampler.batch} images a block: as this generation was begun")
+    return sampler
+
+
 def _make_shards(
     sampler: "Sampler",
     store: "Store",
@@ -294,6 +318,7 @@ def _make_shards(
     progress: "Progress",
 ) -> int:
     """Make the shards `todo` and return how many images they hold, fewer when it was stopped."""
+    from deploy.generation.folder import require_same_plan
     from deploy.generation.manifest import finish_shard
     from deploy.generation.pipeline import generate_shards
 
@@ -301,6 +326,8 @@ def _make_shards(
     finished: list[int] = []
 
     def finish(shard: Any, writer: Any) -> None:
+        if not finished:
+            require_same_plan(store, plan)
         record = finish_shard(store, plan, shard, writer, provenance)
         finished.append(shard.images)
         telemetry.add("dcgan_generate_written_bytes_total", record.shard.bytes)
@@ -339,13 +366,17 @@ def _make_pictures(
     progress: "Progress",
 ) -> int:
     """Make the pictures `todo` and return how many, fewer when it was stopped."""
-    from deploy.generation.folder import generate_pictures
+    from deploy.generation.folder import generate_pictures, require_same_plan
 
     def report_images(images: int) -> None:
+        if not checked:
+            require_same_plan(store, plan)
+            checked.append(True)
         progress.advance(images)
         telemetry.add("dcgan_generate_images_total", images)
         telemetry.set("dcgan_generate_last_shard_timestamp_seconds", time.time())
 
+    checked: list[bool] = []
     return generate_pictures(
         sampler,
         plan,

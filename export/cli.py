@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.common.command_line import command_group, run_command
-from pipeline.common.errors import escaped, one_line
+from pipeline.common.errors import UsageError, escaped, one_line
 
 app = command_group(help="Export a checkpoint to an ONNX file or a TensorRT engine, with measured parity and speed.")
 
@@ -192,10 +192,12 @@ def publish(
     model: Annotated[str, typer.Option(help="A .onnx file or a .plan engine, with its card beside it; path or URL.")],
     to: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) to copy both into.")],
 ) -> None:
-    """Copy a model and its card to a folder or bucket, after checking them against each other."""
+    """Copy a model, its card and its speed table to a folder or bucket, after checking the first two."""
     from export.format.card import copy_model
+    from export.format.speeds import copy_speeds
 
     card = copy_model(model, to)
+    copy_speeds(model, to)
     typer.echo(f"{to}/{card.file}: {card.bytes:,} bytes, SHA-256 {card.sha256[:12]}...")
 
 
@@ -246,16 +248,34 @@ def bench(
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds; results are medians over them.")] = 15,
     quick: Annotated[bool, typer.Option("--quick", help="Few short rounds: a first impression in seconds.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core.")] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure the CPU's backends of one .onnx, and write their speeds beside it for --backend auto.",
+        ),
+    ] = False,
 ) -> None:
     """Measure every backend that runs here, in interleaved rounds, against the device's roofline."""
+    models, batches = model or [], batch or [1, 8, 64, 256]
+    if calibrate:
+        from export.benchmark.calibration import calibrate as measure
+
+        if ckpt is not None or backend or len(models) != 1:
+            raise UsageError(
+                "--calibrate compares the CPU's backends of one file: give one --model, no --ckpt, no --backend"
+            )
+        for line in measure(out, models[0], batches=batches, rounds=rounds, quick=quick, threads=threads):
+            typer.echo(one_line(line))
+        return
     from export.benchmark.run import run_benchmark
 
     run_benchmark(
         out,
         ckpt=ckpt,
-        models=model or [],
+        models=models,
         backends=backend or [],
-        batches=batch or [1, 8, 64, 256],
+        batches=batches,
         rounds=rounds,
         quick=quick,
         threads=threads,

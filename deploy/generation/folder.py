@@ -26,6 +26,7 @@ from deploy.generation.manifest import (
     RECORDS,
     Provenance,
     claim,
+    read_manifest,
     read_plan,
 )
 from deploy.generation.pipeline import SampleStream, image_blocks, needed_blocks
@@ -63,6 +64,24 @@ def is_folder(store: Store) -> bool:
     if (plan := read_plan(store)) is not None:
         return plan.layout == "folder"
     return store.exists(MANIFEST) and not store.exists(DATASET_FILE)
+
+
+def begun(store: Store) -> Plan | None:
+    """Return the plan of the generation in `store`, of shards or pictures, finished or not; None without one."""
+    manifest = read_manifest(store) if store.exists(DATASET_FILE) else read_folder_manifest(store)
+    return read_plan(store) if manifest is None else manifest.plan
+
+
+def require_same_plan(store: Store, plan: Plan) -> None:
+    """Raise TryAgainError if another part wrote another plan at the same moment as this one: the last one counts.
+
+    Parts that begin at once on different processors may choose different backends.
+    """
+    if begun(store) != plan:
+        raise TryAgainError(
+            f"{store.path(PLAN)}: another part began at the same moment with another backend or block size; run the "
+            "same command again: it takes those"
+        )
 
 
 def begin_folder(store: Store, plan: Plan) -> bool:

@@ -3,8 +3,6 @@
 import dataclasses
 import datetime
 import json
-import os
-import platform
 import statistics
 import sys
 from pathlib import Path
@@ -17,7 +15,7 @@ from export.benchmark.roofline import ImageCost, Rooflines, cost_of
 from export.benchmark.timing import MeasurementSettings, Timings
 from export.format.driver import driver_version
 from pipeline.common.errors import escaped
-from pipeline.common.machine import versions
+from pipeline.common.machine import available_cores, processor, versions
 from pipeline.common.storage import atomic_path, write_atomic
 from pipeline.config import NetworkConfig
 from pipeline.model.networks import build_generator
@@ -115,13 +113,7 @@ def describe_rooflines(rooflines: Rooflines) -> list[Row]:
 
 def hardware(threads: int) -> dict[str, str]:
     """Return what the benchmark ran on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    found = {"cpu": cpu, "cores": f"{len(os.sched_getaffinity(0))} cores", "threads": f"{threads} threads"}
+    found = {"cpu": processor(), "cores": f"{available_cores()} cores", "threads": f"{threads} threads"}
     if driver_version() is not None:
         import torch
 

@@ -27,8 +27,8 @@ from export.format.graph import DeployedConditional, DeployedGenerator
 from export.format.onnx_file import check_network, load_checked, metadata
 from export.format.rows import feeds, rows_at
 from export.samplers.base import Sampler
+from export.samplers.choice import installed_cpu_backends
 from export.samplers.onnx import create_session, open_onnx
-from export.samplers.open import cpu_onnx_backends
 from pipeline.checkpoints.reference import LoadedGenerator, load_generator
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.machine import available_threads, imported_versions, processor
@@ -177,7 +177,7 @@ def check_parity(generator: Generator, card: Card, data: bytes, model: str, imag
 
     measured = parity.measure(
         parity.of_generator(generator),
-        [candidate(backend) for backend in cpu_onnx_backends()],
+        [candidate(backend) for backend in installed_cpu_backends()],
         max_batch=card.max_batch,
         images=images,
         precision=card.precision,

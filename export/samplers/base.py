@@ -31,6 +31,8 @@ class Sampler(ABC):
     """`cpu`, or the name of the GPU."""
     provider: str
     """What runs the graph inside the backend, for example CPUExecutionProvider."""
+    chosen_because = ""
+    """Why `auto` took this backend, where a table of speeds decided."""
     works_ahead = False
     """Whether `stream` keeps several blocks in flight."""
 

@@ -4,12 +4,13 @@ import importlib.util
 
 from export.format.card import SUFFIXES, ComputePrecision, read_model
 from export.samplers.base import BATCH_ON_CPU, BATCH_ON_GPU, Sampler
-from pipeline.common.errors import UnavailableError, UsageError
+from export.samplers.choice import CPU_BACKENDS, choose_cpu_backend
+from pipeline.common.errors import UsageError
 from pipeline.common.machine import available_threads
 
-# The backends of each kind of model; those of the CPU in the order of their speed (benchmarks/sampling.py).
+# The backends of each kind of model.
 CHECKPOINT_BACKENDS = ("eager", "channels_last", "compiled", "cuda-graphs")
-ONNX_BACKENDS = ("openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt")
+ONNX_BACKENDS = (*CPU_BACKENDS, "onnxruntime-cuda", "onnxruntime-tensorrt")
 ENGINE_BACKENDS = ("tensorrt",)
 
 # The kinds, as errors name them.
@@ -57,9 +58,21 @@ def open_sampler(
         return open_engine(model, card, data, min(batch or BATCH_ON_GPU, card.max_batch))
     from export.samplers.onnx import open_onnx
 
-    backend = best_onnx_backend() if backend == "auto" else backend
+    reason = ""
+    if backend == "auto" and _runs_cuda():
+        backend = "onnxruntime-cuda"
+    elif backend == "auto":
+        choice = choose_cpu_backend(model, card, min(batch or BATCH_ON_CPU, card.max_batch), threads)
+        backend, reason = choice.backend, choice.reason
     default = BATCH_ON_GPU if "-" in backend else BATCH_ON_CPU
-    return open_onnx(model, card, data, backend, min(batch or default, card.max_batch), threads)
+    sampler = open_onnx(model, card, data, backend, min(batch or default, card.max_batch), threads)
+    sampler.chosen_because = reason
+    return sampler
+
+
+def backends_of(model: str) -> tuple[str, ...]:
+    """Return the backends that run the kind of model that `model` is, by its name."""
+    return _kind_of(model)[1]
 
 
 def _kind_of(model: str) -> tuple[str, tuple[str, ...]]:
@@ -69,24 +82,12 @@ def _kind_of(model: str) -> tuple[str, tuple[str, ...]]:
     return (ENGINE, ENGINE_BACKENDS) if model.endswith(".plan") else (ONNX_FILE, ONNX_BACKENDS)
 
 
-def best_onnx_backend() -> str:
-    """Return the fastest backend for an ONNX file here, by device and installed libraries, never by a timing.
-
-    So all machines of a job choose alike if they are installed alike.
-    """
+def _runs_cuda() -> bool:
+    """Whether ONNX Runtime has a GPU here, by driver and installed libraries, never by a timing."""
     from export.format.driver import driver_version
 
-    if driver_version() is not None and importlib.util.find_spec("onnxruntime"):
-        import onnxruntime
+    if driver_version() is None or not importlib.util.find_spec("onnxruntime"):
+        return False
+    import onnxruntime
 
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            return "onnxruntime-cuda"
-    return cpu_onnx_backends()[0]
-
-
-def cpu_onnx_backends() -> list[str]:
-    """Return the installed backends that run an ONNX file on the CPU, the fastest first."""
-    found = [name for name in ONNX_BACKENDS if "-" not in name and importlib.util.find_spec(name)]
-    if not found:
-        raise UnavailableError("running an ONNX file needs OpenVINO or ONNX Runtime: pip install openvino onnxruntime")
-    return found
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()

@@ -9,7 +9,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 
 .DELETE_ON_ERROR:
 .PHONY: help install system system-slow system-check demo clean-demo test lint types unit coverage test-slow test-faults \
-	test-chaos test-multinode test-metrics test-k8s test-containers test-slurm test-interop test-trackers test-long metrics-demo \
+	test-chaos test-multinode test-metrics test-k8s test-containers test-slurm test-interop test-trackers test-explore test-long metrics-demo \
 	gpu-check
 
 help:
@@ -91,7 +91,7 @@ unit: .venv/.installed ## pytest, without the slow tests
 coverage: .venv/.installed ## the same with a table of the lines that no test reached
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore tests/k8s --cov=pipeline --cov=export --cov=deploy --cov-report=term-missing
 
-test-slow: test-faults test-chaos test-multinode test-metrics test-k8s test-containers test-slurm test-interop test-trackers test-long ## every test that `make test` omits
+test-slow: test-faults test-chaos test-multinode test-metrics test-k8s test-containers test-slurm test-interop test-trackers test-explore test-long ## every test that `make test` omits
 
 test-long: .venv/.installed ## the slow tests of data, export, deploy, training and hostile files: 2,000 damaged tars, every network exported, generation killed again and again
 	$(BIN)/pytest -m slow tests/data tests/export tests/deploy tests/training tests/test_hostile_files.py
@@ -137,6 +137,17 @@ build/trackers/.installed: .venv/.installed
 	build/trackers/bin/python -c 'import site, sys; open(site.getsitepackages()[0] + "/base.pth", "w").write(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
 		"$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
 	build/trackers/bin/python -m pip install --progress-bar off --quiet --no-warn-conflicts wandb==0.31.0 mlflow==3.17.2
+	@touch $@
+
+test-explore: build/explore/.installed system-check ## the page of dcgan-export explore in a browser; installs Gradio
+	$(BIN)/pytest -m slow -rs tests/export/explore
+
+# An environment over .venv, because Gradio wants an older Pillow.
+build/explore/.installed: .venv/.installed
+	$(PYTHON) -m venv build/explore
+	build/explore/bin/python -c 'import site, sys; open(site.getsitepackages()[0] + "/base.pth", "w").write(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
+		"$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	build/explore/bin/python -m pip install --progress-bar off --quiet --no-warn-conflicts gradio==6.31.0
 	@touch $@
 
 metrics-demo: .venv/.installed ## Prometheus and the dashboards beside a running demo; Ctrl-C ends it

@@ -225,6 +225,28 @@ def hub(
 
 
 @app.command()
+def explore(
+    model: Annotated[str, typer.Option(help="A .onnx file, a TensorRT engine (.plan), or any form of --ckpt.")],
+    port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="Port of the page; 0: the first free one from 7860 on.")
+    ] = 0,
+    address: Annotated[
+        str, typer.Option(help="Address that the page listens on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    backend: Annotated[str, typer.Option(help="auto, openvino, onnxruntime, eager, compiled, ...")] = "auto",
+) -> None:
+    """Serve a page to play with a model: samples, walks between them, sums of them. Ctrl-C ends it."""
+    import tempfile
+
+    from export.explore.serve import serve
+    from export.samplers.open import open_sampler
+
+    with open_sampler(model, backend=backend) as sampler, tempfile.TemporaryDirectory(prefix="dcgan-explore-") as files:
+        title = one_line(f"{model}: {sampler.model_sha256[:12]}")
+        serve(sampler, title, Path(files), address=address, port=port, say=typer.echo)
+
+
+@app.command()
 def inspect(model: Model) -> None:
     """Print input, output, source, versions and parity of an exported file."""
     from export.builders.inspection import describe_model

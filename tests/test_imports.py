@@ -20,6 +20,7 @@ ROOMS = (
     "export.samplers",
     "export.builders",
     "export.hub",
+    "export.explore",
     "export.benchmark",
     "export.cli",
     "deploy",

@@ -145,6 +145,8 @@ REFUSED: list[tuple[str, int]] = [
     ("export verify {model}/model.onnx", 65),
     ("export publish --model {nosuch}.onnx --to OUT", 65),
     ("export inspect {nosuch}.onnx", 65),
+    ("export explore --model {nosuch}", 65),
+    ("export explore --model {nosuch} --port 70000", 2),
     ("export hub --ckpt {nosuch} --out OUT", 65),
     ("export hub --ckpt {nosuch} --out {texts}", 2),
     ("export hub --ckpt {nosuch} --out OUT --license My/own", 2),

@@ -14,13 +14,11 @@ from pipeline.evaluation.classifier_training import get_classifier
 from pipeline.evaluation.confidence import wilson
 from pipeline.evaluation.paper.attributes import Concept, check_known, in_words, outcome, parse, shows
 from pipeline.evaluation.paper.sample_pool import POOL_SIZE, SamplePool, images_with_progress, make_sample_pool
-from pipeline.evaluation.paper.walks import Z
+from pipeline.evaluation.paper.walks import NOISE, Z
 from pipeline.evaluation.results import Result
 from pipeline.model.networks import Generator
 from pipeline.model.sampling import images_of
 
-NOISE = 0.25
-"""Uniform noise of up to so much on every value of z shows the neighborhood of a result, as in the paper."""
 EXEMPLARS = 3
 """Exemplars averaged for each concept."""
 SHOWN_TRIALS = 4

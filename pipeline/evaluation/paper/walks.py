@@ -10,6 +10,9 @@ from pipeline.model.latents import latents
 
 Z = NDArray[np.float32]
 
+NOISE = 0.25
+"""Uniform noise of up to so much on every value of z shows the neighborhood of a point, as in the paper (Figure 7)."""
+
 
 def draw(config: NetworkConfig, seed: int, start: int, count: int) -> Z:
     """Return z (count, latent_dim) of the samples `start` to `start + count` of the analyses' own sequence."""

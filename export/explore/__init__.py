@@ -1,0 +1,1 @@
+"""`dcgan-export explore`: a page in the browser to look at what a model has learned."""

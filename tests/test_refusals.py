@@ -113,6 +113,8 @@ REFUSED: list[tuple[str, int]] = [
     ("data verify {damaged}", 65),
     ("data show {nosuch} --out OUT/sheet.png", 65),
     ("data show {damaged} --out OUT/sheet.png", 65),
+    ("data show {shards} --out OUT/sheet.png --source {pictures}", 2),
+    ("data show {damaged} --out OUT/sheet.png --html OUT/page.html", 65),
     ("eval swd --ckpt {nosuch} --data {shards} --out OUT", 65),
     ("eval swd --samples {damaged} --data {shards} --out OUT", 65),
     ("eval swd --samples {shards} --data {shards} --out {texts}/notes.txt/x", 2),

@@ -215,6 +215,20 @@ def aspect_of(picture: Picture, frame: Frame) -> float:
     return image.height / image.width if _turned(image) else image.width / image.height
 
 
+def size_of(picture: Picture) -> tuple[int, int]:
+    """Return the width and height of a picture as it is stored, by its header. Raises BadImage."""
+    if not isinstance(picture, bytes):
+        return picture.shape[1], picture.shape[0]
+    if picture[:2] == b"\xff\xd8":
+        try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(picture)
+        except ValueError:
+            pass
+        else:
+            return width, height
+    return open_image(picture).size
+
+
 def _plain_jpeg(data: bytes, frame: Frame) -> Image.Image | None:
     """Decode a JPEG that nothing is special about, to the very pixels of Pillow's `draft`, in RGB or L.
 

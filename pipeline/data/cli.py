@@ -537,16 +537,35 @@ def show(
         str | None,
         typer.Option(help="Count the images of each class of this label, or of each combination of male,eyeglasses."),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Also write one page: classes, sizes before resizing, what was left out and why, equal images.",
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="With --html: what was built, to show the pictures that were left out."),
+    ] = None,
 ) -> None:
-    """Print a data set's numbers and write a contact sheet."""
+    """Print a data set's numbers, write a contact sheet, and with --html a page."""
     from pipeline.data.index.command import data_set
     from pipeline.data.show import show as present
     from pipeline.data.specification import is_specification
 
+    if source is not None and page is None:
+        raise UsageError(f"--source {source}: applies to --html only, which shows pictures that were left out")
     if sheet is None and is_specification(data):
         sheet = Path("sheet.png")
     with data_set(data) as dataset:
         present(dataset, sheet, images, tuple(label.split(",")) if label else ())
+        if page is not None:
+            from pipeline.data.page import write_page
+
+            write_page(dataset, page, images, source)
+            print(f"page: {page}")
 
 
 def main() -> None:

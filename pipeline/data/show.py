@@ -47,7 +47,7 @@ def show(dataset: Dataset, sheet: Path | None, images: int, label: tuple[str, ..
     table = Table(show_header=False, box=None)
     table.add_row("images", f"{dataset.images:,} of {dataset.in_words}, {dataset.encoding}")
     table.add_row("shards", f"{len(dataset.shards):,}, {dataset.bytes / 1e6:,.1f} MB")
-    source = ", ".join(f"{k}={v}" for k, v in dataset.source.items() if v not in (None, [], ""))
+    source = ", ".join(f"{k}={v}" for k, v in dataset.source.items() if v not in (None, [], "") and k != "sizes")
     table.add_row("source", one_line(source))
     table.add_row("left out", one_line(f"{dataset.refused.count:,} {dataset.refused.reasons or ''}"))
     table.add_row("fingerprint", dataset.fingerprint())

@@ -6,6 +6,8 @@ and then the records are removed. Without dataset.json there is no data set.
 
 import math
 import time
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -14,7 +16,7 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 
 from pipeline.common.errors import DataError, escaped
-from pipeline.common.imaging import BadImage, Picture, aspect_of
+from pipeline.common.imaging import BadImage, Picture, aspect_of, size_of
 from pipeline.common.partition import Partition
 from pipeline.common.progress import Progress
 from pipeline.common.records import first_problem
@@ -52,6 +54,8 @@ from pipeline.data.sources.interface import Item, Listing, RefusalLog, Source, g
 
 REMOTE_READERS = 8
 """Pictures fetched at the same time by each process, when they come from a URL."""
+SIZE_STEPS = (1, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+"""Shorter sides of pictures, in pixels, are counted by these steps, each up to the next."""
 COPIERS = 8
 """Groups that a merge copies at the same time from or to a store; each is held in memory."""
 
@@ -91,6 +95,7 @@ class Builder:
         shards: list[Shard] = []
         writer = self._writer(task.index, 0)
         aspects: list[float] = []
+        sizes: Counter[str] = Counter()
         for item, picture in self._pictures(task.items):
             try:
                 if isinstance(picture, BadImage):
@@ -98,6 +103,7 @@ class Builder:
                 made = self.recipe.make(item, picture)
                 if self.recipe.fit == "stretch":
                     aspects.append(math.log(aspect_of(picture, self.recipe.frame)))
+                sizes[str(SIZE_STEPS[bisect_right(SIZE_STEPS, min(size_of(picture))) - 1])] += 1
             except BadImage as error:
                 log.add(item.key, str(error))
                 continue
@@ -111,7 +117,7 @@ class Builder:
                     writer.add(image, key, labels)
         if writer.images:
             shards.append(write_shard(store, shard_name(task.index, len(shards)), writer))
-        record = Group(shards=shards, refused=log.entries, skipped=skipped, stretched=aspects)
+        record = Group(shards=shards, refused=log.entries, skipped=skipped, stretched=aspects, sizes=sizes)
         store.write(group_name(task.index), record.model_dump_json().encode())
         return Built(len(task.items), log.count, sum(shard.bytes for shard in shards))
 
@@ -293,7 +299,7 @@ def _finish(store: Store, state: BuildState, found: Records, max_bad: float | No
             channels=plan.source.get("channels"),
             encoding=plan.source.get("encoding"),
             labels=plan.labels,
-            source={"location": public_name(state.location), **identity(plan), **found.aspect()},
+            source={"location": public_name(state.location), **identity(plan), **found.measured()},
             images=sum(found.shards.images.tolist()),
             bytes=sum(found.shards.bytes.tolist()),
             shards=found.shards,

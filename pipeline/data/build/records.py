@@ -2,9 +2,11 @@
 
 import math
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.common.errors import DataError
 from pipeline.common.storage import Store
@@ -33,12 +35,20 @@ class Records:
     """The group of each shard."""
     stretched: "array[float]" = field(default_factory=lambda: array("d"))
     """Of stretched pictures, the logarithms of width over height."""
+    sizes: Counter[str] = field(default_factory=Counter)
+    """Pictures by the step of SIZE_STEPS that their shorter side was in."""
 
-    def aspect(self) -> dict[str, float]:
-        """Return {"aspect": the geometric mean of width over height} of stretched pictures, {} without any."""
-        if not self.stretched:
-            return {}
-        return {"aspect": round(math.exp(math.fsum(self.stretched) / len(self.stretched)), 6)}
+    def measured(self) -> dict[str, Any]:
+        """Return what dataset.json says of the pictures as they were: `sizes`, their number by SIZE_STEPS.
+
+        Where they were stretched also `aspect`, the geometric mean of width over height.
+        """
+        found: dict[str, Any] = {}
+        if self.stretched:
+            found["aspect"] = round(math.exp(math.fsum(self.stretched) / len(self.stretched)), 6)
+        if self.sizes:
+            found["sizes"] = {step: self.sizes[step] for step in sorted(self.sizes, key=int)}
+        return found
 
 
 def read_records(origins: Mapping[int, Store]) -> Records:
@@ -50,6 +60,7 @@ def read_records(origins: Mapping[int, Store]) -> Records:
             found.refused += group.refused
             found.skipped += group.skipped
             found.stretched.extend(group.stretched)
+            found.sizes.update(group.sizes)
             found.group_of.extend([index] * len(group.shards))
             yield from group.shards
 

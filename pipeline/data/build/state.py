@@ -54,6 +54,8 @@ class Group(Record):
     """Good pictures that give no image, for example without a face, as (name, reason)."""
     stretched: list[float] = Field(default_factory=list)
     """Of pictures that were stretched: the logarithm of width over height of each."""
+    sizes: dict[str, Annotated[int, Field(ge=0, le=LARGEST)]] = Field(default_factory=dict)
+    """Pictures by the shorter side that they had: the lower end of its step in SIZE_STEPS."""
 
 
 def group_name(group: int) -> str:
@@ -178,7 +180,7 @@ def identity(plan: Plan) -> dict[str, Any]:
 
 def built_as(dataset: Dataset) -> dict[str, Any]:
     """Return the identity of the build that made a data set."""
-    return {key: value for key, value in dataset.source.items() if key not in ("location", "aspect")}
+    return {key: value for key, value in dataset.source.items() if key not in ("location", "aspect", "sizes")}
 
 
 def compare(wanted: dict[str, Any], found: dict[str, Any], where: str, advice: str = REPLACE) -> None:

@@ -29,6 +29,7 @@ KINDS = {
     "batch/v1": "jobs Job",
     "apps/v1": "deployments Deployment",
     "networking.k8s.io/v1": "networkpolicies NetworkPolicy",
+    "policy/v1": "poddisruptionbudgets PodDisruptionBudget",
     "trainer.kubeflow.org/v1alpha1": "trainjobs TrainJob, trainingruntimes TrainingRuntime",
 }
 RESOURCES = {version: dict(pair.split() for pair in text.split(", ")) for version, text in KINDS.items()}

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
 TRAINERS = ("jobset", "trainjob")
 """Components that train by something else than a Job; an overlay has one of them at most."""
-BEFORE = {"index": "settings", "metrics": "edit"}
+BEFORE = {"index": "settings", "metrics": "edit", "priority": "settings"}
 """Components that others change, or read, and what they stand before. The others come last, in the order given."""
 
 

@@ -9,7 +9,7 @@ Rule = Callable[[list[Object]], Iterator[str]]
 
 NOT_AGAIN = {2, 65, 69, 78, 79}
 GPU = "nvidia.com/gpu"
-CLUSTER_SCOPED = {"Namespace"}
+CLUSTER_SCOPED = {"Namespace", "PriorityClass"}
 RULES: list[Rule] = []
 
 
@@ -76,6 +76,7 @@ def namespace_is_set_and_restricted(objects: list[Object]) -> Iterator[str]:
             yield f"{thing['kind']} {thing['metadata']['name']}: not in the namespace"
 
 
+COMPONENT = "app.kubernetes.io/component"
 STEPS = {"base", "data", "data-merge", "train", "export", "generate", "generate-merge", "serve", "files"}
 
 
@@ -86,6 +87,16 @@ def everything_belongs_to_a_step(objects: list[Object]) -> Iterator[str]:
         labels = thing["metadata"].get("labels", {})
         if labels.get("app.kubernetes.io/part-of") != "dcgan" or labels.get("app.kubernetes.io/component") not in STEPS:
             yield f"{thing['kind']} {thing['metadata']['name']}: belongs to no step"
+
+
+@rule
+def pods_have_the_name_of_their_step(objects: list[Object]) -> Iterator[str]:
+    """k8s/run.sh, and whoever reads logs, finds pods by it: a JobSet names its Jobs, and so their pods, otherwise."""
+    for thing in objects:
+        step = thing["metadata"].get("labels", {}).get(COMPONENT)
+        for name, template in pods([thing]):
+            if template["metadata"].get("labels", {}).get(COMPONENT) != step:
+                yield f"{name}: its pods belong to another step"
 
 
 @rule
@@ -151,6 +162,66 @@ def the_cache_of_shards_fits_its_volume(objects: list[Object]) -> Iterator[str]:
 
 
 @rule
+def ranks_have_shared_memory(objects: list[Object]) -> Iterator[str]:
+    """NCCL and the loader use it; a container has 64 MB by default. It counts towards the memory limit."""
+    for name, spec, container in containers(objects):
+        if "train" not in container.get("args", []):
+            continue
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume.get("emptyDir", {}) for volume in spec["volumes"]}
+        volume = volumes.get(mounts.get("/dev/shm", ""), {})
+        size, limit = (re.fullmatch(r"(\d+)Gi", str(text)) for text in (volume.get("sizeLimit"), memory(container)))
+        if volume.get("medium") != "Memory" or size is None or limit is None or 2 * int(size[1]) > int(limit[1]):
+            yield f"{name}: /dev/shm is {volume}, of a limit of {memory(container)}"
+
+
+def memory(container: Object) -> str:
+    return str(container["resources"]["limits"]["memory"])
+
+
+@rule
+def nccl_says_why_it_fails(objects: list[Object]) -> Iterator[str]:
+    """Else there is only "unhandled system error"."""
+    for name, _, container in containers(objects):
+        variables = {variable["name"]: variable.get("value") for variable in container.get("env", [])}
+        if "train" in container.get("args", []) and variables.get("NCCL_DEBUG") != "WARN":
+            yield f"{name}: NCCL_DEBUG={variables.get('NCCL_DEBUG')}"
+
+
+@rule
+def one_setting_counts_the_gpus(objects: list[Object]) -> Iterator[str]:
+    for name, _, container in containers(objects):
+        found = container["resources"]["limits"].get(GPU)
+        wanted = settings(objects)["GPUS"] if "train" in container.get("args", []) else "1"
+        if found is not None and str(found) != wanted:
+            yield f"{name}: {found} GPUs, expected {wanted}"
+
+
+@rule
+def batch_work_yields_to_services(objects: list[Object]) -> Iterator[str]:
+    for thing in of(objects, "PriorityClass"):
+        name = thing["metadata"]["name"]
+        if thing["value"] >= 0 or thing.get("preemptionPolicy") != "Never" or thing.get("globalDefault"):
+            yield f"PriorityClass {name}: takes the place of others"
+        users = {pod for pod, template in pods(objects) if template["spec"].get("priorityClassName") == name}
+        if users != {job for job, _, _ in jobs(objects)}:
+            yield f"PriorityClass {name}: used by {sorted(users)}"
+
+
+@rule
+def servers_have_a_budget_that_blocks_no_drain(objects: list[Object]) -> Iterator[str]:
+    budgets = [thing["spec"] for thing in of(objects, "PodDisruptionBudget")]
+    for thing in of(objects, "Deployment"):
+        labels = thing["spec"]["template"]["metadata"]["labels"]
+        found = [budget for budget in budgets if budget["selector"]["matchLabels"].items() <= labels.items()]
+        if len(found) != 1:
+            yield f"Deployment {thing['metadata']['name']}: {len(found)} disruption budgets"
+    for budget in budgets:
+        if "minAvailable" in budget or budget.get("maxUnavailable") != 1:
+            yield f"PodDisruptionBudget {budget['selector']}: may block a drain, or lets all go at once"
+
+
+@rule
 def gpu_pods_tolerate_gpu_nodes(objects: list[Object]) -> Iterator[str]:
     """All of them: those without a GPU may have to follow their volume to a node with one."""
     if not any(GPU in container["resources"]["limits"] for _, _, container in containers(objects)):
@@ -164,7 +235,7 @@ def gpu_pods_tolerate_gpu_nodes(objects: list[Object]) -> Iterator[str]:
 def images_are_pinned(objects: list[Object]) -> Iterator[str]:
     for name, _, container in containers(objects):
         image = container["image"]
-        if "/" not in image or not re.search(r"(:(?!latest$)[\w][\w.-]*|@sha256:[0-9a-f]{64})$", image):
+        if "/" not in image or not re.fullmatch(r"[^@]+(:(?!latest$)\w[\w.-]*|@sha256:[0-9a-f]{64})", image):
             yield f"{name}: image {image} names no registry or no version"
 
 
@@ -464,6 +535,20 @@ def networks_are_closed_but_for_what_is_needed(objects: list[Object]) -> Iterato
         for port in [p["port"] for way in spec.get("ingress", []) for p in way.get("ports", [])]:
             if isinstance(port, str) and port not in ports:
                 yield f"a policy opens port {port}, which no pod has"
+
+
+@rule
+def names_and_stores_are_reached_in_every_network(objects: list[Object]) -> Iterator[str]:
+    """OpenShift's pods of DNS listen on 5353; addresses may be of IPv6; Cilium knows pods by their labels only."""
+    policies = {thing["metadata"]["name"]: thing["spec"] for thing in of(objects, "NetworkPolicy")}
+    ports = [port for way in policies["dns"]["egress"] for port in way["ports"]]
+    if {"protocol": "UDP", "port": 5353} not in ports:
+        yield "pods on OpenShift cannot resolve names"
+    peers = policies["object-store"]["egress"][0]["to"]
+    if not {"0.0.0.0/0", "::/0"} <= {peer.get("ipBlock", {}).get("cidr") for peer in peers}:
+        yield "a store outside cannot be reached by each kind of address"
+    if {"namespaceSelector": {}} not in peers:
+        yield "Cilium closes a store in the cluster"
 
 
 @rule

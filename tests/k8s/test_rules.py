@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from overlays import OVERLAYS, ROOT, objects, variant
-from rules import RULES, of
+from rules import RULES, containers, of
 
 Render = Callable[[str], list[dict[str, Any]]]
 
@@ -29,7 +29,7 @@ def test_every_overlay_keeps_every_rule(render: Render, overlay: str) -> None:
 def test_so_does_every_combination_with_components(tmp_path: Path, overlay: str, trainer: str) -> None:
     source = ROOT / "k8s/overlays" / overlay
     has_data = "../../data" in yaml.safe_load((source / "kustomization.yaml").read_text())["resources"]
-    others = ["metrics", "kueue"] + ["index"] * has_data
+    others = ["metrics", "priority", "kueue"] + ["index"] * has_data
     for chosen in itertools.chain(*(itertools.combinations(others, count) for count in range(len(others) + 1))):
         added = [*(name for name in chosen if name != "kueue"), *[trainer] * bool(trainer), *{"kueue"} & set(chosen)]
         found = objects(variant(source, tmp_path / "-".join(added or ["none"]), added, without=("jobset", "metrics")))
@@ -79,3 +79,23 @@ def test_one_file_holds_every_edit(overlay: str) -> None:
         lines = [line for line in path.read_text().splitlines() if not line.strip().startswith("#")]
         text = "\n".join(line.split(" #")[0] for line in lines)
         assert not re.search(r"newTag|newName|storageClassName|://bucket|AWS_|example\.com", text), path
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_an_edit_file_shows_in_comments_works(copy: Path, overlay: str) -> None:
+    """A registry that needs a password, and an image by its digest."""
+    path = copy / "k8s/overlays" / overlay / "edit/kustomization.yaml"
+    lines = path.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if "A registry that needs a password" in line)
+    lines[start + 1 : start + 4] = [line.replace("# ", "", 1) for line in lines[start + 1 : start + 4]]
+    lines = [line.replace("# patches:", "patches:") for line in lines]
+    digest = "sha256:" + "ab" * 32
+    lines = [re.sub(r"newTag: 0\.1\.0[\w-]*", f"digest: '{digest}'", line) for line in lines]
+    path.write_text("\n".join(lines))
+    found = objects(path.parents[1])
+    (account,) = of(found, "ServiceAccount")
+    assert account["imagePullSecrets"] == [{"name": "registry"}]
+    assert problems(found) == {}
+    images = {container["image"] for _, _, container in containers(found)}
+    assert any(image.endswith(f"dcgan@{digest}") for image in images)
+    assert not any("dcgan:" in image for image in images)

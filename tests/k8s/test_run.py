@@ -157,6 +157,22 @@ def test_it_says_that_a_queue_holds_a_job_back(run: Run, server: ApiServer) -> N
     assert done.stdout.endswith("train: done\n")
 
 
+@pytest.mark.parametrize(
+    ("reason", "code"), [("ImagePullBackOff", 0), ("CreateContainerConfigError", 0), ("InvalidImageName", 1)]
+)
+def test_it_says_what_a_container_waits_for(run: Run, server: ApiServer, reason: str, code: int) -> None:
+    """A registry may be back in a minute; a name that is none never becomes one."""
+    server.objects["pods"] = [pod("train-0-a", "Pending", waits=reason)]
+    answer = 'failed to pull image "localhost/dcgan:nosuch": not found'
+    server.objects["events"] = [warning("train-0-a", "Failed", answer)]
+    done, _ = run("cpu-demo", "train")
+    assert done.returncode == code
+    if code:
+        assert f"error: train can never start: {reason}, Failed: {answer}\n" in done.stderr
+    else:
+        assert f"train: pods: 1 Pending ({reason})\ntrain: waits: Failed: {answer}\n" in done.stdout
+
+
 def test_it_says_why_there_are_no_pods(run: Run, server: ApiServer) -> None:
     server.objects["pods"] = []
     server.objects["events"] = [warning("train", "FailedCreate", 'pods "train-0-" is forbidden: exceeded quota')]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from api_server import ApiServer
+from api_server import ApiServer, pod
 from overlays import variant
 from test_run import Run, run, server
 
@@ -89,12 +89,21 @@ def test_a_running_job_keeps_its_settings(run: Run, server: ApiServer, copy: Pat
     assert "kubectl -n dcgan delete job/generate" in done.stderr
 
 
-def test_the_number_of_pods_of_a_running_job_stays(run: Run, server: ApiServer, copy: Path, edit: Edit) -> None:
-    run("cpu-demo", "train", root=copy, looks=999, reached=4, refuses=1, refusal="stop")
-    edit(NODES=4, BATCH=64)
-    done, _ = run("cpu-demo", "train", root=copy, looks=999)
-    assert (done.returncode, server.job("train")["spec"]["completions"]) == (1, 2)
-    assert "NODES=2 (now 4)" in done.stderr
+@pytest.mark.parametrize(
+    ("step", "pods", "change", "words"),
+    [
+        ("train", 2, {"NODES": 4, "BATCH": 64}, "NODES=2 (now 4)"),
+        ("generate", 3, {"PARTS": 2}, "PARTS=3 (now 2)"),  # else an index would go, with its shards
+    ],
+)
+def test_the_number_of_pods_of_a_running_job_stays(
+    run: Run, server: ApiServer, copy: Path, edit: Edit, step: str, pods: int, change: dict[str, object], words: str
+) -> None:
+    run("cpu-demo", step, root=copy, looks=999, reached=4, refuses=1, refusal="stop")
+    edit(**change)
+    done, _ = run("cpu-demo", step, root=copy, looks=999)
+    assert (done.returncode, server.job(step)["spec"]["completions"]) == (1, pods)
+    assert words in done.stderr
 
 
 def test_other_settings_do_not_concern_a_running_job(run: Run, server: ApiServer, copy: Path, edit: Edit) -> None:
@@ -143,9 +152,22 @@ def test_down_takes_jobs_away_before_their_namespace(run: Run, server: ApiServer
 def test_a_server_is_waited_for(run: Run, server: ApiServer) -> None:
     assert "serve: ready\n" in run("single-gpu", "serve")[0].stdout
     server.objects["deployments"] = []
-    done, _ = run("single-gpu", "serve", fails="serve", reached=8, refuses=3, refusal="stop")
+    server.objects["pods"] = [pod("serve-7d9f-x", "Pending", waits="ImagePullBackOff")]
+    server.objects["pods"][0]["metadata"]["labels"]["app.kubernetes.io/component"] = "serve"
+    done, _ = run("single-gpu", "serve", fails="serve", reached=12, refuses=3, refusal="stop")
     assert done.returncode == 1
+    assert "serve: pods: 1 Pending (ImagePullBackOff)" in done.stdout
     assert "serve: ready" not in done.stdout
+
+
+def test_another_samples_folder_is_told_by_its_setting(run: Run, server: ApiServer) -> None:
+    """The program speaks of its option; the person who set a SEED without another SAMPLES knows the setting."""
+    message = "error: /work/samples: holds another generation (seed 0 != 8); choose another --out"
+    ended = {"reason": "Error", "finishedAt": "2026-01-01T00:00:00Z", "exitCode": 78, "message": message}
+    server.objects["pods"] = [pod("generate-0-a", "Failed", terminated=ended)]
+    done, _ = run("cpu-demo", "generate", fails="generate")
+    assert message in done.stdout
+    assert "generate: --out is SAMPLES in cpu-demo/edit/kustomization.yaml\n" in done.stdout
 
 
 def test_a_pod_to_copy_with(run: Run, server: ApiServer) -> None:

@@ -31,6 +31,7 @@ NOT_FOLLOWED = {
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_core_objects_fit_their_schemas(render: Render, tmp_path: Path, overlay: str, version: str) -> None:
     found = render(overlay) + custom(tmp_path, overlay)
+    found += objects(variant(ROOT / "k8s/overlays" / overlay, tmp_path / "priority", ["priority"], without=[]))
     checked = 0
     for thing in found:
         if thing["kind"] not in CUSTOM:

@@ -17,7 +17,6 @@ from export.format.card import (
     require_replaceable,
     write_model,
 )
-from export.format.rows import refuse_label
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.machine import imported_versions, processor
 from pipeline.common.storage import is_url, locate, require_writable, sha256_bytes
@@ -105,7 +104,6 @@ def _onnx_beside(
     Returns the copy. Raises UsageError for an option that contradicts the graph's precision, output or batch.
     """
     card, data = read_model(reference)
-    refuse_label(reference, card.network)
     precisions = ("fp16",) if card.precision == "fp16" else ("fp32", "tf32")
     for option, wanted, found in (
         ("--precision", precision, precision if precision in precisions else card.precision),
@@ -136,7 +134,6 @@ def _onnx_of(
     from export.builders.onnx_model import export_onnx
     from pipeline.checkpoints.reference import load_generator
 
-    refuse_label(reference, load_generator(reference).config)
     graph: ComputePrecision = "fp16" if precision == "fp16" else "fp32"
     name = "model_fp16.onnx" if graph == "fp16" else "model.onnx"
     if (folder / name).exists() and (folder / name).with_suffix(".json").exists():
@@ -225,10 +222,10 @@ def _onnx_card(engine: str, card: Card) -> Card:
         raise DataError(
             f"{model}: is not the file that {engine} was built from (SHA-256 {found.sha256[:12]}...); export again"
         )
-    same = {"network", "input", "output", "max_batch", "source"}
+    same = {"network", "input", "label", "output", "max_batch", "source"}
     ours, theirs = card.model_dump(include=same), found.model_dump(include=same)
     ours["precision"], theirs["precision"] = (one.precision.replace("tf32", "fp32") for one in (card, found))
-    if wrong := [field for field in ours if ours[field] != theirs[field]]:
+    if wrong := [field for field in {**theirs, **ours} if ours.get(field) != theirs.get(field)]:
         raise DataError(
             f"{engine}: its card differs from that of {model} in {', '.join(wrong)}: it was edited; export again"
         )

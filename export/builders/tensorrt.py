@@ -87,17 +87,22 @@ def build_engine(model: str, card: Card, data: bytes, options: BuildOptions) -> 
     config.max_aux_streams = 0  # a CUDA graph is captured from one stream
     if not options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
-    for smallest, best, largest in profiles(card.max_batch):
-        profile = builder.create_optimization_profile()
-        dim = card.network.latent_dim
-        profile.set_shape("z", (smallest, dim), (best, dim), (largest, dim))
-        if config.add_optimization_profile(profile) < 0:
-            raise DataError(f"{model}: {options.runtime} refuses the batch profile {smallest}/{best}/{largest}")
+    for batches in profiles(card.max_batch):
+        if config.add_optimization_profile(batch_profile(builder, card, batches)) < 0:
+            raise DataError(f"{model}: {options.runtime} refuses the batch profile {'/'.join(map(str, batches))}")
     with _timing_cache(trt, config, options):
         serialized = builder.build_serialized_network(network, config)
         if serialized is None:  # the reason is in the log, not in an exception
             raise DataError(f"{model}: {options.runtime} {trt.__version__} cannot build it: {_one_line(logger.errors)}")
     return bytes(serialized), describe_target(trt, card, options)
+
+
+def batch_profile(builder: Any, card: Card, batches: list[int]) -> Any:
+    """Return a profile in which every input of the graph has the smallest, best and largest of `batches`."""
+    profile = builder.create_optimization_profile()
+    for port in card.inputs:
+        profile.set_shape(port.name, *((batch, *port.shape[1:]) for batch in batches))
+    return profile
 
 
 def describe_target(trt: Any, card: Card, options: BuildOptions) -> Engine:

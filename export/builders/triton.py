@@ -142,9 +142,8 @@ def check_config(text: str, card: Card) -> bool:
     expected: list[Any] = [card.max_batch]
     for tensor in (*config.input, *config.output):
         found.append((tensor.name, schema.DataType.Name(tensor.data_type), list(tensor.dims)))
-    for port in (card.input, card.label, card.output):
-        if port is not None:
-            expected.append((port.name, TYPES[port.dtype], port.shape[1:] or [1]))
+    for port in (*card.inputs, card.output):
+        expected.append((port.name, TYPES[port.dtype], port.shape[1:] or [1]))
     if found != expected:
         raise DataError(f"config.pbtxt: has {found}, the card of {card.file} says {expected}")
     return True

@@ -121,6 +121,11 @@ class Card(Record):
     engine: Engine | None = None
 
     @property
+    def inputs(self) -> list[Port]:
+        """z and, of a conditional model, the label."""
+        return [self.input] if self.label is None else [self.input, self.label]
+
+    @property
     def output_kind(self) -> Output:
         """uint8: NHWC, made in the graph. float: the network's own NCHW in [-1, 1]."""
         return "uint8" if self.output.dtype == "uint8" else "float"

@@ -36,12 +36,18 @@ class DeployedConditional(DeployedGenerator):
         return self._made(z, label if len(config.label) > 1 else one_hot(config, label))
 
 
+def columns(network: NetworkConfig, rows: Tensor) -> dict[str, Tensor]:
+    """Return views of rows (N, row_dim) by the names of a graph's inputs: z, and label (N,), or (N, labels)."""
+    if not network.label:
+        return {"z": rows}
+    label = rows[:, network.latent_dim :]
+    return {"z": rows[:, : network.latent_dim], "label": label if len(network.label) > 1 else label[:, 0]}
+
+
 def tensors(network: NetworkConfig, rows: Tensor) -> tuple[Tensor, ...]:
     """Return rows as the generator takes them: (z,), or (z, label (N, label_dim))."""
-    if not network.label:
-        return (rows,)
-    z, label = rows[:, : network.latent_dim], rows[:, network.latent_dim :]
-    return z, label if len(network.label) > 1 else one_hot(network, label[:, 0])
+    z, *label = columns(network, rows).values()
+    return (z, *(values if values.ndim > 1 else one_hot(network, values) for values in label))
 
 
 def one_hot(network: NetworkConfig, classes: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def _check_ports(model: str, card: Card, proto: Any) -> None:
         )
         for value in (*proto.graph.input, *proto.graph.output)
     ]
-    expected = [(port.name, port.dtype, port.shape) for port in (card.input, card.label, card.output) if port]
+    expected = [(port.name, port.dtype, port.shape) for port in (*card.inputs, card.output)]
     if fixed := [shape[0] for _, _, shape in found if shape and isinstance(shape[0], int)]:
         raise DataError(
             f"{model}: its batch is fixed at {fixed[0]}, expected a dynamic one; export it with dcgan-export onnx"

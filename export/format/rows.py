@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.errors import UnavailableError, UsageError
+from pipeline.common.errors import UsageError
 from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig
 from pipeline.model.labels import draw_classes, label_values, named_label
@@ -82,12 +82,3 @@ def feeds(network: NetworkConfig, rows: Rows) -> dict[str, NDArray[np.float32] |
     z, label = np.split(rows, [network.latent_dim], axis=1)
     columns = np.ascontiguousarray(label) if len(network.label) > 1 else label[:, 0].astype(np.int64)
     return {"z": np.ascontiguousarray(z), "label": columns}
-
-
-def refuse_label(model: str, network: NetworkConfig) -> None:
-    """Raise UnavailableError for an engine of a conditional network: engines read z alone."""
-    if network.label:
-        raise UnavailableError(
-            f"{model}: is conditioned on {', '.join(network.label)}, and TensorRT engines read z alone; use an ONNX "
-            "file, which every other backend runs"
-        )

@@ -163,8 +163,7 @@ class OpenVinoSampler(_OnnxSampler):
         core = openvino.Core()
         try:
             graph = core.read_model(io.BytesIO(data))
-            ports = [port for port in (card.input, card.label) if port is not None]
-            graph.reshape({port.name: [self._rows, *port.shape[1:]] for port in ports})
+            graph.reshape({port.name: [self._rows, *port.shape[1:]] for port in card.inputs})
             compiled = core.compile_model(
                 graph,
                 "CPU",

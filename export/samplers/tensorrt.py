@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from export.format.card import Card, Engine, beside
 from export.format.driver import driver_version
-from export.format.rows import refuse_label
+from export.format.graph import columns
+from export.format.onnx_file import check_network
 from export.format.tensorrt_library import RTX_CAPABILITIES, load_module, make_logger, system, this_gpu
 from export.samplers.base import Sampler
 from export.samplers.cuda import WARM_UP_LAUNCHES, CudaSampler, memory_errors
@@ -47,7 +48,7 @@ def require_fit(model: str, card: Card) -> Engine:
     """
     engine = card.engine
     assert engine is not None, "read_card refuses an engine whose card has no target"
-    refuse_label(model, card.network)
+    check_network(model, card, card.network)
     if driver_version() is None:
         raise UnavailableError(
             f"{model}: a TensorRT engine needs an NVIDIA GPU and its driver, and none is here; "
@@ -130,6 +131,7 @@ class TensorRTSampler(CudaSampler):
         dtype = torch.float32 if self._float_output else torch.uint8
         with torch.cuda.stream(self._compute):
             self._output = torch.zeros(shape, dtype=dtype, device="cuda")
+            self._inputs = input_buffers(card, self._z)
         self._bind(model, card, batch)
         self._record()
 
@@ -139,18 +141,18 @@ class TensorRTSampler(CudaSampler):
         profile = 0 if batch == 1 else 1  # export.builders.tensorrt.profiles
         accepted = context.set_optimization_profile_async(profile, stream)
         self._compute.synchronize()
-        accepted = accepted and context.set_input_shape("z", (batch, card.network.latent_dim))
+        shapes = {name: tuple(values.shape) for name, values in self._inputs.items()}
+        accepted = accepted and all(context.set_input_shape(name, shape) for name, shape in shapes.items())
         try:
-            missing = context.infer_shapes() if accepted else ["z"]
+            missing = context.infer_shapes() if accepted else [*shapes]
         except RuntimeError as error:
             missing = [str(error)]
         if missing:
             raise DataError(
                 f"{model}: refuses a batch of {batch}: {self._reason()}; its profiles are {_profiles(card)}"
             )
-        addresses = {"z": self._z.data_ptr(), "image": self._output.data_ptr()}
-        for name, address in addresses.items():
-            if not context.set_tensor_address(name, address):
+        for name, values in {**self._inputs, "image": self._output}.items():
+            if not context.set_tensor_address(name, values.data_ptr()):
                 raise DataError(f"{model}: has no tensor {name!r}; build it again with dcgan-export trt")
 
     def _record(self) -> None:
@@ -165,6 +167,9 @@ class TensorRTSampler(CudaSampler):
             self._capture(lambda z: self._execute())
 
     def _execute(self) -> torch.Tensor:
+        if self.network.label:  # else the rows are z, and lie in its buffer
+            for name, values in columns(self.network, self._z).items():
+                self._inputs[name].copy_(values)
         if not self._context.execute_async_v3(self._compute.cuda_stream):
             raise UnavailableError(f"{self.provider}: the launch failed: {self._reason()}")
         self._images = to_uint8(self._output) if self._float_output else self._output
@@ -191,6 +196,18 @@ class TensorRTSampler(CudaSampler):
 
     def _reason(self) -> str:
         return " ".join("; ".join(self._logger.errors).split())[:400] or "TensorRT gives no reason"
+
+
+def input_buffers(card: Card, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the memory of every input for `rows` (batch, row_dim): z is there; with a label each has its own."""
+    if card.label is None:
+        return {card.input.name: rows}
+    types = {"float32": torch.float32, "int64": torch.int64}
+    found = columns(card.network, rows)
+    return {
+        port.name: torch.zeros(found[port.name].shape, dtype=types[port.dtype], device=rows.device)
+        for port in card.inputs
+    }
 
 
 def _create_context(trt: Any, cuda_engine: Any) -> Any:

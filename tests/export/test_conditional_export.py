@@ -8,21 +8,26 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from export_cases import Cli, Export
+from export_cases import HOPPER, Cli, Export
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as schema
 
 from export.benchmark.roofline import cost_of
-from export.builders.engine import export_engine
+from export.builders.engine import export_engine, find_reference
 from export.builders.onnx_model import export_onnx
 from export.builders.parity import _rows
-from export.builders.tensorrt import BuildOptions
+from export.builders.tensorrt import BuildOptions, batch_profile, profiles
+from export.builders.triton import export_repository
 from export.format.card import read_card, write_card
-from export.format.rows import rows_at
+from export.format.graph import columns
+from export.format.rows import feeds, rows_at
+from export.format.tensorrt_library import load_module, make_logger
 from export.samplers.open import open_sampler
+from export.samplers.tensorrt import input_buffers
 from pipeline.checkpoints.weights import serialize
-from pipeline.common.errors import DataError, UnavailableError, UsageError
+from pipeline.common.errors import DataError, UsageError
 from pipeline.common.randomness import Purpose
+from pipeline.common.storage import sha256_bytes
 from pipeline.config import NetworkConfig
 from pipeline.model.labels import draw_labels
 from pipeline.model.latents import latents
@@ -160,6 +165,18 @@ def test_parity_compares_every_class_and_the_benchmark_its_own_draw(conditional:
     assert cost_of(conditional.generator).flops_per_image > 0
 
 
+@pytest.mark.slow
+def test_the_benchmark_measures_a_conditional_model(conditional: Export, cli: Cli, tmp_path: Path) -> None:
+    code, _, error = cli(
+        *("bench", "--ckpt", conditional.checkpoint, "--model", conditional.model, "--out", tmp_path, "--quick"),
+        *("--batch", 4, "--backend", "channels_last", "--backend", "onnxruntime", "--rounds", 3, "--threads", 1),
+    )
+    assert code == 0, error
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {row["backend"] for row in rows} == {"channels_last", "onnxruntime"}
+    assert all(row["images_per_second"] > 0 for row in rows)
+
+
 def test_triton_serves_the_label(conditional: Export, cli: Cli, tmp_path: Path) -> None:
     code, _, error = cli("triton", "--model", conditional.model, "--out", tmp_path)
     assert code == 0, error
@@ -176,12 +193,62 @@ def test_triton_serves_the_label(conditional: Export, cli: Cli, tmp_path: Path) 
     assert all({*warm.inputs} == {"z", "label"} for warm in config.model_warmup)
 
 
-def test_an_engine_is_refused(conditional: Export, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx", exc_type=ImportError)
-    for reference in (conditional.checkpoint, conditional.model):
-        with pytest.raises(UnavailableError, match="TensorRT engines read z alone"):
-            export_engine(str(reference), tmp_path, options=BuildOptions("tensorrt-rtx"))
-    assert not list(tmp_path.iterdir())
+def test_an_engine_reads_the_label_too(conditional: Export, tmp_path: Path) -> None:
+    """What TensorRT parses, the profiles that its builder takes, and the engine that TensorRT-RTX builds of them."""
+    trt = load_module("tensorrt-rtx")
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(network, logger).parse(conditional.model.read_bytes()), logger.errors
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    several = len(conditional.generator.config.label) > 1
+    label = ((-1, 2), trt.DataType.FLOAT) if several else ((-1,), trt.DataType.INT64)
+    found = {tensor.name: (tuple(tensor.shape), tensor.dtype) for tensor in inputs}
+    assert found == {"z": ((-1, 6), trt.DataType.FLOAT), "label": label}
+    for batches in profiles(16):
+        profile = batch_profile(builder, conditional.card, batches)
+        for name, (shape, _) in found.items():
+            assert [tuple(size) for size in profile.get_shape(name)] == [(batch, *shape[1:]) for batch in batches]
+    made = export_engine(str(conditional.model), tmp_path, options=BuildOptions("tensorrt-rtx"))
+    assert made.label == conditional.card.label
+    assert read_card(str(tmp_path / "engine.plan")) == made
+    for edited in (
+        made.model_copy(update={"label": None}),
+        made.model_copy(update={"network": made.network.model_copy(update={"classes": made.network.classes[::-1]})}),
+    ):
+        write_card(str(tmp_path), edited)
+        with pytest.raises(DataError, match=r"in label|in network|describes another network"):
+            find_reference(str(tmp_path / "engine.plan"), edited, None)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_an_engines_inputs_are_those_of_the_graph(conditional: Export, batch: int) -> None:
+    """A single row's slices are contiguous where they lie, but an engine wants memory of its own for each input."""
+    rows = rows_at(conditional.card.network, 3, Purpose.SAMPLE, 2, batch)
+    z = torch.from_numpy(rows)
+    buffers = input_buffers(conditional.card, z)
+    for name, values in columns(conditional.card.network, z).items():
+        buffers[name].copy_(values)
+    expected = feeds(conditional.card.network, rows)
+    assert buffers.keys() == expected.keys()
+    for name, values in buffers.items():
+        assert values.is_contiguous()
+        assert not {values.data_ptr()} & {z.data_ptr(), z[0, 6:].data_ptr()}
+        assert values.numpy().dtype == expected[name].dtype
+        assert np.array_equal(values.numpy(), expected[name])
+
+
+def test_triton_serves_the_label_of_an_engine(conditional: Export, tmp_path: Path) -> None:
+    (tmp_path / "engine.plan").write_bytes(b"plan")
+    named = {"file": "engine.plan", "sha256": sha256_bytes(b"plan"), "bytes": 4}
+    card = conditional.card.model_copy(update={**named, "engine": HOPPER})
+    write_card(str(tmp_path), card)
+    path = export_repository(str(tmp_path / "engine.plan"), tmp_path / "repository")
+    config: Any = text_format.Parse(path.read_text(), schema.ModelConfig())
+    assert config.backend == "tensorrt"
+    assert [tensor.name for tensor in config.input] == ["z", "label"]
+    assert config.input[1].HasField("reshape") is (len(card.network.label) == 1)
+    assert list(config.instance_group[0].profile) == ["0", "1"]
 
 
 def test_an_edited_card_is_refused(conditional: Export, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,14 @@ from export.format.card import Output, Precision, RuntimeName, read_card
 from export.format.driver import driver_version
 from export.format.tensorrt_library import RTX_CAPABILITIES, load_module, this_gpu
 from export.samplers.open import open_sampler
+from pipeline.checkpoints.weights import serialize
 from pipeline.common.errors import DataError, UnavailableError
 from pipeline.common.randomness import Purpose
+from pipeline.config import NetworkConfig
+from pipeline.model.labels import label_values
 from pipeline.model.latents import latents
+from pipeline.model.networks import build_generator, initialize
+from pipeline.model.sampling import images_of
 
 FLOAT_BARS = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2}
 SHARE_BARS = {"fp32": 0.005, "tf32": 0.2, "fp16": 0.2}
@@ -68,6 +74,32 @@ def test_engines_are_equal(
             assert np.array_equal(images, sampler.sample(z)), "the same bytes the second time"
             assert len(sampler.time_launches(5)) == 5
     assert verify_engine(str(tmp_path / "engine.plan"), images=256)[0] == card
+
+
+LABELS = {"digit": ["0", "1", "7"], "male,bald": ["00", "10", "11"]}
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_an_engine_of_a_conditional_network_makes_every_class(tmp_path: Path, runtime: RuntimeName, label: str) -> None:
+    values = {"width": 16, "label": label.split(","), "classes": LABELS[label], "class_images": [5, 1, 4]}
+    generator: Any = build_generator(NetworkConfig.model_validate(values))
+    initialize(generator, 0, lane=0)
+    torch.manual_seed(0)
+    for module in generator.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight)
+    generator.layers[-2].weight.data *= 20
+    path = tmp_path / "generator.safetensors"
+    path.write_bytes(serialize(generator.eval(), generator.config, "raw", 0))
+    card = export_engine(str(path), tmp_path, max_batch=64, options=BuildOptions(runtime), parity_images=256)
+    assert [(proven.batches, proven.max_uint8_error <= 1) for proven in card.parity] == [([1, 7, 64], True)]
+    classes = np.arange(70) % 3
+    z = latents(5, Purpose.SAMPLE, 0, 70, 100)
+    expected = images_of(generator, z, label_values(generator.config, classes)).astype(int)
+    for batch in (1, 7, 64):
+        with open_sampler(str(tmp_path / "engine.plan"), batch=batch) as sampler:
+            assert np.abs(sampler.sample(z, labels=classes) - expected).max() <= 1
+            assert np.abs(sampler.sample(z, labels=(classes + 1) % 3) - expected).mean() > 2, "the label decides"
 
 
 def test_an_engine_of_another_machine_is_refused_and_rebuilt(

@@ -20,7 +20,7 @@ from pipeline.checkpoints.weights import (
     deserialize,
     is_published,
 )
-from pipeline.common.errors import DataError, UsageError
+from pipeline.common.errors import DataError
 from pipeline.common.records import LARGEST, first_problem, parse_json
 from pipeline.common.storage import Store, is_url, locate, public_name, sha256_bytes
 from pipeline.config import NetworkConfig
@@ -75,12 +75,6 @@ class LoadedDiscriminator:
     def reference(self) -> str:
         """The file as results name it."""
         return public_reference(self.source)
-
-
-def require_unconditional(loaded: LoadedGenerator | LoadedDiscriminator, what: str) -> None:
-    """Raise UsageError for a network that reads a label, which `what` does not give it."""
-    if loaded.config.label:
-        raise UsageError(f"{loaded.source}: is conditioned on {', '.join(loaded.config.label)}, and {what}")
 
 
 def public_reference(source: str) -> str:

@@ -13,7 +13,9 @@ from pipeline.evaluation.options import (
     ClassifierFile,
     Count,
     Data,
+    Labels,
     Limit,
+    OfLabel,
     OptionalCkpt,
     OptionalData,
     Out,
@@ -109,9 +111,7 @@ def interpolate(
     out: Out = None,
     rows: Annotated[int, typer.Option(help="Number of walks.", min=1)] = 10,
     steps: Annotated[int, typer.Option(help="Images in a walk.", min=2)] = 9,
-    label: Annotated[
-        str | None, typer.Option(help="Classes of a conditional --ckpt to walk between, such as 3,5,8; by default all.")
-    ] = None,
+    label: Labels = None,
     seed: Seed = 0,
 ) -> None:
     """Walk between random z, on straight lines and along the sphere (Figure 4), and between classes at one z."""
@@ -144,6 +144,7 @@ def walk(
     steps: Annotated[int, typer.Option(help="Frames from one z to the next.", min=1)] = 12,
     fps: FramesPerSecond = 12,
     scale: Annotated[int, typer.Option(help="Enlarge the images so many times.", min=1, max=8)] = 2,
+    label: Labels = None,
     seed: Seed = 0,
 ) -> None:
     """Write an animation: walks along the sphere through random z, without an end (as Figure 4, moving)."""
@@ -161,6 +162,7 @@ def walk(
         frames_per_second=fps,
         scale=scale,
         seed=seed,
+        label=label,
     )
     show(dict(numbers), folder, "walk")
 
@@ -192,6 +194,7 @@ def arithmetic(
         int | None,
         typer.Option(help="Only write a contact sheet with this many numbered samples.", min=1, max=NUMBERED_SAMPLES),
     ] = None,
+    label: OfLabel = None,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
@@ -200,11 +203,18 @@ def arithmetic(
     from pipeline.evaluation.paper.arithmetic import run_arithmetic, write_contact_sheet
 
     if sheet is not None:
-        written = write_contact_sheet(folder, ckpt=ckpt, count=sheet, seed=seed)
+        written = write_contact_sheet(folder, ckpt=ckpt, count=sheet, seed=seed, label=label)
         typer.echo(f"written: {written.with_suffix('.png')}; give indices as --expression '#3,7,9 - #1,2,4 + #5,6,8'")
         return
     numbers = run_arithmetic(
-        folder, ckpt=ckpt, expression=expression, classifier_file=classifier, data=data, trials=trials, seed=seed
+        folder,
+        ckpt=ckpt,
+        expression=expression,
+        classifier_file=classifier,
+        data=data,
+        trials=trials,
+        seed=seed,
+        label=label,
     )
     show(dict(numbers), folder, "arithmetic")
 
@@ -218,6 +228,7 @@ def turn(
     rows: Annotated[int, typer.Option(help="Samples to show.", min=1)] = 8,
     steps: Annotated[int, typer.Option(help="Steps from one extreme to the other.", min=2)] = 9,
     extreme: Annotated[int, typer.Option(help="Samples to average at each extreme.", min=1)] = 64,
+    label: OfLabel = None,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
@@ -235,6 +246,7 @@ def turn(
         steps=steps,
         extreme=extreme,
         seed=seed,
+        label=label,
     )
     show(dict(numbers), folder, "turn")
 
@@ -314,6 +326,7 @@ def forget(
     layer: Annotated[
         int, typer.Option(help="Whose maps: 1 are those that make the image, 2 those before them, the paper's.", min=1)
     ] = 2,
+    label: OfLabel = None,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
@@ -333,6 +346,7 @@ def forget(
         strength=strength,
         layer=layer,
         seed=seed,
+        label=label,
     )
     show(dict(numbers), folder, "forget")
 

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from pipeline.evaluation import inputs
 from pipeline.evaluation.paper.sample_pool import images_with_progress
 from pipeline.evaluation.paper.walks import Z, draw, spherical
 from pipeline.evaluation.results import Result
+from pipeline.model.labels import named_label
 
 Format = Literal["webp", "gif"]
 
@@ -60,20 +62,31 @@ def run_walk(
     frames_per_second: float,
     scale: int,
     seed: int,
+    label: str | None = None,
 ) -> dict[str, float]:
-    """Write walk.json and walk.FORMAT: `rows` times `columns` walks at once, each through `stops` random z and back."""
+    """Write walk.json and walk.FORMAT: `rows` times `columns` walks at once, each through `stops` random z and back.
+
+    A walk of a conditional generator keeps one of the classes of `label`, such as `3,5,8`, by default of all: the
+    first walk the first, and so on. Raises UsageError for a class that it does not have, and for a `label` of another
+    generator.
+    """
     frames = stops * steps
     if frames > MOST_FRAMES:
         raise UsageError(f"--stops {stops} --steps {steps}: {frames} frames; expected at most {MOST_FRAMES}")
-    loaded, subject = inputs.generator(ckpt)
+    loaded, subject = inputs.any_generator(ckpt)
+    names = list(islice(cycle(inputs.class_names(ckpt, loaded.config, label)), rows * columns))
+    values = [named_label(loaded.config, name, "--label") for name in names]
     settings = {"walks": rows * columns, "stops": stops, "steps": steps, "seed": seed}
-    result = Result("walk", out, subject, settings=settings)
+    kept: dict[str, Any] = {"classes": list(dict.fromkeys(names))} if names else {}
+    result = Result("walk", out, subject, settings=settings | kept)
     ends = draw(loaded.config, seed, 0, rows * columns * stops).reshape(rows * columns, stops, -1)
     ways = np.stack([closed_walk(each, steps) for each in ends], 1)  # (frames, walks, dim)
-    images = images_with_progress(loaded.generator, ways.reshape(-1, ways.shape[-1]), "walking")
+    labels = [np.tile(values, (frames, 1))] if values else []
+    images = images_with_progress(loaded.generator, ways.reshape(-1, ways.shape[-1]), "walking", *labels)
     images = images.reshape(frames, rows * columns, *images.shape[1:]).repeat(scale, 2).repeat(scale, 3)
     sheets = [grid(frame, columns, gap=2) for frame in images]
     caption = f"{rows * columns} walks along the sphere, each through {stops} random z and back to the first"
+    caption += f", in turn of {', '.join(dict.fromkeys(names))}" if names else ""
     result.animation(animate(sheets, format, [1 / frames_per_second] * frames), format, caption)
     result.write({"frames": frames}, summary=f"{caption}: {frames} frames.")
     return {"frames": frames}

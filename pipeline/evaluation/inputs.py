@@ -4,14 +4,16 @@ import atexit
 import functools
 import shutil
 import tempfile
+from dataclasses import replace
 from typing import Any, cast
+
+import torch
 
 from pipeline.checkpoints.reference import (
     LoadedDiscriminator,
     LoadedGenerator,
     load_discriminator,
     load_generator,
-    require_unconditional,
 )
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.shapes.size import Channels, written
@@ -23,21 +25,53 @@ from pipeline.data.specification import expand, is_dataset, is_specification
 from pipeline.evaluation.device import device
 from pipeline.evaluation.images import GeneratedImages, Images, ShardImages
 from pipeline.evaluation.pictures import FILTER, open_pictures
+from pipeline.model.conditional import OfClass
+from pipeline.model.labels import named_label, names_in
 
 
-def generator(ckpt: str, *, labels: bool = False) -> tuple[LoadedGenerator, dict[str, Any]]:
+def any_generator(ckpt: str) -> tuple[LoadedGenerator, dict[str, Any]]:
     """Return the generator that `--ckpt` names, on the device, with its description for the results.
 
-    Raises UsageError for one that reads a label, unless the caller has `labels`.
+    It may read a label beside z.
     """
-    loaded = load_generator(ckpt)
-    if not labels:
-        require_unconditional(loaded, "this command makes images of z alone; ask for swd, ms-ssim, fid or kid")
-    return _on_device(loaded)
+    return _on_device(load_generator(ckpt))
+
+
+def generator(ckpt: str, label: str | None = None) -> tuple[LoadedGenerator, dict[str, Any]]:
+    """Return the generator that `--ckpt` names, as `any_generator` does, as one of z alone.
+
+    All images of a conditional one are of the class `label`. Raises UsageError for one whose class is not named, for a
+    class that it does not have, and for a `label` of a generator without one.
+    """
+    loaded, description = any_generator(ckpt)
+    if label is None and loaded.config.label:
+        raise UsageError(
+            f"{ckpt}: is conditioned on {', '.join(loaded.config.label)}, and this command makes images of z alone; "
+            f"choose their class, such as --label {loaded.config.class_titles[0]!r}"
+        )
+    if label is None:
+        return loaded, description
+    _require_label(ckpt, loaded.config, label)
+    made = OfClass(loaded.generator, torch.from_numpy(named_label(loaded.config, label, "--label")))
+    made.to(device()).eval().requires_grad_(False)
+    return replace(loaded, generator=made, config=made.config), {**description, "label": label}
+
+
+def class_names(ckpt: str, network: NetworkConfig, label: str | None) -> list[str]:
+    """Return the classes that `--label`, such as `3,5,8`, names: by default all, none of a generator without them."""
+    if label is None:
+        return list(network.class_titles)
+    _require_label(ckpt, network, label)
+    return names_in(network, label)
+
+
+def _require_label(ckpt: str, network: NetworkConfig, label: str) -> None:
+    if not network.label:
+        raise UsageError(f"--label {label}: {ckpt} is not conditioned on a label; leave it out")
 
 
 def conditional(ckpt: str) -> tuple[LoadedGenerator, dict[str, Any]]:
-    """Return the conditional generator that `--ckpt` names, as `generator` does. Raises UsageError for another."""
+    """Return the conditional generator that `--ckpt` names, as `any_generator` does. UsageError for another."""
     loaded = load_generator(ckpt)
     if not loaded.config.label:
         raise UsageError(f"{ckpt}: is not conditioned on a label, so no class can be wanted; train with network.label")
@@ -50,8 +84,13 @@ def _on_device(loaded: LoadedGenerator) -> tuple[LoadedGenerator, dict[str, Any]
 
 
 def discriminator(ckpt: str) -> tuple[LoadedDiscriminator, dict[str, Any]]:
-    """Return the discriminator that `--ckpt` names, on the device, with its description for the results."""
+    """Return the discriminator that `--ckpt` names, on the device, with its description for the results.
+
+    Raises ConfigConflict for one whose features need a label beside the images.
+    """
     loaded = load_discriminator(ckpt)
+    height, width, channels = loaded.config.image_shape
+    next(loaded.discriminator.activations(torch.zeros(1, channels, height, width)))  # refused before any other work
     loaded.discriminator.to(device()).requires_grad_(False)
     return loaded, {"kind": "discriminator", **_describe(loaded)}
 

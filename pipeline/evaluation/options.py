@@ -41,6 +41,21 @@ WantedLabel = Annotated[
     str, typer.Option(help="NAME or NAME,NAME: what --samples of others were made to show.", show_default=False)
 ]
 
+OfLabel = Annotated[
+    str | None,
+    typer.Option(
+        "--label",
+        help="Of a conditional --ckpt: the class of all samples, such as 7 or male+eyeglasses.",
+        show_default=False,
+    ),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        "--label", help="Classes of a conditional --ckpt to walk in or between, such as 3,5,8; by default all."
+    ),
+]
+
 
 def names_of(label: str) -> list[str]:
     """Return the names in a comma-separated list."""

@@ -98,6 +98,8 @@ class Result:
 
         `summary` is the outcome in a sentence; `table` (first row: headings) is what the report shows of it.
         """
+        if summary and "label" in self.subject:
+            summary += f" All samples are of the class {self.subject['label']}."
         content = {
             "command": self.name,
             "subject": self.subject,

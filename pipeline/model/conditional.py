@@ -80,6 +80,28 @@ class Generator(networks.Generator):
         return [layer for layer in reversed(list(self.layers)) if isinstance(layer, nn.ReLU)]
 
 
+class OfClass(networks.Generator):
+    """A conditional generator whose images are all of one class: z (N, latent_dim) alone -> images."""
+
+    def __init__(self, generator: networks.Generator, label: Tensor) -> None:
+        """`label` (label_dim) is the class, as the generator reads it."""
+        super().__init__(generator.config.model_copy(update={"label": (), "classes": (), "class_images": ()}))
+        self.generator = generator
+        self.label = nn.Buffer(label)
+
+    def forward(self, z: Tensor) -> Tensor:
+        images: Tensor = self.generator(z, self.label.expand(len(z), -1))
+        return images
+
+    @property
+    def last_activation(self) -> nn.Module:
+        return self.generator.last_activation
+
+    @property
+    def activation_layers(self) -> list[nn.Module]:
+        return self.generator.activation_layers
+
+
 class Discriminator(networks.Discriminator):
     """Images (N, channels, size, size) in [-1, 1], label (N, label_dim) float -> logits (N,), positive for real."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from evaluation_cases import Outcome
 from numpy.typing import NDArray
-from planted import write_legible_run, write_planted, write_run
+from planted import conditional, write_legible_conditional, write_legible_run, write_planted, write_run
 
 from pipeline.data.dataset import open_dataset
 from pipeline.evaluation.classifier import FILE_NAME, Classifier, load_classifier
@@ -86,6 +86,14 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with untrained networks for such pictures. Do not write into it."""
     return write_run(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="session")
+def conditional_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Such runs of conditional networks, by their conditioning, and the legible generator. Do not write into them."""
+    folder = tmp_path_factory.mktemp("conditional")
+    runs = {name: write_run(folder / name, network=conditional(name)) for name in ("projection", "concat")}
+    return {**runs, "of_class": write_legible_conditional(folder / "g.safetensors")}
 
 
 @pytest.fixture(scope="session")

@@ -73,18 +73,18 @@ def write_planted(folder: Path, count: int = 480, seed: int = 0, *, labels: bool
     return folder
 
 
-def write_run(run: Path, seed: int = 0) -> Path:
+def write_run(run: Path, seed: int = 0, network: NetworkConfig = NETWORK) -> Path:
     """Write a run directory with one checkpoint of untrained networks."""
-    generator, discriminator = build_generator(NETWORK), build_discriminator(NETWORK)
+    generator, discriminator = build_generator(network), build_discriminator(network)
     initialize(generator, seed, lane=1)
     initialize(discriminator, seed, lane=2)
     files = {
-        FILE_OF_KIND["ema"]: serialize(generator, NETWORK, "ema", 640),
-        FILE_OF_KIND["raw"]: serialize(generator, NETWORK, "raw", 640),
-        FILE_OF_KIND["discriminator"]: serialize(discriminator, NETWORK, "discriminator", 640),
+        FILE_OF_KIND["ema"]: serialize(generator, network, "ema", 640),
+        FILE_OF_KIND["raw"]: serialize(generator, network, "raw", 640),
+        FILE_OF_KIND["discriminator"]: serialize(discriminator, network, "discriminator", 640),
     }
     CheckpointStore(Store(run)).save(640, files, {"metrics": {}})
-    config = RunConfig().model_copy(update={"network": NETWORK})
+    config = RunConfig().model_copy(update={"network": network})
     (run / "config.json").write_text(json.dumps({"config": config.model_dump(), "dataset": {}}))
     return run
 
@@ -114,10 +114,15 @@ def legible_generator() -> dcgan.Generator:
     return generator.eval()
 
 
+def conditional(conditioning: str) -> NetworkConfig:
+    """Return a network of two labels for such pictures."""
+    label = {"label": ["bright", "disc"], "classes": ["00", "01", "10", "11"], "class_images": [1, 1, 1, 1]}
+    return NetworkConfig.model_validate({**NETWORK.model_dump(), **label, "conditioning": conditioning})
+
+
 def write_legible_conditional(path: Path) -> Path:
     """Write a generator whose label alone decides its images: `bright` the ground, `disc` a square amid it."""
-    label = {"label": ["bright", "disc"], "classes": ["00", "01", "10", "11"], "class_images": [1, 1, 1, 1]}
-    config = NetworkConfig.model_validate({**NETWORK.model_dump(), **label, "conditioning": "concat"})
+    config = conditional("concat")
     generator, plain = build_generator(config).eval(), legible_generator()
     with torch.no_grad():
         for parameter in generator.parameters():

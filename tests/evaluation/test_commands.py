@@ -4,10 +4,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from evaluation_cases import Outcome
 from picture_files import make_picture
+from PIL import Image, ImageSequence
 
 from pipeline.common.imaging import save_png
 from pipeline.evaluation.cli import app
@@ -47,6 +49,7 @@ def line(
     legible_run: Path,
     labeled: Path,
     gappy: Path,
+    conditional_runs: dict[str, Path],
     classifier_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -81,6 +84,7 @@ def line(
             "data": labeled,
             "gappy": gappy,
             "classifier": classifier_file,
+            **conditional_runs,
         }
         return [*shlex.split(text.format(**places, tmp=tmp_path)), "--out", str(tmp_path)]
 
@@ -149,15 +153,74 @@ def test_less_common_ways_end_well_too(command: str, evaluate: Evaluate, line: C
         (f"{FORGET} 0,0,32,32", "the boxes cover whole images"),
         (f"{FORGET} 8,8,240,24", "--region 8,8,240,24: not inside an image of 32x32 pixels"),
         (f"{FORGET} 8,8,8,24", "left must be below right"),
+        (
+            "turn --ckpt {projection} --classifier {classifier} --attribute bright",
+            "is conditioned on bright, disc, and this command makes images of z alone; choose their class, such as "
+            "--label 'none'",
+        ),
+        ("turn --ckpt {projection} --classifier {classifier} --label hat", "no such class of bright, disc; it has"),
+        ("arithmetic --ckpt {legible} --sheet 12 --label disc", "is not conditioned on a label; leave it out"),
+        ("walk --ckpt {legible} --label disc", "is not conditioned on a label; leave it out"),
+        ("walk --ckpt {projection} --label disc,hat", "--label 'hat': the model has no such class"),
+        ("neighbors --ckpt {concat} --data {data}", "features need a label beside the images"),
+        ("features --ckpt {concat} --data {data}", "features need a label beside the images"),
+        (f"{PROBE.replace('run', 'concat')} bright", "features need a label beside the images"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(
     command: str, message: str, evaluate: Evaluate, line: Callable[[str], list[str]]
 ) -> None:
     done = evaluate(*line(command))
-    assert done.code in (2, 65)
+    assert done.code in (2, 65, 78)
     assert message in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "arithmetic --ckpt {projection} --expression '#3,7,9 - #1,2,4 + #5,6,8' --label disc",
+        "arithmetic --ckpt {projection} --sheet 12 --label none",
+        "turn --ckpt {concat} --classifier {classifier} --attribute bright --rows 2 --steps 3 --extreme 8 --label none",
+        "forget --ckpt {of_class} --attribute bright --region 8,8,24,24 --classifier {classifier} --samples 64"
+        " --label bright+disc",
+        "neighbors --ckpt {projection} --data {data} --count 13 --limit 200",
+        "memorization --ckpt {concat} --data {data} --most 150",
+        "features --ckpt {projection} --data {data} --units 2 --images-each 2",
+        "probe --ckpt {projection} --data {data} --label kind --labels 20 --draws 2",
+    ],
+)
+def test_conditional_networks_are_analyzed_too(
+    command: str, evaluate: Evaluate, line: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    done = evaluate(*line(command))
+    assert done.code == 0, done.err
+    written = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    (result,) = [
+        content for content in written if content.get("command") in (command.split(maxsplit=1)[0], "contact_sheet")
+    ]
+    assert result["subject"]["network"]["label"] == ["bright", "disc"]
+    if "--label" in command and "probe" not in command:
+        assert command.endswith(f"--label {result['subject']['label']}")
+        said = f"All samples are of the class {result['subject']['label']}."
+        assert result["summary"].endswith(said) or result["command"] == "contact_sheet"
+
+
+def test_each_walk_of_a_conditional_generator_keeps_its_class(
+    evaluate: Evaluate, line: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    command = "walk --ckpt {of_class} --rows 1 --columns 3 --stops 2 --steps 2 --scale 1"
+    for named, classes in ((" --label none,bright", ["none", "bright"]), ("", ["none", "disc", "bright"])):
+        assert evaluate(*line(command + named)).code == 0
+        written = json.loads((tmp_path / "walk.json").read_text())
+        assert written["settings"]["classes"] == classes
+        assert f"in turn of {', '.join(classes)}" in written["summary"]
+        with Image.open(tmp_path / "walk.webp") as image:
+            frames = [np.asarray(frame.convert("L"), float) for frame in ImageSequence.Iterator(image)]
+        middles = [[frame[16, 34 * column + 16] for column in range(3)] for frame in frames]
+        assert np.ptp(middles, axis=0).max() < 12, "the label alone decides, and it stays"
+        gray = {"none": 128, "disc": 250, "bright": 205}
+        assert middles[0] == pytest.approx([gray[name] for name in (classes * 2)[:3]], abs=12)
 
 
 @pytest.mark.parametrize("label", ["bright", "kind"])

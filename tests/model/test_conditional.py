@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.common.errors import ConfigConflict, UsageError
 from pipeline.common.randomness import Purpose
 from pipeline.config import NetworkConfig, load_config
+from pipeline.model.conditional import OfClass
 from pipeline.model.ema import estimate_batchnorm
 from pipeline.model.labels import draw_classes, draw_labels, generator_inputs, label_values
 from pipeline.model.networks import build_discriminator, build_generator, initialize
@@ -109,6 +110,23 @@ def test_the_label_decides_the_image_and_the_grid_has_a_row_for_each_class() -> 
     assert [title for title, _ in rows] == ["0", "1", "2"]
     assert all(images.shape == (8, 32, 32, 1) for _, images in rows)
     assert not np.array_equal(rows[0][1], rows[1][1])
+
+
+def test_a_generator_of_one_class_reads_z_alone() -> None:
+    for config in FAMILY:
+        generator = build_generator(config)
+        initialize(generator, 1, lane=0)
+        estimate_batchnorm(generator, 0, images=128)
+        label = label_values(config, np.array([1]))
+        one = OfClass(generator, torch.from_numpy(label[0])).eval()
+        assert one.config.image_shape == config.image_shape
+        assert not one.config.label
+        (z,) = generator_inputs(one.config, 5, Purpose.EVALUATE, 4, 3)
+        assert np.array_equal(images_of(one, z), images_of(generator, z, label.repeat(3, 0)))
+        maps, last = one.feature_maps(torch.from_numpy(z)), generator.config.width
+        assert maps.shape[1] == last
+        dropped = one.without_maps(torch.from_numpy(z), torch.arange(last))
+        assert not torch.equal(dropped, one(torch.from_numpy(z)))
 
 
 def test_the_class_of_a_sample_is_a_pure_function_of_seed_purpose_and_position() -> None:

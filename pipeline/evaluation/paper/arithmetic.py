@@ -26,9 +26,9 @@ GAP = 40
 """Pixels between the two halves of a picture."""
 
 
-def write_contact_sheet(out: Path, *, ckpt: str, count: int, seed: int) -> Path:
+def write_contact_sheet(out: Path, *, ckpt: str, count: int, seed: int, label: str | None = None) -> Path:
     """Write a sheet of numbered samples, from which a person picks exemplars for `--expression '#3,7,9 ...'`."""
-    loaded, subject = inputs.generator(ckpt)
+    loaded, subject = inputs.generator(ckpt, label)
     images = make_sample_pool(loaded.generator, None, count, seed).images
     result = Result("contact_sheet", out, subject, settings={"seed": seed, "count": count})
     rows = [(f"#{start} to #{min(start + 9, count - 1)}", images[start : start + 10]) for start in range(0, count, 10)]
@@ -37,11 +37,22 @@ def write_contact_sheet(out: Path, *, ckpt: str, count: int, seed: int) -> Path:
 
 
 def run_arithmetic(
-    out: Path, *, ckpt: str, expression: str, classifier_file: str | None, data: str | None, trials: int, seed: int
+    out: Path,
+    *,
+    ckpt: str,
+    expression: str,
+    classifier_file: str | None,
+    data: str | None,
+    trials: int,
+    seed: int,
+    label: str | None = None,
 ) -> dict[str, float]:
-    """Write arithmetic.json and pictures like Figure 7; return how often the result shows the wanted attributes."""
+    """Write arithmetic.json and pictures like Figure 7; return how often the result shows the wanted attributes.
+
+    All samples of a conditional generator are of the class `label`.
+    """
     concepts = parse(expression)
-    loaded, subject = inputs.generator(ckpt)
+    loaded, subject = inputs.generator(ckpt, label)
     by_index = all(concept.indices for concept in concepts)
     unneeded = by_index and classifier_file is None and data is None
     named = [name for concept in concepts for name, _ in concept.wanted]

@@ -35,7 +35,11 @@ def measure_batchnorm(network: Discriminator, images: Pixels) -> Discriminator:
     if len(images) <= BATCH // 2:
         raise UsageError(f"{len(images)} images are too few for BatchNorm statistics: expected more than {BATCH // 2}")
     starts = range(0, len(images) - BATCH // 2, BATCH)  # a small last batch would weigh too much
-    return measure_statistics(network, (to_network(images[start : start + BATCH]) for start in starts))
+    batches = (to_network(images[start : start + BATCH]) for start in starts)
+    if not network.config.label:
+        return measure_statistics(network, batches)
+    no_label = torch.zeros(BATCH, network.config.label_dim, device=device())  # it reaches the logits alone
+    return measure_statistics(network, ((batch, no_label[: len(batch)]) for batch in batches))
 
 
 def random_discriminator(config: NetworkConfig, seed: int) -> Discriminator:

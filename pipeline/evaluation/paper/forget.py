@@ -78,9 +78,13 @@ def run_forget(
     strength: float,
     layer: int,
     seed: int,
+    label: str | None = None,
 ) -> dict[str, float]:
-    """Write forget.json and a picture of samples with and without the maps, and return the numbers."""
-    loaded, subject = inputs.generator(ckpt)
+    """Write forget.json and a picture of samples with and without the maps, and return the numbers.
+
+    All samples of a conditional generator are of the class `label`.
+    """
+    loaded, subject = inputs.generator(ckpt, label)
     generator, shape = loaded.generator, loaded.config.image_shape
     settings: dict[str, Any] = {
         "boxes": str(boxes) if boxes else None,

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.common.errors import UsageError
 from pipeline.common.imaging import Pixels
-from pipeline.config import NetworkConfig
 from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.paper.walks import Z, draw, spherical, straight, unevenness
 from pipeline.evaluation.results import Result
-from pipeline.model.labels import named_label, names_in
+from pipeline.model.labels import named_label
 from pipeline.model.sampling import images_of
 
 
@@ -25,8 +23,8 @@ def run_interpolate(
     at the same z. Its classes are those of `label`, such as `3,5,8`, by default all. Raises UsageError for a class that
     it does not have, and for a `label` of another generator.
     """
-    loaded, subject = inputs.generator(ckpt, labels=True)
-    names = _names(ckpt, loaded.config, label)
+    loaded, subject = inputs.any_generator(ckpt)
+    names = inputs.class_names(ckpt, loaded.config, label)
     settings = {"rows": rows, "steps": steps, "seed": seed, **({"classes": names} if names else {})}
     result = Result("interpolate", out, subject, settings=settings)
     ends = draw(loaded.config, seed, 0, rows + 1)  # each walk begins where the one before it ended
@@ -67,12 +65,3 @@ def run_interpolate(
         ),
     )
     return unevenness_of
-
-
-def _names(ckpt: str, network: NetworkConfig, label: str | None) -> list[str]:
-    """Return the names of the classes to walk between, none of a generator without a label."""
-    if not network.label:
-        if label is not None:
-            raise UsageError(f"--label {label}: {ckpt} is not conditioned on a label; leave it out")
-        return []
-    return list(network.class_titles) if label is None else names_in(network, label)

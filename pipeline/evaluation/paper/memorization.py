@@ -9,14 +9,16 @@ from numpy.typing import NDArray
 
 from pipeline.common.imaging import Pixels
 from pipeline.common.progress import Progress
+from pipeline.common.randomness import Purpose
 from pipeline.data.dedup.hash_recall import SAMPLE, measure
 from pipeline.data.dedup.semantic_hash import THRESHOLD_IMAGES, SemanticHash
 from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.confidence import wilson
 from pipeline.evaluation.images import GeneratedImages, Images, WithProgress, first
 from pipeline.evaluation.paper.nearest import Nearest, Rows, flat, gather
-from pipeline.evaluation.paper.walks import draw, spherical, unevenness
+from pipeline.evaluation.paper.walks import spherical, unevenness
 from pipeline.evaluation.results import Result
+from pipeline.model.labels import generator_inputs
 from pipeline.model.networks import Generator
 from pipeline.model.sampling import images_of
 
@@ -44,7 +46,7 @@ def run_memorization(
     Three questions: are training images nearer to the samples than held-out images are, do samples have the semantic
     hash of a training image, and do walks in latent space jump?
     """
-    loaded, subject = inputs.generator(ckpt)
+    loaded, subject = inputs.any_generator(ckpt)
     shape = inputs.shape_of(loaded.config)
     trained, description = inputs.reals(data, limit, shape)
     sizes = [*(size for size in SIZES if size < most), most]
@@ -73,9 +75,7 @@ def run_memorization(
 
     evenness = walk_unevenness(loaded.generator, seed)
     numbers |= {"walk_unevenness": float(np.mean(evenness)), "walk_unevenness_largest": float(np.max(evenness))}
-    ends = draw(loaded.config, seed, 0, 2 * WALKS)
-    worst = int(np.argmax(evenness))
-    walk = images_of(loaded.generator, spherical(ends[2 * worst], ends[2 * worst + 1], 17))
+    walk = walk_of(loaded.generator, seed, int(np.argmax(evenness)), 17)
     result.picture(charts.sheet([("the least even of all walks", walk)], 17, 1), "The least even walk", "-walk")
     walks = (
         f"The largest step of a walk between random z is {numbers['walk_unevenness']:.2f} times its mean step "
@@ -135,13 +135,18 @@ def distance_curves(
 
 def walk_unevenness(generator: Generator, seed: int) -> list[float]:
     """Return the unevenness of walks between pairs of random z."""
-    ends = draw(generator.config, seed, 0, 2 * WALKS)
     with Progress("walking", WALKS, "walks") as progress:
         found = []
         for walk in range(WALKS):
-            found.append(unevenness(images_of(generator, spherical(ends[2 * walk], ends[2 * walk + 1], WALK_STEPS))))
+            found.append(unevenness(walk_of(generator, seed, walk, WALK_STEPS)))
             progress.advance(1)
     return found
+
+
+def walk_of(generator: Generator, seed: int, walk: int, steps: int) -> Pixels:
+    """Return the images (steps, H, W, C) of a walk between two random z, of the first one's label if there is one."""
+    ends, *label = generator_inputs(generator.config, seed, Purpose.ANALYSIS, 2 * walk, 2)
+    return images_of(generator, spherical(ends[0], ends[1], steps), *(values[:1].repeat(steps, 0) for values in label))
 
 
 def collisions(known: Images, generator: Generator, seed: int) -> dict[str, float]:

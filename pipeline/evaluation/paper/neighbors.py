@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.common.randomness import Purpose
 from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.images import WithProgress
 from pipeline.evaluation.paper.discriminator_features import features, measure_batchnorm
 from pipeline.evaluation.paper.nearest import Nearest, flat, gather
-from pipeline.evaluation.paper.walks import draw
 from pipeline.evaluation.results import Result
-from pipeline.model.sampling import images_of
+from pipeline.model.sampling import sample
 
 BATCHNORM_IMAGES = 4_096
 """Real images over which D's BatchNorm statistics are measured."""
@@ -20,12 +20,11 @@ REAL_QUERIES = 1_000
 
 def run_neighbors(out: Path, *, ckpt: str, data: str, count: int, limit: int | None, seed: int) -> dict[str, float]:
     """Write neighbors.json and pictures of samples above their nearest real images; return distances in gray levels."""
-    loaded, subject = inputs.generator(ckpt)
+    loaded, subject = inputs.any_generator(ckpt)
     loaded_d, _ = inputs.discriminator(ckpt)
     shape = inputs.shape_of(loaded.config)
     reals, description = inputs.reals(data, limit, shape)
-    z = draw(loaded.config, seed, 0, count)
-    fakes = images_of(loaded.generator, z)
+    fakes = sample(loaded.generator, seed, Purpose.ANALYSIS, 0, count)
     some = gather(inputs.reals(data, min(reals.count, BATCHNORM_IMAGES), shape)[0], "reading real images")
     network = measure_batchnorm(loaded_d.discriminator, some)
     settings = {"samples": count, "seed": seed}

@@ -33,11 +33,14 @@ def make_sample_pool(generator: Generator, classifier: Classifier | None, count:
     return SamplePool(z, images, classifier.predict(images) if classifier else {})
 
 
-def images_with_progress(generator: Generator, z: Z, what: str) -> Pixels:
-    """Return the images of z (N, latent_dim), uint8 (N, H, W, C), and show the progress under the name `what`."""
+def images_with_progress(generator: Generator, z: Z, what: str, *label: Z) -> Pixels:
+    """Return the images of z (N, latent_dim), uint8 (N, H, W, C), and show the progress under the name `what`.
+
+    A generator that reads a label needs it too, (N, label_dim).
+    """
     parts = []
     with Progress(what, len(z)) as progress:
         for start in range(0, len(z), CHUNK):
-            parts.append(images_of(generator, z[start : start + CHUNK]))
+            parts.append(images_of(generator, *(values[start : start + CHUNK] for values in (z, *label))))
             progress.advance(len(parts[-1]))
     return np.concatenate(parts)

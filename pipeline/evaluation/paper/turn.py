@@ -27,9 +27,13 @@ def run_turn(
     steps: int,
     extreme: int,
     seed: int,
+    label: str | None = None,
 ) -> dict[str, float]:
-    """Write turn.json, a picture like Figure 8 and a curve; return how monotonic the turn is."""
-    loaded, subject = inputs.generator(ckpt)
+    """Write turn.json, a picture like Figure 8 and a curve; return how monotonic the turn is.
+
+    All samples of a conditional generator are of the class `label`.
+    """
+    loaded, subject = inputs.generator(ckpt, label)
     if 2 * extreme > POOL_SIZE:
         raise UsageError(f"--extreme {extreme}: expected at most half of the {POOL_SIZE} samples")
     classifier = get_classifier(classifier_file, data, out, attributes=[attribute])

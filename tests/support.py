@@ -1,11 +1,15 @@
 """Helpers for several rooms: small real data sets, and the trainer as a command."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import warm_start
 
 from pipeline.common.imaging import encode
 from pipeline.common.storage import Store
@@ -58,3 +62,22 @@ def train_command(data: Path | str, out: Path, *overrides: str, options: Sequenc
     """Return the command that trains a tiny network on one process."""
     script = str(ROOT / "pipeline" / "train.py")
     return [sys.executable, script, "--data", str(data), "--out", str(out), *options, *TINY, *overrides]
+
+
+def kill_after_its_first_checkpoint(data: Path | str, out: Path, *overrides: str) -> int:
+    """Start a run without an end, kill it once it has saved, and return the images of its newest checkpoint."""
+    process = warm_start.Popen(
+        train_command(data, out, *overrides, "schedule.total_images=1000000"),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        for _ in range(4800):
+            if list(out.glob("checkpoints/*/state.json")) or process.poll() is not None:
+                break
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    return max(int(state.parent.name) for state in out.glob("checkpoints/*/state.json"))

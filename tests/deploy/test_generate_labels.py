@@ -207,8 +207,13 @@ def test_mnist_is_built_trained_exported_and_generated_digit_by_digit(
     train(config, data=str(tmp_path / "data"), out=tmp_path / "run")
     card = export_onnx(str(tmp_path / "run"), tmp_path / "model", max_batch=16, parity_images=20)
     assert card.network.classes == tuple("0123456789")
-    for digit in (0, 9):
-        out = tmp_path / f"of-{digit}"
-        run("--model", tmp_path / "model" / "model.onnx", "--label", digit, "--count", 5, "--format", "packed",
-            "--out", out)  # fmt: skip
-        assert stored(out, "label")[1] == [(digit,)] * 5
+    model, z = tmp_path / "model" / "model.onnx", np.repeat(latents(0, Purpose.SAMPLE, 0, 1, 6), 20, axis=0)
+    np.save(tmp_path / "z.npy", z)
+    run("--model", model, "--latents", tmp_path / "z.npy", "--label", "0,1,2,3,4,5,6,7,8,9", "--format", "packed",
+        "--out", tmp_path / "digits")  # fmt: skip
+    images, labels = stored(tmp_path / "digits", "label")
+    assert labels == [(digit,) for digit in [*range(10), *range(10)]]
+    assert np.array_equal(images[:10], images[10:]), "one z"
+    assert len({image.tobytes() for image in images}) == 10, "each digit its own"
+    run("--model", model, "--label", 9, "--count", 5, "--format", "packed", "--out", tmp_path / "nines")
+    assert stored(tmp_path / "nines", "label")[1] == [(9,)] * 5

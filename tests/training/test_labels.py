@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import TINY
+from support import TINY, Trainer, kill_after_its_first_checkpoint
+from training_cases import SCHEDULE, hashes
 
 from pipeline.checkpoints.reference import load_generator
 from pipeline.common.errors import ConfigConflict, UsageError
@@ -127,7 +128,26 @@ def test_a_conditional_run_resumes_to_the_same_bits_and_refuses_other_labels(
         run(out, 160, "classes=['11','00','10','01']")
     with pytest.raises(ConfigConflict, match=r"of kind are others: the data has '1'"):
         run(tmp_path / "new", 160, "label=kind", "classes=['0','7']")
+    with pytest.raises(UsageError, match=r"network\.label hat: .*such label; it has: kind, high, odd") as refused:
+        run(tmp_path / "new", 160, "label=hat")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "new").exists()
     fakes, _ = inputs.fakes(str(out), None, 4, 0)
     assert next(iter(fakes.blocks()))[1].shape == (4, 32, 32, 1)
     with pytest.raises(UsageError, match="is conditioned on high, odd"):
         inputs.generator(str(out))
+
+
+@pytest.mark.parametrize("kind", ["projection", pytest.param("concat", marks=pytest.mark.slow)])
+def test_a_conditional_run_that_is_killed_ends_with_the_bits_of_one_that_was_not(
+    tmp_path: Path, trainer: Trainer, kind: str
+) -> None:
+    """Killed wherever it is after its first checkpoint, and compared where it then is."""
+    data, out = labeled_dataset(tmp_path / "data"), tmp_path / "run"
+    settings = [*SCHEDULE, "network.channels=1", "label=kind", f"conditioning={kind}"]
+    total = 96 + kill_after_its_first_checkpoint(data, out, *settings)
+    for place in (out, tmp_path / "whole"):
+        done = trainer(data, place, *settings, f"schedule.total_images={total}")
+        assert done.returncode == 0, done.stderr
+    assert hashes(out, total) == hashes(tmp_path / "whole", total)
+    assert (out / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()

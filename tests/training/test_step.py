@@ -154,19 +154,20 @@ def test_two_processes_equal_one(tmp_path: Path, lever: str) -> None:
     beyond, beyond_own = case(*BEYOND, batchnorm=False), case(*PENALIZED, "accumulate=2", in_ranks=True)
     labeled, labeled_own = case(*LABELED, batchnorm=False), case(*LABELED, "accumulate=2", in_ranks=True)
     in_turn, in_turn_accumulated = (case("alternate=true", *more, batchnorm=False) for more in ([], ["accumulate=2"]))
-    (one,) = updates(tmp_path, fixed, fixed, own, beyond, beyond, beyond_own, labeled, labeled_own, in_turn)
+    concat = case(*LABELED, "conditioning=concat", batchnorm=False)
+    (one,) = updates(tmp_path, fixed, fixed, own, beyond, beyond, beyond_own, labeled, labeled_own, in_turn, concat)
     accumulated = case(lever, "accumulate=2", batchnorm=False)
     cases = [case(lever, batchnorm=False), accumulated, case(lever)]
     accumulated = case(*BEYOND, "accumulate=2", batchnorm=False)
     cases += [case(*BEYOND, batchnorm=False), accumulated, case(*PENALIZED)]
-    cases += [case(*LABELED, "accumulate=2", batchnorm=False), case(*LABELED), in_turn_accumulated]
+    cases += [case(*LABELED, "accumulate=2", batchnorm=False), case(*LABELED), in_turn_accumulated, concat]
     ranks = updates(tmp_path, *cases, processes=2)
     for number, state in enumerate(one):
         expected = {name: value for name, value in state.items() if "running" not in name}
         for rank in ranks:
             assert_equal_weights(rank[number], expected, 1e-9)
-            average = rank[number]["e.layers.0.weight"]
-            torch.testing.assert_close(average, expected["e.layers.0.weight"], rtol=0, atol=1e-9)
+            name = next(name for name in expected if name.startswith("e.layers."))
+            torch.testing.assert_close(rank[number][name], expected[name], rtol=0, atol=1e-9)
             assert rank[number]["flags"] == 2 * [[False, True]], "buffers are averaged when saving, not sent before D's"
 
 

@@ -139,15 +139,16 @@ build/trackers/.installed: .venv/.installed
 	build/trackers/bin/python -m pip install --progress-bar off --quiet --no-warn-conflicts wandb==0.31.0 mlflow==3.17.2
 	@touch $@
 
-test-explore: build/explore/.installed system-check ## the page of dcgan-export explore in a browser; installs Gradio
+test-explore: build/explore/.installed system-check ## the page of dcgan-export explore in a browser, and films; installs Gradio and PyAV
 	$(BIN)/pytest -m slow -rs tests/export/explore
+	build/explore/bin/python -m pytest -rs tests/evaluation/test_animation.py
 
 # An environment over .venv, because Gradio wants an older Pillow.
 build/explore/.installed: .venv/.installed
 	$(PYTHON) -m venv build/explore
 	build/explore/bin/python -c 'import site, sys; open(site.getsitepackages()[0] + "/base.pth", "w").write(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
 		"$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
-	build/explore/bin/python -m pip install --progress-bar off --quiet --no-warn-conflicts gradio==6.31.0
+	build/explore/bin/python -m pip install --progress-bar off --quiet --no-warn-conflicts gradio==6.31.0 av==18.1.0
 	@touch $@
 
 metrics-demo: .venv/.installed ## Prometheus and the dashboards beside a running demo; Ctrl-C ends it

@@ -127,10 +127,13 @@ class Animated(StrEnum):
 
     webp = "webp"
     gif = "gif"
+    mp4 = "mp4"
 
 
 FramesPerSecond = Annotated[float, typer.Option("--fps", help="Frames a second.", min=0.1, max=60)]
-Moving = Annotated[Animated, typer.Option(help="webp is smaller and has all colors; gif is shown everywhere.")]
+Moving = Annotated[
+    Animated, typer.Option(help="webp: small, in all colors; gif: shown everywhere; mp4: for video tools.")
+]
 
 
 @commands.command()

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from pipeline.common.errors import DataError, UsageError
+from pipeline.common.errors import DataError, UnavailableError, UsageError
 from pipeline.common.imaging import BadImage, Pixels, decode, grid
 from pipeline.common.storage import Store
 from pipeline.evaluation import inputs
@@ -19,16 +20,23 @@ from pipeline.evaluation.paper.walks import Z, draw, spherical
 from pipeline.evaluation.results import Result
 from pipeline.model.labels import named_label
 
-Format = Literal["webp", "gif"]
+Format = Literal["webp", "gif", "mp4"]
 
 MOST_FRAMES = 600
 QUALITY = 80
+CRF = "18"
+"""The rate factor of H.264, from 0, without loss, to 51; 18 looks the same."""
 LAST_SECONDS = 2.0
 """How long the last grid of a run stays before the animation begins anew."""
 
 
 def animate(frames: Sequence[Pixels], format: Format, seconds: Sequence[float]) -> bytes:
-    """Return frames (H, W, 1 or 3), each shown for its seconds, as one file that repeats for ever."""
+    """Return frames (H, W, 1 or 3), each shown for its seconds, as one file. WebP and GIF repeat for ever.
+
+    Raises UnavailableError for mp4 without PyAV.
+    """
+    if format == "mp4":
+        return _film(frames, seconds)
     pictures = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).convert("RGB") for frame in frames]
     options: dict[str, Any] = {"quality": QUALITY, "method": 4} if format == "webp" else {"optimize": False}
     buffer = io.BytesIO()
@@ -41,6 +49,33 @@ def animate(frames: Sequence[Pixels], format: Format, seconds: Sequence[float]) 
         loop=0,
         **options,
     )
+    return buffer.getvalue()
+
+
+def _pyav() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise UnavailableError(f"--format mp4 needs PyAV ({error}): pip install 'dcgan-pipeline[mp4]'") from None
+    return av
+
+
+def _film(frames: Sequence[Pixels], seconds: Sequence[float]) -> bytes:
+    av = _pyav()
+    unit = Fraction(1, 1000)  # of time stamps, in seconds
+    height, width = (side + side % 2 for side in frames[0].shape[:2])  # 4:2:0 wants even sides
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(1 / seconds[0]).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.time_base, stream.options = unit, {"crf": CRF}
+        starts = np.cumsum([0.0, *seconds])
+        for frame, start in zip((*frames, frames[-1]), starts, strict=True):  # the last again: where its time ends
+            padded = np.pad(frame, ((0, height - frame.shape[0]), (0, width - frame.shape[1]), (0, 0)), "edge")
+            picture = av.VideoFrame.from_ndarray(np.broadcast_to(padded, (height, width, 3)).copy(), format="rgb24")
+            picture.pts, picture.time_base = round(1000 * start), unit
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
     return buffer.getvalue()
 
 
@@ -73,6 +108,8 @@ def run_walk(
     frames = stops * steps
     if frames > MOST_FRAMES:
         raise UsageError(f"--stops {stops} --steps {steps}: {frames} frames; expected at most {MOST_FRAMES}")
+    if format == "mp4":
+        _pyav()  # before the work
     loaded, subject = inputs.any_generator(ckpt)
     names = list(islice(cycle(inputs.class_names(ckpt, loaded.config, label)), rows * columns))
     values = [named_label(loaded.config, name, "--label") for name in names]

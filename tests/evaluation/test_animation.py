@@ -1,12 +1,16 @@
 """Moving pictures hold the frames that they were made of, and come back to where they began."""
 
 import io
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from pipeline.evaluation.animation import Format, animate, closed_walk
+from pipeline.common.errors import UnavailableError
+from pipeline.evaluation.animation import Format, animate, closed_walk, run_walk
 from pipeline.evaluation.report.verdict import discriminator_wins, verdict
 
 
@@ -20,6 +24,39 @@ def test_every_frame_is_there_for_its_time(format: Format) -> None:
     ]
     assert [duration for _, duration in seen] == [100, 100, 500]
     assert np.allclose([mean for mean, _ in seen], [0, 120, 250], atol=4)
+
+
+@pytest.mark.skipif(find_spec("av") is None, reason="make test-explore installs PyAV")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_film_has_every_frame_for_its_time_and_even_sides(channels: int) -> None:
+    import av
+
+    frames = [np.full((31, 45, channels), value, np.uint8) for value in (0, 120, 250)]
+    with av.open(io.BytesIO(animate(frames, "mp4", [0.1, 0.1, 0.5]))) as film:
+        seen = [
+            (float(frame.pts * frame.time_base), frame.to_ndarray(format="rgb24")) for frame in film.decode(video=0)
+        ]
+    assert [round(time, 3) for time, _ in seen] == [0, 0.1, 0.2, 0.7]
+    assert {frame.shape for _, frame in seen} == {(32, 46, 3)}
+    assert np.allclose([frame.mean() for _, frame in seen], [0, 120, 250, 250], atol=4)
+
+
+def test_a_film_without_pyav_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UnavailableError, match=r"dcgan-pipeline\[mp4\]"):
+        run_walk(
+            tmp_path / "out",
+            ckpt=str(tmp_path / "nothing"),
+            format="mp4",
+            rows=1,
+            columns=1,
+            stops=2,
+            steps=2,
+            frames_per_second=12,
+            scale=1,
+            seed=0,
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_walk_passes_all_its_stops_and_is_closed() -> None:

@@ -107,8 +107,13 @@ def _render(content: dict[str, Any], quality: int, width: int) -> bytes:
 
 
 def picture(path: Path, quality: int, width: int) -> dict[str, Any]:
-    """Return {"src": data URL, "width", "height"} of a picture, scaled down to `width` if it is wider."""
+    """Return {"src": data URL, "width", "height"} of a picture, scaled down to `width` if it is wider.
+
+    Of a film {"film": data URL}.
+    """
     data = path.read_bytes()
+    if path.suffix == ".mp4":
+        return {"film": "data:video/mp4;base64," + base64.b64encode(data).decode()}
     try:
         opened = open_image(data)
         if len(data) <= MOST_ANIMATED and quality > QUALITIES[-1][0] and getattr(opened, "is_animated", False):

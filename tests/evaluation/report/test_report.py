@@ -54,6 +54,9 @@ def shown_run(tmp_path_factory: pytest.TempPathFactory, pictures: NDArray[np.uin
     classes.write({"agreement": 0.95}, summary="A classifier takes 95 % of them for what they were made to be.",
                   table=[["class", "samples", "FID"], ["male", 1000, 12.5]])  # fmt: skip
     moving = Result("progress", folder / "evaluation", {"source": "x"})
+    film = Result("walk", folder / "evaluation", {"source": "x"})
+    film.animation(b"a film", "mp4", "A film")
+    film.write({"frames": 3}, summary="It is a film.")
     moving.animation(animate([*pictures[:3].repeat(2, 1).repeat(2, 2)], "webp", [0.2] * 3), "webp", "Three moments")
     moving.write({"frames": 3}, summary="It moves.")
     bench = {"hardware": {"cpu": "a CPU"}, "rows": [{"backend": "eager", "batch": 1, "images_per_second": 250.5}]}
@@ -79,6 +82,7 @@ def test_a_browser_without_network_shows_the_whole_page(
     assert len(pictures) == 1 + 6 + 1 + 1 + 1  # the newest grid, grids over time, an animation, classes, the walk
     moving = (shown_run / "evaluation/progress.webp").read_bytes()
     assert base64.b64encode(moving).decode() in page.read_text()  # all its frames
+    assert f'<video src="data:video/mp4;base64,{base64.b64encode(b"a film").decode()}"' in page.read_text()
     for complete, natural_width, shown_width, alt in pictures:
         assert complete
         assert natural_width > 100

@@ -319,3 +319,14 @@ def test_two_pictures_of_one_key_are_said_and_the_first_is_kept() -> None:
     for _ in range(2):  # as for a training and a validation set
         assert {item.key: item.where for item in select(listing, Selection(seed=0))} == {"a": 1, "b": 2}
     assert listing.refused.entries == [("a", "its name is in SRC twice")]
+
+
+def test_a_zip_that_lists_fewer_files_than_it_states_is_damaged(dcgan_data: Any, tmp_path: Path, folder: Path) -> None:
+    data = bytearray(zipped(tmp_path / "a.zip", folder).read_bytes())
+    count = data.rindex(b"PK\5\6") + 10
+    data[count] += 2
+    (tmp_path / "a.zip").write_bytes(data)
+    done = dcgan_data("build", "folder", tmp_path / "a.zip", tmp_path / "out", *SMALL)
+    assert (done.code, "lost in a damaged zip, which states 8 files" in done.err) == (65, True), done.err
+    done = dcgan_data("build", "folder", tmp_path / "a.zip", tmp_path / "out", *SMALL, "--max-bad", 0.5)
+    assert (done.code, open_dataset(tmp_path / "out").images) == (0, 6), done.err

@@ -24,6 +24,8 @@ LARGEST_FILE = 1 << 29
 """Bytes of the largest file that is read from an archive: more than MAX_PIXELS need."""
 LOCAL = struct.Struct("<4s5H3L2H")
 """The header before each file of a zip; the lengths of its name and of its extra field come last."""
+END = struct.Struct("<4s4H2LH")
+"""The last record of a zip, before its comment; the fifth value is the number of its files."""
 PLAIN = -1
 """The method of a file that lies in its archive as it is, without a header."""
 
@@ -130,6 +132,13 @@ def _in_zip(opened: OpenArchive, shown: str, listing: Listing) -> Iterator[tuple
     except (zipfile.BadZipFile, ValueError, ArithmeticError, LookupError, NotImplementedError, struct.error) as error:
         raise DataError(f"{shown}: damaged zip: {first_line(error)}") from None
     end = archive.start_dir
+    opened.file.seek(max(0, opened.size - END.size - len(archive.comment)))
+    record = opened.file.read(END.size)
+    if len(record) == END.size:
+        signature, *_, stated, _, _, _ = END.unpack(record)
+        if signature == b"PK\5\6" and stated not in (0xFFFF, len(infos) & 0xFFFF):  # of Zip64 it is the former
+            listing.refused.unnamed[f"lost in a damaged zip, which states {stated:,} files: {shown}"] = 1
+            listing.damaged = True
     for info in infos:
         if info.is_dir():
             continue

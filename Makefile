@@ -93,7 +93,7 @@ coverage: .venv/.installed ## the same with a table of the lines that no test re
 
 test-slow: test-faults test-chaos test-multinode test-metrics test-k8s test-containers test-slurm test-interop test-trackers test-explore test-long ## every test that `make test` omits
 
-test-long: .venv/.installed ## the slow tests of data, export, deploy, training and hostile files: 2,000 damaged tars, every network exported, generation killed again and again
+test-long: .venv/.installed ## the slow tests of data, export, deploy, training and hostile files: 2,000 damaged tars, 2,000 damaged pictures and containers, every network exported, generation killed again and again
 	$(BIN)/pytest -m slow tests/data tests/export tests/deploy tests/training tests/test_hostile_files.py
 
 test-faults: .venv/.installed ## a power cut at every write, kills at random moments, a full disk, damaged checkpoints, ranks that fail or hang
@@ -123,6 +123,8 @@ test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and 
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/runtimes/onnxruntime onnxruntime==1.16.0 numpy==1.26.4
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/runtimes/openvino openvino==2023.0.2 numpy==1.26.4
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/litdata litdata==0.2.76
+	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/streaming mosaicml-streaming==0.13.0 \
+		Brotli==1.2.1 python-snappy==0.7.3 cramjam==2.14.0 xxhash==4.1.0 zstd==1.5.7.2 catalogue==2.0.10
 	test -d build/example || $(PYTHON) -m venv build/example
 	build/example/bin/python -m pip install --progress-bar off --quiet -c constraints.txt onnxruntime numpy pillow
 	$(BIN)/pytest -m slow tests/interop

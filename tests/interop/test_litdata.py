@@ -20,6 +20,8 @@ LITDATA = ROOT / "build" / "litdata"
 WRITE = """
 import io, sys
 from pathlib import Path
+import numpy as np
+import torch
 from PIL import Image
 from litdata.streaming.writer import BinaryWriter
 writer = BinaryWriter(sys.argv[2], chunk_size=7)
@@ -27,24 +29,31 @@ for index, path in enumerate(sorted(Path(sys.argv[1]).iterdir())):
     picture = Image.open(path)
     picture.load()
     data = path.read_bytes()
-    image = {".png": picture.copy(), ".jpg": picture, ".bin": data}[path.suffix]
+    pixels = np.asarray(picture)
+    image = {
+        "pil": picture.copy(),
+        "jpeg": picture,
+        "bytes": data,
+        "numpy": pixels,
+        "tensor": torch.from_numpy(pixels.transpose(2, 0, 1).copy()),
+    }[sys.argv[3]]
     writer[index] = {"image": image, "number": index, "text": f"t{index}", "good": index % 2 == 0, "score": index / 2}
 writer.done()
 writer.merge()
 """
 
 
-@pytest.mark.parametrize("form", ["pil", "jpeg", "bytes"])
+@pytest.mark.parametrize("form", ["pil", "jpeg", "bytes", "numpy", "tensor"])
 def test_what_litdata_wrote_keeps_pixels_and_labels(tmp_path: Path, form: str) -> None:
     if not LITDATA.is_dir():
         pytest.skip("make test-interop installs litdata")
     (tmp_path / "pictures").mkdir()
-    suffix = {"pil": ".png", "jpeg": ".jpg"}.get(form, ".bin")
+    suffix = {"bytes": ".bin", "jpeg": ".jpg"}.get(form, ".png")
     for index in range(20):
         data = encode(make_picture(index, 32, 32), "jpg" if form == "jpeg" else "png", 100)
         (tmp_path / "pictures" / f"{index:03d}{suffix}").write_bytes(data)
     path = os.pathsep.join([str(LITDATA), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", WRITE, str(tmp_path / "pictures"), str(tmp_path / "src")]
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "pictures"), str(tmp_path / "src"), form]
     written = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": path},

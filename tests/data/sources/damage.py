@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import pillow_heif
 from numpy.typing import NDArray
-from packed_files import example, png, record, write_litdata, write_mds
+from packed_files import example, png, record, write_litdata, write_litdata_arrow, write_mds
 from picture_files import as_bytes, make_picture
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
@@ -192,6 +192,11 @@ def litdata(folder: Path) -> str:
     return "lit"
 
 
+def litdata_arrow(folder: Path) -> str:
+    write_litdata_arrow(folder / "lit", 10)
+    return "lit"
+
+
 def idx(folder: Path, pack: Callable[[bytes], bytes] = bytes) -> str:
     suffix = ".gz" if pack is not bytes else ""
     images = struct.pack(">4B3I", 0, 0, 8, 3, COUNT, 32, 32) + ARRAY[..., 0].tobytes()
@@ -266,6 +271,7 @@ if find_spec("pyarrow"):
         "parquet": Container("parquet", table("a.parquet")),
         "arrow stream": Container("parquet", table("stream.arrow")),
         "arrow file": Container("parquet", table("file.arrow")),
+        "litdata, arrow": Container("litdata", litdata_arrow),
     }
 
 

@@ -169,3 +169,26 @@ def write_mds_cells(folder: Path, encoding: str, cells: list[bytes]) -> None:
         "zip_data": None,
     }
     (folder / "index.json").write_text(json.dumps({"shards": [shard], "version": 2}))
+
+
+def write_litdata_arrow(folder: Path, count: int, compression: str | None = None) -> None:
+    """Write a chunk as newer versions of litdata do with pyarrow: an Arrow file in the place of the samples."""
+    import pyarrow as pa
+
+    config, chunks = write_litdata(folder, count)
+    columns = {
+        "image": pa.array([png(index) for index in range(count)], pa.binary()),
+        "number": pa.array(range(count), pa.int64()),
+        "text": [f"t{index}" for index in range(count)],
+        "good": [True] * count,
+    }
+    content = pa.table(columns)
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_file(sink, content.schema, options=options) as writer:
+        writer.write_table(content, max_chunksize=4)
+    table = sink.getvalue().to_pybytes()
+    data = samples_file([b""] * count) + table + struct.pack("<I", len(table)) + b"LDARW01\0"
+    (folder / "chunk-0-0.bin").write_bytes(data)
+    config["data_format"] = ["bytes", "int", "str", "bool"]
+    (folder / "index.json").write_text(json.dumps({"chunks": chunks, "config": config}))

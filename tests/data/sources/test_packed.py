@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from packed_files import example, png, record, samples_file, write_litdata, write_mds, write_mds_cells
+from packed_files import (
+    example,
+    png,
+    record,
+    samples_file,
+    write_litdata,
+    write_litdata_arrow,
+    write_mds,
+    write_mds_cells,
+)
 from picture_files import make_picture, tree
 from storage_servers import python_server
 
@@ -217,10 +226,9 @@ def mds_array(values: NDArray[Any], stated: str) -> bytes:
     return data + values.tobytes()
 
 
-def litdata_array(values: NDArray[Any], numbers: dict[str, int]) -> bytes:
-    return (
-        struct.pack(f"<{2 + values.ndim}I", numbers[values.dtype.name], values.ndim, *values.shape) + values.tobytes()
-    )
+def litdata_array(values: NDArray[Any], numbers: dict[str, int], order: str = "<") -> bytes:
+    head = [numbers[values.dtype.name], values.ndim, *values.shape]
+    return struct.pack(f"{order}{len(head)}I", *head) + values.tobytes()
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
@@ -236,10 +244,9 @@ def test_arrays_in_columns_give_pictures(dcgan_data: Any, tmp_path: Path, kind: 
         for encoding in ("", kind, f"{kind}:{shape}")
     ]
     numpy, torch = {"uint8": 4, "uint16": 5, "float32": 9}, {"uint8": 11, "uint16": 20, "float32": 0}
-    litdata = [
-        (name, [litdata_array(one, numbers) for one in values])
-        for name, numbers in (("numpy", numpy), ("tensor", torch))
-    ]
+    litdata = [("numpy", [litdata_array(one, numpy) for one in values])]
+    for order in "<>":  # of old and of newer versions
+        litdata.append(("tensor", [litdata_array(one, torch, order) for one in values]))
     for number, (encoding, cells) in enumerate([*mds, *litdata]):
         src = tmp_path / f"src{number}"
         if encoding.startswith("ndarray"):
@@ -283,3 +290,23 @@ def test_arrays_that_are_no_pictures_are_named(dcgan_data: Any, tmp_path: Path) 
     done = dcgan_data("build", "mds", two, tmp_path / "out", *SMALL)
     assert (done.code, "choose with --column" in done.err) == (2, True), done.err
     assert dcgan_data("build", "mds", two, tmp_path / "out", *SMALL, "--column", "image").code == 0
+
+
+def test_litdata_of_arrow_tables(dcgan_data: Any, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow, of the extra parquet, is not installed: make test-interop")
+    write_litdata_arrow(tmp_path / "src", 10)
+    done = dcgan_data("build", "litdata", tmp_path / "src", tmp_path / "out", *SMALL)
+    assert done.code == 0, done.err
+    check_numbers(tmp_path / "out", range(10))
+    write_litdata_arrow(tmp_path / "packed", 10, "zstd")
+    done = dcgan_data("build", "litdata", tmp_path / "packed", tmp_path / "no", *SMALL)
+    assert (done.code, "a compressed Arrow table" in done.err) == (65, True), done.err
+    whole = (tmp_path / "src" / "chunk-0-0.bin").read_bytes()
+    index = json.loads((tmp_path / "src" / "index.json").read_text())
+    index["config"]["data_spec"] = index["config"]["data_spec"].replace("number", "digits")
+    for number, (data, described) in enumerate(((whole[:60] + whole[400:], None), (whole, index))):
+        (tmp_path / "src" / "chunk-0-0.bin").write_bytes(data)
+        if described is not None:
+            (tmp_path / "src" / "index.json").write_text(json.dumps(described))
+        done = dcgan_data("build", "litdata", tmp_path / "src", tmp_path / f"no{number}", *SMALL)
+        assert (done.code, "damaged, or cut off" in done.err) == (65, True), done.err

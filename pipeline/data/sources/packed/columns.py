@@ -89,10 +89,15 @@ def _mds(data: bytes, stated: str) -> tuple[str, tuple[int, ...], int]:
 
 
 def _litdata(data: bytes, name: str) -> tuple[str, tuple[int, ...], int]:
-    """Return the type, the shape, and where the values begin."""
-    number, count = np.frombuffer(data[:8], "<u4").tolist()
+    """Return the type, the shape, and where the values begin.
+
+    Newer versions write the numbers before the values of a tensor in big-endian order. The number of dimensions, which
+    is small, tells which it is.
+    """
+    order = "<" if name == "numpy" or data[4:5] != b"\0" else ">"
+    number, count = np.frombuffer(data[:8], f"{order}u4").tolist()
     kind = (NUMPY_KINDS if name == "numpy" else TENSOR_KINDS)[number]
-    shape = np.frombuffer(data[8 : 8 + 4 * min(count, 64)], "<u4")
+    shape = np.frombuffer(data[8 : 8 + 4 * min(count, 64)], f"{order}u4")
     if len(shape) != count:
         raise ValueError("cut off")
     return kind, tuple(shape.tolist()), 8 + 4 * count

@@ -17,6 +17,7 @@ from pipeline.common.storage import Store, locate
 from pipeline.data.dataset import LabelType
 from pipeline.data.sources.archives.files import compression_of, open_archive
 from pipeline.data.sources.interface import KEY, Item, Listing
+from pipeline.data.sources.packed.arrow_chunks import arrow_samples, is_arrow
 from pipeline.data.sources.packed.columns import ARRAYS
 from pipeline.data.sources.packed.places import Span, read_span
 
@@ -211,6 +212,9 @@ def _samples(
         raise damaged
     if (np.diff(offsets) < 0).any():
         raise damaged
+    if count and offsets[-1] == header and is_arrow(data):
+        yield from arrow_samples(where, file, data, count, picture, labels)
+        return
     variable = [column for column in part.columns if not column.size]
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         body = start + 4 * len(variable)

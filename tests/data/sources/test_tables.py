@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -299,3 +300,16 @@ def test_what_cannot_be_read_is_one_line(dcgan_data: Any, tmp_path: Path) -> Non
     assert "photo2" in done.err
     done = dcgan_data("build", "parquet", tmp_path / "two.parquet", tmp_path / "no", *SMALL, "--column", "number")
     assert (done.code, "has no such column of pictures" in done.err) == (2, True), done.err
+
+
+def test_offsets_of_a_damaged_arrow_file_lead_nowhere(dcgan_data: Any, tmp_path: Path) -> None:
+    table = hub_table(0, 20)
+    with (tmp_path / "a.arrow").open("wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    data = (tmp_path / "a.arrow").read_bytes()
+    texts = struct.pack("<3q", 0, 9, 18)  # of "picture 0" and "picture 1"
+    assert data.count(texts) == 1
+    (tmp_path / "a.arrow").write_bytes(data.replace(texts, struct.pack("<3q", 0, 1 << 40, 18)))
+    done = dcgan_data("build", "parquet", tmp_path / "a.arrow", tmp_path / "out", *SMALL)
+    assert (done.code, "not a sound parquet or arrow" in done.err) == (65, True), done.err
+    assert not (tmp_path / "out").exists()

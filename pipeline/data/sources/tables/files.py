@@ -122,11 +122,11 @@ def _arrow(pa: Any, path: str) -> tuple[Any, int]:
 
 
 def _batches(reader: Any) -> Iterator[Any]:
-    """Yield the batches of an arrow stream or file."""
-    if hasattr(reader, "num_record_batches"):
-        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-    else:
-        yield from reader
+    """Yield the batches of an arrow stream or file, checked: offsets of a damaged one lead anywhere in memory."""
+    file = hasattr(reader, "num_record_batches")
+    for batch in map(reader.get_batch, range(reader.num_record_batches)) if file else reader:
+        batch.validate(full=True)
+        yield batch
 
 
 def _open(pa: Any, path: str) -> tuple[Any, int]:

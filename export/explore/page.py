@@ -92,7 +92,7 @@ class Handlers:
 def build(session: Session, title: str, folder: Path) -> Any:
     """Return the page as Gradio's Blocks."""
     does, network, empty = Handlers(session, folder), session.network, dict[str, Any]((slot, []) for slot in SLOTS)
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(
             f"## {title}\n{session.sampler.backend} on {session.sampler.device}; z is {network.latent_distribution}."
         )
@@ -112,11 +112,12 @@ def build(session: Session, title: str, folder: Path) -> Any:
             with gr.Row():
                 steps, walked = gr.Slider(2, 96, STEPS, step=1, label="Images"), gr.Button("Show the walk")
             moving = gr.Image(type="filepath", label="There and back", height=280)
-            strip = gr.Image(type="filepath", label="Image by image")
+            strip = gr.Image(type="filepath", label="Image by image", show_label=False)
             walk_files = gr.File(label="Animation, strip and z", file_count="multiple")
         with gr.Tab(SUM):
             added = gr.Button(f"Show {SUM}")
-            total = gr.Image(type="filepath", label="The sum, and eight neighbors of it", height=280)
+            gr.Markdown("The sum, and eight neighbors of it:")
+            total = gr.Image(type="filepath", label="The sum", show_label=False)
             sum_files = gr.File(label="Sheet and z", file_count="multiple")
 
         wanted, drawn = [seed, start, truncation, label], [grid, gallery, files]

@@ -93,8 +93,8 @@ coverage: .venv/.installed ## the same with a table of the lines that no test re
 
 test-slow: test-faults test-chaos test-multinode test-metrics test-k8s test-containers test-slurm test-interop test-trackers test-explore test-long ## every test that `make test` omits
 
-test-long: .venv/.installed ## the slow tests of data, export, deploy, training and hostile files: 2,000 damaged tars, 2,000 damaged pictures and containers, every network exported, generation killed again and again
-	$(BIN)/pytest -m slow tests/data tests/export tests/deploy tests/training tests/test_hostile_files.py
+test-long: .venv/.installed ## the slow tests of data, export, deploy, training, presets and hostile files: 2,000 damaged tars, 2,000 damaged pictures and containers, every network exported, generation killed again and again
+	$(BIN)/pytest -m slow tests/data tests/export tests/deploy tests/training tests/test_presets.py tests/test_hostile_files.py
 
 test-faults: .venv/.installed ## a power cut at every write, kills at random moments, a full disk, damaged checkpoints, ranks that fail or hang
 	$(BIN)/pytest tests/faults

@@ -117,7 +117,7 @@ test-containers: .venv/.installed ## build the image; run the Jobs of the cpu-de
 test-slurm: .venv/.installed ## Debian's Slurm with two nodes on loopback: the chain as jobs, stopped and requeued, to the same bytes (root)
 	$(BIN)/pytest -m slow -rs tests/slurm
 
-test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and torchdata, their tables in ours, our models in the oldest runtimes and without us; installs them
+test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and torchdata, their tables in ours, our models in the oldest runtimes, in JavaScript and without us; installs them
 	$(BIN)/python -m pip install --progress-bar off --quiet -c constraints.txt -e '.[interop]'
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/interop webdataset==0.2.111 torchdata==0.9.0
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/runtimes/onnxruntime onnxruntime==1.16.0 numpy==1.26.4
@@ -125,6 +125,8 @@ test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and 
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/litdata litdata==0.2.76
 	$(BIN)/python -m pip install --progress-bar off --quiet --no-deps --upgrade --target build/streaming mosaicml-streaming==0.13.0 \
 		Brotli==1.2.1 python-snappy==0.7.3 cramjam==2.14.0 xxhash==4.1.0 zstd==1.5.7.2 catalogue==2.0.10
+	! command -v npm >/dev/null || npm install --prefix build/javascript --ignore-scripts --no-audit --no-fund --loglevel=error \
+		onnxruntime-node@1.30.0 onnxruntime-web@1.30.0 # without its script: that downloads CUDA libraries
 	test -d build/example || $(PYTHON) -m venv build/example
 	build/example/bin/python -m pip install --progress-bar off --quiet -c constraints.txt onnxruntime numpy pillow
 	$(BIN)/pytest -m slow tests/interop

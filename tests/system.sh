@@ -16,6 +16,8 @@ want ip iproute2 # network namespaces
 if [ "${2:-}" = slow ]; then
     want podman "podman buildah runc catatonit containernetworking-plugins" # builds and runs the image
     want debootstrap debootstrap # makes the image's base
+    want node nodejs # ONNX Runtime in JavaScript
+    want npm npm
     want slurmctld "slurmctld slurmd slurm-client munge" # runs the chain as jobs
 fi
 

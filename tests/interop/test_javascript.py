@@ -1,14 +1,20 @@
-"""An exported file in ONNX Runtime's JavaScript, native and WebAssembly, by Node.
+"""An exported file in ONNX Runtime's JavaScript: in Node, and by the lines of docs/export.md in a browser.
 
 `make test-interop` puts the packages into build/javascript.
 """
 
+import json
+import re
 import shutil
 import subprocess
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
+from browser import find_browser, open_page
 from numpy.typing import NDArray
 from support import ROOT
 
@@ -73,3 +79,43 @@ def test_node_makes_the_images_of_python(runtime: str, same: bool, network: dict
     off = np.abs(found.astype(int) - expected)
     assert off.max() <= (0 if same else 1)
     assert (off > 0).mean() <= 0.005
+
+
+@pytest.mark.skipif(find_browser() is None, reason="Chromium is not installed; `make system` installs it")
+@pytest.mark.parametrize("network", [{}, {"channels": 1}, {"channels": 4}])
+def test_the_lines_of_the_page_draw_a_sample_in_a_browser(network: dict[str, object], tmp_path: Path) -> None:
+    (page,) = re.findall(r"```html\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    assert len(page.splitlines()) <= 15
+    config = write_model(tmp_path, **network)
+    z = latents(0, Purpose.SAMPLE, 0, 1, config.latent_dim)
+    drawn = json.dumps(((z[0].astype(float) + 1) / 2).tolist())
+    given = f"<script>const drawn = {drawn}; Math.random = () => drawn.shift();</script>"
+    (tmp_path / "index.html").write_text(f'<link rel="icon" href="data:,">{given}{page}')
+    (tmp_path / "onnxruntime-web").symlink_to(PACKAGES / "onnxruntime-web")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    pixels = (
+        "(c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data])(document.querySelector('canvas'))"
+    )
+    wait = f"new Promise(r => {{ let n = 0; const t = setInterval(() => {{ if ({pixels}.some(v => v) || ++n > 100) "
+    wait += "{ clearInterval(t); r(n); } }, 100); })"
+    try:
+        scripts = {f"wait {turn}": wait for turn in range(12)} | {"pixels": pixels}
+        url = f"http://127.0.0.1:{server.server_port}/index.html"
+        seen = open_page(url, tmp_path / "profile", width=400, height=300, dark=False, scripts=scripts)
+    finally:
+        server.shutdown()
+    assert [error for error in seen.errors if "read-frequently" not in error] == []  # advice; the test does the reading
+    expected = ours(tmp_path, z)[0].astype(int)
+    rgba = np.array(seen.values["pixels"]).reshape(*expected.shape[:2], 4)
+    alpha = expected[..., 3:] if config.channels == 4 else np.full((*expected.shape[:2], 1), 255)
+    assert np.abs(rgba[..., 3:] - alpha).max() <= 1
+    lost = 255 / np.maximum(alpha, 1)  # a canvas multiplies by the alpha, and divides when it is read
+    assert (np.abs(rgba[..., :3] - expected[..., :3]) <= 1 + lost * (alpha < 255)).all()
+    assert rgba[..., :3].std() > 0
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder without a log."""
+
+    def log_message(self, *_: object) -> None: ...

@@ -18,6 +18,7 @@ if [ "${2:-}" = slow ]; then
     want debootstrap debootstrap # makes the image's base
     want node nodejs # ONNX Runtime in JavaScript
     want npm npm
+    want strace strace # no program asks the network for anything
     want slurmctld "slurmctld slurmd slurm-client munge" # runs the chain as jobs
 fi
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from export_cases import Export
+from picture_files import make_folder
 
 NOBODY = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
 """Runs a command as a user whom the system's list does not have."""
@@ -42,6 +43,49 @@ def test_nothing_is_reported_or_left_behind(exported: Export, tmp_path: Path) ->
     python(SAMPLE, exported.model, before=watch if shutil.which("strace") else [], home=home)
     assert [str(path) for path in home.rglob("*")] == []
     assert not trace.exists() or "AF_INET" not in trace.read_text()
+
+
+PROGRAMS = {
+    "build": "dcgan-data build folder PICTURES DATA --size 32 --shard-images 40 --workers 1",
+    "train": "train --data DATA --out RUN network.image_size=32 network.width=4 recipe.batch=16 recipe.streams=8 "
+    "schedule.total_images=64 schedule.evaluate_samples=64",
+    "onnx": "dcgan-export onnx --ckpt RUN --out MODEL --max-batch 16 --parity-images 16",
+    "bench": "dcgan-export bench --ckpt RUN --model MODEL/model.onnx --out BENCH --quick --batch 2",
+    "generate": "dcgan-generate --model MODEL/model.onnx --count 32 --out SAMPLES",
+    "swd": "dcgan-eval swd --samples SAMPLES --data DATA --count 32 --out EVAL",
+    "report": "dcgan-eval report RUN --out EVAL/report.html",
+}
+MAIN = {
+    "dcgan-data": "pipeline.data.cli:main",
+    "train": "pipeline.train:run",
+    "dcgan-export": "export.cli:main",
+    "dcgan-generate": "deploy.generate:main",
+    "dcgan-eval": "pipeline.evaluation.cli:main",
+}
+CACHES = (".cache/matplotlib", ".config/matplotlib")
+"""What stays in a home folder: matplotlib's list of fonts."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed; `make system-slow` installs it")
+def test_no_program_asks_the_network_for_anything(tmp_path: Path) -> None:
+    """From pictures to a report: every connection is to this machine, and no name is asked for."""
+    make_folder(tmp_path / "PICTURES", 80)
+    home = tmp_path / "home"
+    home.mkdir()
+    for name, line in PROGRAMS.items():
+        program, *words = line.split()
+        arguments = [str(tmp_path / word) if word.split("/")[0].isupper() else word for word in words]
+        module, function = MAIN[program].split(":")
+        code = f"import sys; sys.argv[0] = {program!r}; from {module} import {function}; {function}()"
+        trace = tmp_path / f"{name}.trace"
+        watch = ["strace", "-f", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", str(trace)]
+        python(code, *arguments, before=watch, home=home)
+        asked = [call for call in trace.read_text().splitlines() if "AF_INET" in call]
+        assert [call for call in asked if "127.0.0.1" not in call and '"::1"' not in call] == [], name
+        left = [str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()]
+        assert [path for path in left if not path.startswith(CACHES)] == [], name
+    assert (tmp_path / "EVAL" / "report.html").exists()
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from hardware import describe  # benchmarks/hardware.py
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.common.machine import has_amx
 from pipeline.config import RunConfig, load_config
 from pipeline.model.latents import latent_batches
 from pipeline.model.losses.non_saturating import discriminator_loss, generator_loss
@@ -294,7 +295,7 @@ def main() -> None:
             "ours": ours(config),
             "ours, compiled": ours(levers),
         }
-        if "amx_bf16" in Path("/proc/cpuinfo").read_text():  # elsewhere bf16 is twenty times slower than fp32
+        if has_amx():  # elsewhere bf16 is twenty times slower than fp32
             arms["tutorial, bf16"] = tutorial(config, bf16=True)
             arms["ours, bf16"] = ours(config, "bf16")
             arms["ours, bf16, compiled"] = ours(levers, "bf16")

@@ -116,6 +116,8 @@ class NetworkConfig(Section):
     """D's last layer: one convolution over the last maps, 4x4 (the paper's), or global average pooling."""
     bias: bool = Field(False, exclude_if=lambda chosen: not chosen)
     """Add a bias in layers without BatchNorm (G's last, D's first and last), as some others' do. Only for dcgan."""
+    first_batchnorm: Literal["channel", "unit"] = Field("channel", exclude_if=lambda kind: kind == "channel")
+    """G's first BatchNorm: one for each channel, or for each unit, as in the authors' code. Only for dcgan."""
     latent_dim: int = Field(100, ge=1, le=4096)
     """Values in z."""
     latent_distribution: Literal["uniform", "normal"] = "uniform"

@@ -15,7 +15,7 @@ def test_every_preset_is_valid(name: str) -> None:
 
 
 def test_the_presets_of_the_mission_are_there() -> None:
-    wanted = {"demo", "tutorial64", "paper64", "lsun_bedroom", "faces", "cifar32", "imagenet32"}
+    wanted = {"demo", "tutorial64", "paper64", "authors64", "lsun_bedroom", "faces", "cifar32", "imagenet32"}
     assert wanted <= set(preset_names())
     assert stage_widths(load_config("paper64").network) == [1024, 512, 256, 128]
     assert stage_widths(load_config("tutorial64").network) == [512, 256, 128, 64]

@@ -148,7 +148,8 @@ def _is_hash(value: Any) -> bool:
 
 
 def _differences(theirs: NetworkConfig, ours: NetworkConfig) -> list[tuple[str, Any, Any]]:
-    names = ("architecture", "image_size", "channels", "width", "kernel_size", "upsampling", "head", "bias", "label")
+    layers = ("kernel_size", "upsampling", "head", "bias", "first_batchnorm")
+    names = ("architecture", "image_size", "channels", "width", *layers, "label")
     return [(n, getattr(theirs, n), getattr(ours, n)) for n in names if getattr(theirs, n) != getattr(ours, n)]
 
 

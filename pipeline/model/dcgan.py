@@ -32,17 +32,27 @@ def make_head(config: "NetworkConfig", inputs: int, *, bias: bool = False) -> nn
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(inputs, 1, 1))
 
 
+def _first_maps(config: "NetworkConfig", outputs: int) -> Iterator[nn.Module]:
+    """Make normalized maps (N, outputs, h, w) of z (N, latent_dim, 1, 1)."""
+    height, width = config.stages[1:]
+    if config.first_batchnorm == "channel":
+        yield nn.ConvTranspose2d(config.latent_dim, outputs, (height, width), bias=False)
+        yield BatchNorm2d(outputs)
+        return
+    units = outputs * height * width
+    yield nn.ConvTranspose2d(config.latent_dim, units, 1, bias=False)  # the same weights, each pixel a channel
+    yield BatchNorm2d(units)
+    yield nn.Flatten()
+    yield nn.Unflatten(1, (outputs, height, width))
+
+
 class Generator(networks.Generator):
     """z (N, latent_dim) float -> images (N, channels, height, width) float in [-1, 1]."""
 
     def __init__(self, config: "NetworkConfig") -> None:
         super().__init__(config)
         widths = stage_widths(config)
-        layers: list[nn.Module] = [
-            nn.ConvTranspose2d(config.latent_dim, widths[0], config.stages[1:], bias=False),  # (N, widths[0], h, w)
-            BatchNorm2d(widths[0]),
-            nn.ReLU(inplace=True),
-        ]
+        layers = [*_first_maps(config, widths[0]), nn.ReLU(inplace=True)]
         for inputs, outputs in zip(widths, widths[1:], strict=False):
             layers += [*self._upsample(inputs, outputs), BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         layers += [*self._upsample(widths[-1], config.channels, bias=config.bias), nn.Tanh()]

@@ -71,7 +71,7 @@ def check(config: NetworkConfig, folder: Path, precision: ComputePrecision, batc
     [
         (NetworkConfig(width=8), "fp32"),
         (NetworkConfig(width=8, upsampling="bilinear", channels=1), "fp16"),
-        (NetworkConfig(width=4, image_size=128, kernel_size=5, channels=1), "fp32"),
+        (NetworkConfig(width=4, image_size=128, kernel_size=5, channels=1, first_batchnorm="unit"), "fp32"),
         (NetworkConfig(width=8, image_size=32, upsampling="bilinear", latent_distribution="normal"), "fp32"),
         (NetworkConfig(width=8, image_size=32, kernel_size=5, latent_dim=64), "fp16"),
     ],

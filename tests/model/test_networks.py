@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.common.errors import ConfigConflict
 from pipeline.config import NetworkConfig
 from pipeline.model.dcgan import stage_widths
 from pipeline.model.networks import build_discriminator, build_generator, initialize
@@ -90,3 +91,28 @@ def test_initial_shifts_are_zero_whatever_was_there() -> None:
         nn.init.ones_(parameter)
     initialize(network, 0, lane=0)
     assert not any(value.any() for name, value in network.state_dict().items() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize("size", [64, "96x64"])
+def test_batchnorm_of_each_unit_is_that_of_a_linear_layer_before_its_maps_are_shaped(size: int | str) -> None:
+    config = NetworkConfig(image_size=size, width=4, latent_dim=6, first_batchnorm="unit")
+    generator, z = build_generator(config).double(), torch.rand(8, 6, dtype=torch.float64) * 2 - 1
+    initialize(generator, 0, lane=0)
+    height, width = config.stages[1:]
+    weight, scale = (generator.state_dict()[f"layers.{layer}.weight"] for layer in (0, 1))
+    assert weight.shape == (6, 32 * height * width, 1, 1)
+    units = z @ weight[:, :, 0, 0]
+    deviation = (units.var(0, correction=0) + 1e-5).sqrt()
+    expected = ((units - units.mean(0)) / deviation * scale).relu().view(8, 32, height, width)
+    torch.testing.assert_close(generator.feature_maps(z, 4), expected)
+
+
+def test_batchnorm_of_each_unit_is_folded_into_one_bias_for_each() -> None:
+    config = NetworkConfig(width=4, latent_dim=6, first_batchnorm="unit")
+    generator, z = build_generator(config), torch.rand(64, 6) * 2 - 1
+    generator(z)
+    folded = generator.eval().folded()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(z), generator(z), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ConfigConflict, match=r"first_batchnorm=unit: .*leave network\.first_batchnorm out"):
+        build_generator(config.model_copy(update={"architecture": "residual"}))

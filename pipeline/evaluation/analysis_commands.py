@@ -60,15 +60,21 @@ def probe(
         typer.Option(help="Class-balanced labels of a draw (SVHN: 1000); by default all labels, once.", min=2),
     ] = None,
     draws: Annotated[int, typer.Option(help="Number of draws.", min=1)] = 100,
+    control: Annotated[
+        int,
+        typer.Option(
+            help="Also train a supervised CNN so many times, each with other settings (the paper: 64).", min=0
+        ),
+    ] = 0,
     limit: Limit = None,
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
     """Linear SVM on the discriminator's features, on raw pixels and on an untrained D (section 5)."""
     folder = output_folder(out, ckpt)
-    from pipeline.evaluation.paper.probe import Protocol, run_probe
+    from pipeline.evaluation.paper.probing.probe import Protocol, run_probe
 
-    protocol = Protocol(labels, draws, seed)
+    protocol = Protocol(labels, draws, seed, control)
     numbers = run_probe(folder, ckpt=ckpt, data=data, label=label, test_data=test_data, limit=limit, protocol=protocol)
     show(dict(numbers), folder, "probe")
 

@@ -13,7 +13,8 @@ from PIL import Image, ImageSequence
 
 from pipeline.common.imaging import save_png
 from pipeline.evaluation.cli import app
-from pipeline.evaluation.paper import arithmetic, features, forget, memorization, probe, turn
+from pipeline.evaluation.paper import arithmetic, features, forget, memorization, turn
+from pipeline.evaluation.paper.probing import probe
 
 COMMANDS = {
     "swd": "swd --ckpt {run} --data {data} --count 65 --patches 8 --directions 8",

@@ -1,5 +1,6 @@
 """The probe finds what is planted and nothing in labels that mean nothing; its machine is liblinear's."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from pipeline.evaluation.paper.discriminator_features import (
     measure_batchnorm,
     random_discriminator,
 )
-from pipeline.evaluation.paper.linear_svm import balanced_draw, choose_c, fit
-from pipeline.evaluation.paper.probe import Protocol, probe, run_probe
+from pipeline.evaluation.paper.probing import supervised
+from pipeline.evaluation.paper.probing.linear_svm import balanced_draw, choose_c, fit
+from pipeline.evaluation.paper.probing.probe import Protocol, probe, run_probe
 from pipeline.model.networks import build_discriminator
 
 
@@ -86,12 +88,20 @@ def test_it_recovers_what_is_planted_and_finds_nothing_in_shuffled_labels() -> N
     assert np.mean(found) == pytest.approx(0.5, abs=0.045)  # three deviations of the mean of 6 x 200 coins
 
 
-def test_the_command_compares_d_with_pixels_and_with_an_untrained_d(run: Path, labeled: Path, tmp_path: Path) -> None:
+def test_the_command_compares_d_with_pixels_an_untrained_d_and_a_supervised_cnn(
+    run: Path, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"ckpt": str(run), "data": str(labeled), "test_data": None, "limit": None}
     numbers = run_probe(tmp_path, label="bright", protocol=Protocol(60, draws=2), **options)  # type: ignore[arg-type]
     assert set(numbers) == {"discriminator", "untrained discriminator", "raw pixels", "majority"}
     assert numbers["raw pixels"] > 0.95 > numbers["majority"]
     assert (tmp_path / "probe.png").is_file()
+    monkeypatch.setattr(supervised, "STEPS", 50)
+    numbers = run_probe(tmp_path, label="bright", protocol=Protocol(None, control=2), **options)  # type: ignore[arg-type]
+    assert numbers["supervised CNN"] > 0.9
+    stored = json.loads((tmp_path / "probe.json").read_text())
+    assert len(stored["results"]["trials"]) == 2
+    assert stored["settings"]["control"] == 2
     numbers = run_probe(tmp_path, label="coin", protocol=Protocol(None), **options)  # type: ignore[arg-type]
     assert numbers["discriminator"] < 0.68
 

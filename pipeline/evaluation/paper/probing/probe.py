@@ -1,5 +1,6 @@
-"""`dcgan-eval probe`: a linear SVM on D's features, on raw pixels and on an untrained D (section 5 of the paper)."""
+"""`dcgan-eval probe`: a linear SVM on D's features, raw pixels and an untrained D, and the control (section 5)."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ from pipeline.common.errors import UsageError
 from pipeline.common.imaging import PIXEL_SCALE, Pixels
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose, permutation
+from pipeline.config import NetworkConfig
 from pipeline.data.labeled import Labeled, load_labeled
 from pipeline.evaluation import charts, inputs, published
 from pipeline.evaluation.confidence import interval_of_mean, wilson
 from pipeline.evaluation.paper.discriminator_features import features, measure_batchnorm, random_discriminator
-from pipeline.evaluation.paper.linear_svm import balanced_draw, choose_c, fit
+from pipeline.evaluation.paper.probing.linear_svm import balanced_draw, choose_c, fit
+from pipeline.evaluation.paper.probing.supervised import TRIALS_FILE, Split, Trial, best_of, search
 from pipeline.evaluation.results import Result
 
 CS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -24,6 +27,7 @@ CS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 TUNING_DRAWS = 10
 VALIDATION = 0.2
 """Share of the training images that C is chosen on."""
+CONTROL = "supervised CNN"
 
 Features = NDArray[np.float32]
 
@@ -35,7 +39,8 @@ class Score:
     accuracy: float
     low: float
     high: float
-    c: float
+    c: float | None
+    """Of the SVM; None of the control, which has none."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Protocol:
     """Class-balanced labels of a draw, or None for all labels, once."""
     draws: int = 100
     seed: int = 0
+    control: int = 0
+    """Trainings of a supervised CNN of D's architecture, each with settings of its own, whose best is shown too."""
 
 
 def run_probe(
@@ -81,6 +88,9 @@ def run_probe(
     for name, network in (("discriminator", trained), ("untrained discriminator", untrained), ("raw pixels", None)):
         x, x_test = (_pixels(s.images) if network is None else features(network, s.images) for s in (learn, test))
         scores[name] = probe(x, truth, x_test, truth_test, protocol, name)
+    trials = _control(out, loaded.config, learn, truth, test, truth_test, protocol) if protocol.control else []
+    if trials:
+        scores[CONTROL] = _score(best_of(trials), len(truth_test))
     majority = max(np.unique(truth_test, return_counts=True)[1]) / len(truth_test)
 
     chart = charts.bars(
@@ -90,17 +100,23 @@ def run_probe(
     best, pixels, chance = scores["discriminator"], scores["raw pixels"], scores["untrained discriminator"]
     draws = f"{protocol.labels:,} labels ({protocol.draws} draws)" if protocol.labels else f"{len(truth):,} labels"
     result.write(
-        {name: asdict(score) for name, score in scores.items()} | {"majority": majority},
+        {name: asdict(score) for name, score in scores.items()}
+        | {"majority": majority}
+        | ({"trials": [trial.model_dump() for trial in trials]} if trials else {}),
         summary=(
             f"A linear SVM on the discriminator's features, trained with {draws}, predicts '{label}' correctly for "
             f"{best.accuracy:.1%} of the test images (95 % interval {best.low:.1%} to {best.high:.1%}). On raw pixels "
             f"it is {pixels.accuracy:.1%}, on an untrained discriminator {chance.accuracy:.1%}; "
             f"the most common class alone is {majority:.1%}."
+            + (f" A supervised CNN of the same architecture reaches {scores[CONTROL].accuracy:.1%}." if trials else "")
             + (f" {without:,} images without this label were left out." if without else "")
         ),
         table=[
             ["features", "accuracy", "95 % interval", "C"],
-            *([n, f"{s.accuracy:.3f}", f"{s.low:.3f} to {s.high:.3f}", f"{s.c:g}"] for n, s in scores.items()),
+            *(
+                [n, f"{s.accuracy:.3f}", f"{s.low:.3f} to {s.high:.3f}", "" if s.c is None else f"{s.c:g}"]
+                for n, s in scores.items()
+            ),
             ["most common class", f"{majority:.3f}", "", ""],
         ],
         published=[asdict(entry) for entry in published.PROBE],
@@ -141,6 +157,39 @@ def probe(
             accuracies.append(fit(x[rest][rows], truth[rest][rows], [c])[0].accuracy(x_test, truth_test))
             progress.advance(1)
     return Score(float(np.mean(accuracies)), *interval_of_mean(accuracies), c)
+
+
+def _control(
+    out: Path,
+    config: NetworkConfig,
+    learn: Labeled,
+    truth: NDArray[Any],
+    test: Labeled,
+    truth_test: NDArray[Any],
+    protocol: Protocol,
+) -> list[Trial]:
+    """Return the control's trials. It learns from the SVM's first draw, and its settings are chosen as C is."""
+    held, rest = _parts(truth)
+    names = np.unique(np.concatenate([truth, truth_test]))
+    classes, classes_test = np.searchsorted(names, truth), np.searchsorted(names, truth_test)
+    rows = next(_draws(truth[rest], protocol, 1, lane=1))
+    asked = asdict(protocol) | {"draws": 1, "control": None}  # more trials go on where fewer ended
+    sources = [learn.description["fingerprint"], test.description["fingerprint"], len(truth), len(truth_test)]
+    key = json.dumps([asked, sources, config.model_dump(mode="json")])
+    return search(
+        config,
+        Split(learn.images[rest][rows], classes[rest][rows]),
+        Split(learn.images[held], classes[held]),
+        Split(test.images, classes_test),
+        protocol.control,
+        protocol.seed,
+        out / TRIALS_FILE,
+        key,
+    )
+
+
+def _score(trial: Trial, images: int) -> Score:
+    return Score(trial.test, *wilson(trial.test, images), None)
 
 
 def _parts(truth: NDArray[Any]) -> tuple[slice, slice]:

@@ -134,6 +134,7 @@ REFUSED: list[tuple[str, int]] = [
     ("eval turn --ckpt {nosuch} --out OUT", 65),
     ("eval neighbors --ckpt {nosuch} --data {shards} --out OUT", 65),
     ("eval memorization --ckpt {nosuch} --data {shards} --out OUT", 65),
+    ("eval memorization --ckpt {nosuch} --data {shards} --extractor nosuch --out OUT", 2),
     ("eval features --ckpt {nosuch} --data {shards} --out OUT", 65),
     ("eval forget --ckpt {nosuch} --out OUT", 65),
     ("eval report {texts} --out OUT/report.html", 65),

@@ -13,16 +13,20 @@ from pipeline.evaluation.options import (
     ClassifierFile,
     Count,
     Data,
+    ExtractorHash,
     Labels,
     Limit,
+    NeighborExtractor,
     OfLabel,
     OptionalCkpt,
     OptionalData,
     Out,
+    Resize,
     Samples,
     Seed,
     WantedLabel,
     names_of,
+    open_extractor,
     show,
 )
 from pipeline.evaluation.results import output_folder
@@ -268,12 +272,17 @@ def neighbors(
     limit: Limit = None,
     out: Out = None,
     seed: Seed = 0,
+    extractor: NeighborExtractor = None,
+    extractor_sha256: ExtractorHash = None,
+    resize: Resize = None,
 ) -> None:
-    """Show the nearest real images of samples, by pixels and by the discriminator's features."""
+    """Show the nearest real images of samples, by pixels, by the discriminator's features and by an extractor's."""
     folder = output_folder(out, ckpt)
+    network = open_extractor(extractor, extractor_sha256, resize)
     from pipeline.evaluation.paper.neighbors import run_neighbors
 
-    show(dict(run_neighbors(folder, ckpt=ckpt, data=data, count=count, limit=limit, seed=seed)), folder, "neighbors")
+    numbers = run_neighbors(folder, ckpt=ckpt, data=data, count=count, limit=limit, seed=seed, extractor=network)
+    show(dict(numbers), folder, "neighbors")
 
 
 @commands.command()
@@ -287,12 +296,18 @@ def memorization(
     limit: Limit = None,
     out: Out = None,
     seed: Seed = 0,
+    extractor: NeighborExtractor = None,
+    extractor_sha256: ExtractorHash = None,
+    resize: Resize = None,
 ) -> None:
     """Learned or memorized: distances to held-out images, hash collisions, smooth walks (sections 3, 6.1)."""
     folder = output_folder(out, ckpt)
+    network = open_extractor(extractor, extractor_sha256, resize)
     from pipeline.evaluation.paper.memorization import run_memorization
 
-    numbers = run_memorization(folder, ckpt=ckpt, data=data, held_out=held_out, most=most, limit=limit, seed=seed)
+    numbers = run_memorization(
+        folder, ckpt=ckpt, data=data, held_out=held_out, most=most, limit=limit, seed=seed, extractor=network
+    )
     show(numbers, folder, "memorization")
 
 

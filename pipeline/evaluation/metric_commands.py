@@ -7,29 +7,25 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.common.errors import UsageError
 from pipeline.evaluation.options import (
+    EXTRACTORS,
     Count,
     Data,
+    ExtractorHash,
     OptionalCkpt,
     OptionalData,
     Out,
+    Resize,
     Samples,
     Seed,
     WantedLabel,
     names_of,
+    open_extractor,
     show,
 )
 from pipeline.evaluation.results import output_folder
 
 commands = typer.Typer()
-
-EXTRACTORS = (
-    "inception (that of published numbers; 96 MB, fetched once), fallback, or path or URL of a .pt (TorchScript), "
-    ".onnx or classifier.safetensors."
-)
-ExtractorHash = Annotated[str | None, typer.Option(help="SHA-256 of the extractor; required for a URL.")]
-Resize = Annotated[int | None, typer.Option(help="Resize images to this many pixels for the extractor.", min=1)]
 
 
 @commands.command()
@@ -89,9 +85,7 @@ def labels(
 ) -> None:
     """Whether samples show the class that was wanted, by a classifier trained on real images; SWD and FID by class."""
     folder = output_folder(out, ckpt)
-    if extractor is None and not (extractor_sha256 is None and resize is None):
-        raise UsageError("--extractor-sha256 and --resize are of an --extractor, and none is named")
-    from pipeline.evaluation.metrics.extractors import load_extractor
+    network = open_extractor(extractor, extractor_sha256, resize)
     from pipeline.evaluation.metrics.labels import measure_labels
 
     numbers = measure_labels(
@@ -103,7 +97,7 @@ def labels(
         count=count,
         seed=seed,
         epochs=epochs,
-        extractor=None if extractor is None else load_extractor(extractor, extractor_sha256, resize=resize),
+        extractor=network,
     )
     show(dict(numbers), folder, "labels")
 

@@ -1,11 +1,14 @@
 """The options that several commands of dcgan-eval share, and how their numbers are printed."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.common.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.metrics.extractors import Extractor
 
 Ckpt = Annotated[str, typer.Option(help="A run, a checkpoint, or a weights file; path or URL.", show_default=False)]
 OptionalCkpt = Annotated[str | None, typer.Option(help="A run, a checkpoint, or a weights file; path or URL.")]
@@ -55,6 +58,28 @@ Labels = Annotated[
         "--label", help="Classes of a conditional --ckpt to walk in or between, such as 3,5,8; by default all."
     ),
 ]
+
+
+EXTRACTORS = (
+    "inception (that of published numbers; 96 MB, fetched once), fallback, or path or URL of a .pt (TorchScript), "
+    ".onnx or classifier.safetensors."
+)
+ExtractorHash = Annotated[str | None, typer.Option(help="SHA-256 of the extractor; required for a URL.")]
+Resize = Annotated[int | None, typer.Option(help="Resize images to this many pixels for the extractor.", min=1)]
+NeighborExtractor = Annotated[
+    str | None, typer.Option("--extractor", help=f"Also nearest by the features of this network: {EXTRACTORS}")
+]
+
+
+def open_extractor(extractor: str | None, sha256: str | None, resize: int | None) -> "Extractor | None":
+    """Return the extractor that an optional --extractor names. Raises UsageError for options of one without it."""
+    if extractor is None:
+        if not (sha256 is None and resize is None):
+            raise UsageError("--extractor-sha256 and --resize are of an --extractor, and none is named")
+        return None
+    from pipeline.evaluation.metrics.extractors import load_extractor
+
+    return load_extractor(extractor, sha256, resize=resize)
 
 
 def names_of(label: str) -> list[str]:

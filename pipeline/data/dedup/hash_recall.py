@@ -14,13 +14,15 @@ SAMPLE = 1000
 """Images that are copied."""
 
 
-def _shifted(images: Pixels, down: int, right: int) -> Pixels:
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+def shifted(images: Pixels, down: int, right: int) -> Pixels:
+    """Move images (N, H, W, C) by so many pixels; the edge that they leave repeats its last pixels."""
     height, width = images.shape[1:3]
-    return np.asarray(padded[:, 1 - down : 1 - down + height, 1 - right : 1 - right + width])
+    padded = np.pad(images, ((0, 0), (down, 0), (right, 0), (0, 0)), mode="edge")
+    return np.asarray(padded[:, :height, :width])
 
 
-def _brighter(images: Pixels, factor: float) -> Pixels:
+def brighter(images: Pixels, factor: float) -> Pixels:
+    """Multiply the values of uint8 images."""
     return np.asarray(np.clip(images * np.float32(factor) + 0.5, 0, 255), np.uint8)
 
 
@@ -33,10 +35,10 @@ COPIES: dict[str, Callable[[Pixels], Pixels]] = {
     "JPEG quality 90": lambda images: _jpeg(images, 90),
     "JPEG quality 75": lambda images: _jpeg(images, 75),
     "JPEG quality 50": lambda images: _jpeg(images, 50),
-    "shift by 1 pixel, x": lambda images: _shifted(images, 0, 1),
-    "shift by 1 pixel, y": lambda images: _shifted(images, 1, 0),
-    "brightness +2 %": lambda images: _brighter(images, 1.02),
-    "brightness -2 %": lambda images: _brighter(images, 0.98),
+    "shift by 1 pixel, x": lambda images: shifted(images, 0, 1),
+    "shift by 1 pixel, y": lambda images: shifted(images, 1, 0),
+    "brightness +2 %": lambda images: brighter(images, 1.02),
+    "brightness -2 %": lambda images: brighter(images, 0.98),
 }
 
 

@@ -26,6 +26,7 @@ from pipeline.evaluation.metrics.protocols import NETWORKS, fetch_network
 FALLBACK = "fallback"
 FALLBACK_NAME = "dcgan-fallback-v1 (untrained convolutions; never compare with published numbers)"
 FALLBACK_SEED = 20151119
+TORCHSCRIPT = (".pt", ".pth", ".jit")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Extractor(ABC):
     def extract(self, images: Pixels) -> Extraction:
         """Return the features of images uint8 (N, H, W, C); gray and RGBA become RGB where needed."""
 
+    def protocol(self) -> dict[str, str | None]:
+        """Return what a protocol says of the extractor."""
+        resize = f"{self.resize} pixels, bilinear, antialiased, rounded to uint8" if self.resize is not None else None
+        return {"extractor": self.name, "extractor_sha256": self.sha256, "resize": resize}
+
 
 def load_extractor(reference: str, sha256: str | None = None, *, resize: int | None = None) -> Extractor:
     """Return the extractor that `--extractor` names: `fallback`, `inception`, or a .pt, .onnx or .safetensors.
@@ -64,6 +70,11 @@ def load_extractor(reference: str, sha256: str | None = None, *, resize: int | N
     if is_url(reference) and sha256 is None:
         raise UsageError(f"--extractor {reference}: a URL needs --extractor-sha256, which pins the file")
     store, name = locate(reference)
+    if not name.endswith((".onnx", ".safetensors", *TORCHSCRIPT)):
+        raise UsageError(
+            f"--extractor {reference}: expected {FALLBACK}, {', '.join(NETWORKS)}, or a .pt (TorchScript), .onnx or "
+            ".safetensors file"
+        )
     data = store.read(name)
     found = sha256_bytes(data)
     if sha256 is not None and sha256.lower() != found:
@@ -74,12 +85,7 @@ def load_extractor(reference: str, sha256: str | None = None, *, resize: int | N
         return OnnxExtractor(data, name, found, resize)
     if name.endswith(".safetensors"):
         return ClassifierExtractor(data, name, found)
-    if name.endswith((".pt", ".pth", ".jit")):
-        return TorchScriptExtractor(data, name, found, resize)
-    raise UsageError(
-        f"--extractor {reference}: expected {FALLBACK}, {', '.join(NETWORKS)}, or a .pt (TorchScript), .onnx or "
-        ".safetensors file"
-    )
+    return TorchScriptExtractor(data, name, found, resize)
 
 
 class FallbackExtractor(Extractor):

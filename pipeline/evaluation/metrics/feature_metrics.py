@@ -145,11 +145,7 @@ class Measurement:
             network = published(self.extractor.sha256)
             self.result.protocol = {
                 **inputs.preparations(self.result.subject, self.result.data),
-                "extractor": self.extractor.name,
-                "extractor_sha256": self.extractor.sha256,
-                "resize": None
-                if self.request.resize is None
-                else f"{self.request.resize} pixels, bilinear, antialiased, rounded to uint8",
+                **self.extractor.protocol(),
                 "images": self.fakes.count,
                 "images_real": None if self.reals is None else self.reals.count,
                 **details,

@@ -17,8 +17,8 @@ from pipeline.common.errors import UsageError
 from pipeline.common.imaging import Pixels
 from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.device import device, to_network
+from pipeline.evaluation.nearest.nearest import gather
 from pipeline.evaluation.paper.discriminator_features import measure_batchnorm, random_discriminator
-from pipeline.evaluation.paper.nearest import gather
 from pipeline.evaluation.results import Result
 from pipeline.model.networks import Discriminator
 from pipeline.model.sampling import to_uint8

@@ -15,7 +15,10 @@ from pipeline.data.dedup.semantic_hash import THRESHOLD_IMAGES, SemanticHash
 from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.confidence import wilson
 from pipeline.evaluation.images import GeneratedImages, Images, WithProgress, first
-from pipeline.evaluation.paper.nearest import Nearest, Rows, flat, gather
+from pipeline.evaluation.metrics.extractors import Extractor
+from pipeline.evaluation.nearest import copies
+from pipeline.evaluation.nearest.feature_space import FeatureSpace
+from pipeline.evaluation.nearest.nearest import Nearest, Rows, flat, gather
 from pipeline.evaluation.paper.walks import spherical, unevenness
 from pipeline.evaluation.results import Result
 from pipeline.model.labels import generator_inputs
@@ -26,6 +29,10 @@ SIZES = (1_000, 10_000, 100_000)
 """Numbers of samples at which distances are measured; the authors' log for faces has the same."""
 REAL_QUERIES = 1_000
 """Real images whose distance to the nearest sample is measured."""
+COMPARED = 1_000
+"""Samples whose nearest training image is looked for by an extractor's features."""
+SHOWN = 12
+"""Samples that the picture shows: those closest to a training image."""
 WALKS, WALK_STEPS = 64, 33
 HASHED = 4_096
 """Samples, and training images, whose semantic hash is looked for among the training images."""
@@ -39,12 +46,21 @@ FALSE_ALARMS = 0.01
 
 
 def run_memorization(
-    out: Path, *, ckpt: str, data: str, held_out: str | None, most: int, limit: int | None, seed: int
+    out: Path,
+    *,
+    ckpt: str,
+    data: str,
+    held_out: str | None,
+    most: int,
+    limit: int | None,
+    seed: int,
+    extractor: Extractor | None = None,
 ) -> dict[str, Any]:
     """Write memorization.json with its pictures, and return the numbers.
 
     Three questions: are training images nearer to the samples than held-out images are, do samples have the semantic
-    hash of a training image, and do walks in latent space jump?
+    hash of a training image, and do walks in latent space jump? With an extractor a fourth: are samples nearer to
+    training images than these are to each other, by its features?
     """
     loaded, subject = inputs.any_generator(ckpt)
     shape = inputs.shape_of(loaded.config)
@@ -96,8 +112,46 @@ def run_memorization(
         f"{collided['planted_copies_found']:.0%} of near copies planted in the training set (shifted by a pixel, 2 % "
         f"brighter or darker, JPEG at 90 to 50), equal codes {collided['planted_copies_equal']:.0%}."
     )
-    result.write(numbers, summary=f"{distances} {walks} {hashes}")
+    result.protocol = {
+        **inputs.preparations(subject, description),
+        "images": most,
+        "images_real": trained.count,
+        "distance": "root mean square difference of pixels, in gray levels",
+        "queries": f"at most {REAL_QUERIES:,} real images of each set",
+        "hash": f"128 bits, learned from at most {THRESHOLD_IMAGES:,} training images; of {HASHED:,} samples",
+        "walks": WALKS,
+    }
+    summary = f"{distances} {walks} {hashes}"
+    if extractor is not None:
+        some = gather(inputs.reals(data, min(trained.count, REAL_QUERIES), shape)[0], "training images")
+        found = _by_features(result, trained, some, loaded.generator, extractor, seed)
+        numbers |= found
+        summary += f" {copies.feature_summary(found, COMPARED)}"
+    result.write(numbers, summary=summary)
     return numbers
+
+
+def _by_features(
+    result: Result, trained: Images, some: Pixels, generator: Generator, extractor: Extractor, seed: int
+) -> dict[str, float]:
+    """Add the training images nearest to samples by an extractor's features; return the numbers. `some` are the first.
+
+    The picture shows the samples that are closest to a training image.
+    """
+    samples = gather(GeneratedImages(generator, COMPARED, seed), "samples to compare")
+    searches = copies.spaces(samples, some, FeatureSpace(extractor, some))
+    copies.look(searches, trained, "looking for neighbors")
+    closest = np.argsort(searches[copies.FEATURES].samples.distance, kind="stable")[:SHOWN]
+    rows = [(f"nearest training image by {name}", search.pictures[closest]) for name, search in searches.items()]
+    sheet = charts.sheet([("samples", samples[closest]), *reversed(rows)], SHOWN)
+    result.picture(sheet, "The samples closest to a training image by the extractor's features", "-closest")
+    told = copies.protocol(searches, trained)
+    result.protocol |= {
+        **extractor.protocol(),
+        **{name: told[name] for name in ("feature_distance", "real_to_real", "planted_copies")},
+        "feature_images": COMPARED,
+    }
+    return copies.feature_numbers(searches)
 
 
 def _curve_chart(curves: dict[str, list[float]], sizes: list[int]) -> Figure:

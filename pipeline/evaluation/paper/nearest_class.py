@@ -16,7 +16,7 @@ from pipeline.evaluation.confidence import wilson
 from pipeline.evaluation.device import opaque
 from pipeline.evaluation.images import BLOCK
 from pipeline.evaluation.metrics.class_samples import ClassSamples, Places, load_reals, open_class_samples
-from pipeline.evaluation.paper.nearest import Nearest, flat
+from pipeline.evaluation.nearest.nearest import Nearest, flat
 from pipeline.evaluation.results import Result
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)

@@ -15,6 +15,8 @@ from pipeline.data.dedup.semantic_hash import SemanticHash
 from pipeline.data.labeled import load_labeled
 from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.images import ArrayImages, GeneratedImages
+from pipeline.evaluation.nearest import copies
+from pipeline.evaluation.nearest.nearest import Nearest, flat
 from pipeline.evaluation.paper import memorization, neighbors
 from pipeline.evaluation.paper.memorization import (
     calibrate,
@@ -23,7 +25,6 @@ from pipeline.evaluation.paper.memorization import (
     nearest_code,
     run_memorization,
 )
-from pipeline.evaluation.paper.nearest import Nearest, flat
 from pipeline.evaluation.paper.neighbors import run_neighbors
 
 
@@ -55,7 +56,7 @@ def test_memory_does_not_grow_with_the_training_set(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peak_bytes: Callable[[Callable[[], object]], int]
 ) -> None:
     monkeypatch.setattr(memorization, "REAL_QUERIES", 50)
-    monkeypatch.setattr(neighbors, "REAL_QUERIES", 50)
+    monkeypatch.setattr(copies, "REAL_QUERIES", 50)
     monkeypatch.setattr(neighbors, "BATCHNORM_IMAGES", 128)
     monkeypatch.setattr(memorization, "THRESHOLD_IMAGES", 128)
     monkeypatch.setattr(memorization, "HASHED", 64)

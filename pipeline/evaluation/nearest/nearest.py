@@ -22,6 +22,8 @@ class Nearest:
         """Root mean square difference to it."""
         self.seen = 0
         """Number of references so far."""
+        self.width = queries.shape[1]
+        """Numbers of a row."""
         self._queries, self._skip_self = queries, skip_self
 
     def update(self, references: Rows) -> NDArray[np.int64]:
@@ -33,7 +35,7 @@ class Nearest:
             own = np.arange(self.seen, min(self.seen + len(references), len(between)))
             between[own, own - self.seen] = torch.inf
         distance, index = (values.numpy() for values in between.min(1))
-        distance = distance / np.float32(np.sqrt(self._queries.shape[1]))
+        distance = distance / np.float32(np.sqrt(self.width))
         nearer = np.flatnonzero(distance < self.distance)
         self.index[nearer], self.distance[nearer] = self.seen + index[nearer], distance[nearer]
         self.seen += len(references)

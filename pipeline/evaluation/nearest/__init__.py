@@ -1,0 +1,1 @@
+"""The nearest images of others: by pixels, and by the features of an extractor."""

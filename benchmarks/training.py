@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hardware import describe  # benchmarks/hardware.py
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.common.machine import has_amx
@@ -175,6 +176,17 @@ def limit(arms: dict[str, Update], images: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def shares(update: Update) -> dict[str, float]:
+    """Return the share of an update's processor time that each operation takes, of those with more than a fiftieth."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(4):
+            update()
+    spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    total = sum(spent.values())
+    found = {name: round(time / total, 3) for name, time in spent.items() if time > total / 50}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
 def trainer_rounds(config: RunConfig, data: str, rounds: int, updates: int) -> dict[str, list[float]]:
     """Interleave the whole trainer, with and without a scraped endpoint's cost, and the bare update.
 
@@ -303,6 +315,7 @@ def main() -> None:
         setting = "64x64, width 64, batch 64, fp32 where no other precision is named"
         result["step"] = {"setting": setting, "rounds": options.rounds} | summarize(rates, "tutorial")
         result["step"]["limit"] = limit(arms, 64)
+        result["step"]["shares"] = {name: shares(arms[name]) for name in ("ours", "ours, bf16") if name in arms}
         print(json.dumps(result["step"], indent=1))
     if options.only != "step":
         config = load_config("demo")

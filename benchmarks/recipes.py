@@ -46,7 +46,7 @@ from pipeline.evaluation.metrics.extractors import load_extractor
 from pipeline.evaluation.metrics.feature_distances import kernel_distance
 from pipeline.evaluation.metrics.ms_ssim import ms_ssim
 from pipeline.evaluation.metrics.swd import Sampling, distances, project
-from pipeline.evaluation.paper.nearest import Nearest, flat
+from pipeline.evaluation.nearest.nearest import Nearest, flat
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

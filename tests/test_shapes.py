@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch
 from picture_files import make_picture
 from PIL import Image
-from support import TINY, write_dataset
+from support import ROOT, TINY, Trainer, kill_after_its_first_checkpoint, write_dataset
 from typer.testing import CliRunner
 
 from deploy.generate import main as generate
@@ -22,6 +24,7 @@ from pipeline.config import load_config
 from pipeline.data.cli import main as dcgan_data
 from pipeline.data.dataset import open_dataset
 from pipeline.data.shard_reader import iterate
+from pipeline.evaluation.cli import main as dcgan_eval
 from pipeline.model.footprint import footprint
 from pipeline.train import app, resolve
 from pipeline.training import preflight
@@ -130,6 +133,84 @@ def test_a_shape_goes_all_the_way(
     else:
         said = command(generate, *files, tmp_path / "restored", "--restore-aspect", code=2)
         assert "does not say that its images were stretched" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("size", "channels"), [("28", 1), ("96x64", 3), ("64x96", 4), ("256", 3)])
+def test_a_shape_is_killed_resumed_and_trained_by_two_processes(
+    size: str, channels: int, tmp_path: Path, command: Command, trainer: Trainer
+) -> None:
+    """From a folder of true files to a report, by processes of their own."""
+    source, data, run = (tmp_path / name for name in ("pictures", "data", "run"))
+    options = ["--size", size, "--channels", channels, "--fit", "pad", "--workers", 1]
+    command(dcgan_data, "build", "folder", pictures(source, channels), data, *options)
+    settings = [f"network.image_size={size}", f"network.channels={channels}", *LENGTH]
+    total = 48 + kill_after_its_first_checkpoint(data, run, *settings)
+    for place in (run, tmp_path / "whole"):
+        done = trainer(data, place, *settings, f"schedule.total_images={total}")
+        assert done.returncode == 0, done.stderr
+    name = f"checkpoints/{total:012d}/state.json"
+    files, undisturbed = (json.loads((place / name).read_text())["files"] for place in (run, tmp_path / "whole"))
+    assert files == undisturbed
+
+    launch = [Path(sys.executable).with_name("dcgan-launch"), "--processes", 2, "train", "--data", data]
+    overrides = [*TINY, *settings, "schedule.total_images=32"]
+    done = subprocess.run(
+        [*map(str, launch), "--out", str(tmp_path / "two"), *overrides],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two" / f"checkpoints/{32:012d}/state.json").exists()
+
+    card = export_onnx(str(run), tmp_path / "model", max_batch=8, parity_images=8)
+    assert all(proven.max_uint8_error <= 1 for proven in card.parity)
+    asked = ["--model", tmp_path / "model" / "model.onnx", "--batch", 8, "--backend", "onnxruntime", "--count", 20]
+    asked += ["--format", "packed", "--shard-images", 8]
+    command(generate, *asked, "--out", tmp_path / "one")
+    for part in ("1/2", "0/2"):
+        command(generate, *asked, "--out", tmp_path / "cut", "--part", part)
+    assert np.array_equal(samples(tmp_path / "one"), samples(tmp_path / "cut"))
+    command(dcgan_eval, "report", run, "--out", tmp_path / "report.html")
+    width, _, height = size.partition("x")
+    assert f"{width}×{height or width} pixels" in (tmp_path / "report.html").read_text()
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from pipeline.config import load_config
+from pipeline.training.loop import train
+data, out, *overrides = sys.argv[1:]
+peaks = []
+note = lambda *_: peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+train(load_config(overrides=overrides), data=data, out=Path(out), on_batch=note)
+print(peaks[0], peaks[-1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_updates_at_512_pixels_take_the_memory_that_the_table_says(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", images=16, size=512)
+    sizes = ["network.image_size=512", "network.width=16", "network.latent_dim=8", "recipe.batch=4", "recipe.streams=4"]
+    schedule = ["schedule.total_images=40", "schedule.evaluate_samples=64", "schedule.grid_every_images=4000000"]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(data), str(tmp_path / "run"), *sizes, *schedule],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    before, peak = map(int, done.stdout.split())
+    expected = footprint(load_config(overrides=sizes).network).update_bytes(4)
+    assert peak - before < 2 * expected, "the convolutions' own memory comes on top"
 
 
 def test_a_restored_image_has_no_side_shorter_than_the_networks() -> None:

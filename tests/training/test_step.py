@@ -33,8 +33,7 @@ TINY = ["image_size=32", "width=4", "latent_dim=8", "batch=16", "streams=8"]
 
 def batch_of(config: RunConfig) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     network, count = config.network, config.recipe.batch
-    size = network.image_size
-    reals = np.random.Generator(np.random.Philox(1)).integers(0, 256, (count, size, size, network.channels), np.uint8)
+    reals = np.random.Generator(np.random.Philox(1)).integers(0, 256, (count, *network.image_shape), np.uint8)
     return reals, latents(0, Purpose.TRAIN, 0, count, network.latent_dim)
 
 
@@ -169,6 +168,21 @@ def test_two_processes_equal_one(tmp_path: Path, lever: str) -> None:
             name = next(name for name in expected if name.startswith("e.layers."))
             torch.testing.assert_close(rank[number][name], expected[name], rtol=0, atol=1e-9)
             assert rank[number]["flags"] == 2 * [[False, True]], "buffers are averaged when saving, not sent before D's"
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_at_other_shapes(tmp_path: Path) -> None:
+    shapes = (
+        ["image_size=28", "channels=1"],
+        ["image_size=96x64"],
+        ["image_size=64x96", "channels=4"],
+        ["image_size=256"],
+    )
+    cases = [case(*shape, batchnorm=False) for shape in shapes]
+    (one,) = updates(tmp_path, *cases)
+    for rank in updates(tmp_path, *cases, processes=2):
+        for found, expected in zip(rank, one, strict=True):
+            assert_equal_weights(found, expected, 1e-9)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -119,6 +119,7 @@ REFUSED: list[tuple[str, int]] = [
     ("eval swd --samples {damaged} --data {shards} --out OUT", 65),
     ("eval swd --samples {shards} --data {shards} --out {texts}/notes.txt/x", 2),
     ("eval ms-ssim --samples {nosuch} --out OUT", 65),
+    ("eval ms-ssim --samples {texts}/notes.txt --out OUT", 2),
     ("eval fid --samples {shards} --out OUT", 2),
     ("eval kid --samples {shards} --data {nosuch} --out OUT", 65),
     ("eval is --samples {shards} --out OUT", 2),

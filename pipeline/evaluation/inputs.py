@@ -21,6 +21,7 @@ from pipeline.common.storage import public_name
 from pipeline.config import NetworkConfig
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.index.indexer import make_index
+from pipeline.data.sources.recognize import is_packed
 from pipeline.data.specification import expand, is_dataset, is_specification
 from pipeline.evaluation.device import device
 from pipeline.evaluation.images import GeneratedImages, Images, ShardImages
@@ -105,11 +106,13 @@ def _describe(loaded: LoadedGenerator | LoadedDiscriminator) -> dict[str, Any]:
 
 
 def data_set(location: str, shape: tuple[int, int, int] | None = None, limit: int | None = None) -> Dataset:
-    """Return the data set that --data or --samples names: ours, anyone's tars, or pictures in a folder.
+    """Return the data set that --data or --samples names: ours, anyone's tars, or what `dcgan-data build` reads.
 
-    The images of tars and folders become (height, width, channels) `shape`, or stay as they are. Of a folder, at least
-    the first `limit` are there. Raises UsageError when they are not all of one size and there is no `shape`.
+    The images of others become (height, width, channels) `shape`, or stay as they are. Of what is no tar, at least the
+    first `limit` are there. Raises UsageError when they are not all of one size and there is no `shape`.
     """
+    if is_packed(location):
+        return open_pictures(location, shape, limit)
     if is_specification(location):
         return _index(location, shape)
     return open_dataset(location) if is_dataset(location) else open_pictures(location, shape, limit)
@@ -177,7 +180,7 @@ def reals(
 ) -> tuple[ShardImages, dict[str, Any]]:
     """Return the first `count` images of a data set (all, when it has fewer), with its description.
 
-    Images of tars and folders become (height, width, channels) `shape`.
+    Images of others become (height, width, channels) `shape`.
     """
     images = ShardImages(data_set(data, shape, count), count)
     _check_set(images, data)

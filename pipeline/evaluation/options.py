@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 Ckpt = Annotated[str, typer.Option(help="A run, a checkpoint, or a weights file; path or URL.", show_default=False)]
 OptionalCkpt = Annotated[str | None, typer.Option(help="A run, a checkpoint, or a weights file; path or URL.")]
+FORMS = "tars, or pictures in a folder, zip, .npz, parquet or another form that dcgan-data build recognizes"
 Samples = Annotated[
     str | None,
-    typer.Option(help="Evaluate these samples, not a --ckpt: dcgan-generate's, or anyone's tars or pictures."),
+    typer.Option(help=f"Evaluate these samples, not a --ckpt: dcgan-generate's, or anyone's {FORMS}."),
 ]
-REAL_IMAGES = "Real images: a data set, anyone's tars, or a folder of pictures; path or URL."
+REAL_IMAGES = f"Real images: a data set, or anyone's {FORMS}; path or URL."
 Data = Annotated[str, typer.Option(help=REAL_IMAGES, show_default=False)]
 OptionalData = Annotated[str | None, typer.Option(help=REAL_IMAGES)]
 ClassifierFile = Annotated[

@@ -1,4 +1,4 @@
-"""Pictures as people keep them, opened as a data set for the time of one measurement."""
+"""Pictures as people keep them, in any form that `dcgan-data build` reads, opened as a data set for one measurement."""
 
 import atexit
 import os
@@ -6,11 +6,12 @@ import shutil
 import tempfile
 from collections import Counter
 from itertools import islice
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.imaging import BadImage, Picture, open_image
 from pipeline.common.machine import available_cores
+from pipeline.common.shapes.size import Channels, in_words, written
 from pipeline.common.storage import is_url
 from pipeline.data.build import builder
 from pipeline.data.build.options import DEFAULT_QUALITY, BuildOptions
@@ -18,7 +19,8 @@ from pipeline.data.build.plan import Selection, plan_build
 from pipeline.data.build.transform import Made, Recipe
 from pipeline.data.dataset import Dataset, LabelType
 from pipeline.data.shard_reader import iterate
-from pipeline.data.sources.interface import Item, Listing, Source, read_picture
+from pipeline.data.sources.interface import Item, Listing, Source, gathered, read_picture
+from pipeline.data.sources.recognize import Recognized, recognize
 from pipeline.data.sources.registry import open_source
 
 Shape = tuple[int, int, int]
@@ -26,6 +28,8 @@ Shape = tuple[int, int, int]
 SIDES: dict[str, LabelType] = {"picture_height": "int", "picture_width": "int"}
 """The labels that hold a picture's own size."""
 FILTER = "Pillow's Lanczos filter, antialiased"
+FOLDER = "a folder of pictures"
+EXPECTED = "a data set, tars or pictures"
 PROBED = 64
 """Pictures of which the first usable one gives the size, and all of them whether the set is gray."""
 
@@ -45,12 +49,12 @@ class _Measured(Recipe):
 
 
 def open_pictures(location: str, shape: Shape | None = None, limit: int | None = None) -> Dataset:
-    """Return a data set of the pictures below a folder or URL, which lives as long as this process.
+    """Return a data set of the pictures in a folder, archive, table or array, which lives as long as this process.
 
-    It holds the images that `dcgan-data build folder` stores, in the same order, or the first `limit` of them. They
-    become (height, width, channels) `shape`; without one they keep their size. `source["preparation"]` says what was
-    done to them. Raises UsageError when they are not all squares of one size and there is no `shape`, DataError when
-    there are none, or too many that cannot be used.
+    It holds the images that `dcgan-data build` stores of the source that it recognizes, in the same order, or the first
+    `limit` of them. They become (height, width, channels) `shape`; without one they keep their size.
+    `source["preparation"]` says what was done to them. Raises UsageError when they are not all of one size and there is
+    no `shape`, DataError when there are none, or too many that cannot be used.
     """
     limited, dataset = _opened.get((location, shape), (0, None))
     if dataset is None or (limited is not None and (limit is None or limit > limited)):
@@ -60,20 +64,14 @@ def open_pictures(location: str, shape: Shape | None = None, limit: int | None =
 
 
 def _build(location: str, shape: Shape | None, limit: int | None) -> Dataset:
-    source, description = open_source("folder", location, {})
-    try:
-        listing = source.listing()
-    except (DataError, UsageError):
-        there = is_url(location) or os.path.isdir(location)
-        what = "no dataset.json, no tars and no pictures in it" if there else "no such folder"
-        raise DataError(f"{location}: {what}; expected a data set, tars or pictures") from None
+    kind, what = _recognized(location)
+    source, description = open_source(kind, location, {})
+    advice = f"dcgan-data build {kind} {location} OUT --size N, and name OUT"
+    listing = _listing(location, kind, source, advice)
     height, width, channels = shape or _first_shape(location, source, listing)
-    advice = f"choose it: dcgan-data build folder {location} OUT --size N, and name OUT"
-    if height != width:
-        raise UsageError(f"{location}: its first picture has {width}x{height} pixels, which is no square; {advice}")
     recipe = _Measured(
-        size=height,
-        channels=3 if channels == 3 else 1,
+        size=written(width, height),
+        channels=cast(Channels, channels),
         encoding="packed",
         quality=DEFAULT_QUALITY["packed"],
         min_side=1,
@@ -97,42 +95,70 @@ def _build(location: str, shape: Shape | None, limit: int | None) -> Dataset:
     if shape is None and len(sizes) > 1:
         least, most = min(map(min, sizes)), max(map(max, sizes))
         raise UsageError(
-            f"{location}: its pictures have sides of {least} to {most} pixels, not of one length; {advice}"
+            f"{location}: its pictures have sides of {least} to {most} pixels, not all one size; choose it: {advice}"
         )
     told = {
         **dataset.source,
         "listed": len(listing.items),
-        "preparation": _preparation(sizes, height, dataset.refused.count),
+        "preparation": _preparation(sizes, (height, width), dataset.refused.count)
+        + ("" if what == FOLDER else f"; read as {what}"),
     }
     kept = {name: kind for name, kind in dataset.labels.items() if name not in SIDES}
     return dataset.model_copy(update={"source": told, "labels": kept})
 
 
-def _preparation(sizes: Counter[tuple[int, int]], side: int, refused: int) -> str:
-    """Return what was done to pictures of these (height, width) to make images of `side` pixels."""
-    changed = sizes.total() - sizes[side, side]
-    done = f"{sizes.total():,} pictures of {side}x{side} pixels, as they are"
+def _recognized(location: str) -> Recognized:
+    """Return the source that reads what lies there: where nothing says which, a folder of pictures."""
+    path = location.removeprefix("file://")
+    if not is_url(path) and not os.path.exists(path):  # no name of a data set on the Hub either
+        raise DataError(f"{location}: no such file or folder; expected {EXPECTED}")
+    try:
+        return recognize(location)
+    except UsageError:
+        if os.path.isfile(path):
+            raise
+        return Recognized("folder", FOLDER)
+
+
+def _listing(location: str, kind: str, source: Source, advice: str) -> Listing:
+    try:
+        return source.listing()
+    except UsageError as error:
+        raise UsageError(f"{error}; with options: {advice}") from None
+    except DataError:
+        if kind != "folder" or os.path.isfile(location.removeprefix("file://")):
+            raise
+        raise DataError(f"{location}: no dataset.json, no tars and no pictures in it; expected {EXPECTED}") from None
+
+
+def _preparation(sizes: Counter[tuple[int, int]], shape: tuple[int, int], refused: int) -> str:
+    """Return what was done to pictures of these (height, width) to make images of `shape`."""
+    size = in_words(*reversed(shape))
+    changed = sizes.total() - sizes[shape]
+    done = f"{sizes.total():,} pictures of {size} pixels, as they are"
     if changed:
         of = (
-            "x".join(map(str, next(iter(sizes))[::-1]))
+            in_words(*reversed(next(iter(sizes))))
             if len(sizes) == 1
             else f"{min(map(min, sizes))} to {max(map(max, sizes))}"
         )
+        part = "central square" if shape[0] == shape[1] else "central part of that proportion"
         done = (
-            f"{changed:,} of {sizes.total():,} pictures (sides of {of} pixels) cropped to their central square and "
-            f"resized to {side}x{side} by {FILTER}"
+            f"{changed:,} of {sizes.total():,} pictures (sides of {of} pixels) cropped to their {part} and "
+            f"resized to {size} by {FILTER}"
         )
     return done + (f"; {refused:,} that cannot be read are left out" if refused else "")
 
 
 def _first_shape(location: str, source: Source, listing: Listing) -> Shape:
-    """Return the size of the first usable picture; 1 channel if the first pictures are all gray."""
-    shapes = []
-    for item in islice(listing.items, PROBED):
-        try:
-            shapes.append(_shape(read_picture(source, item)))
-        except BadImage:
-            continue
+    """Return the size of the first usable picture, and the most channels of the first pictures: 1 if all are gray."""
+    shapes, probed = [], list(islice(listing.items, PROBED))
+    with gathered(source, probed) as near:
+        for item in probed:
+            try:
+                shapes.append(_shape(read_picture(near, item)))
+            except BadImage:
+                continue
     if not shapes:
         raise DataError(f"{location}: none of its first {PROBED} pictures can be read")
     height, width, _ = shapes[0]

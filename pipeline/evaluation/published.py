@@ -27,6 +27,10 @@ MS_SSIM = (
 )
 PROBE = (
     PublishedResult("CIFAR-10, D trained on ImageNet-1k, L2-SVM", {"accuracy": 0.828}, f"{PAPER}, table 1"),
+    PublishedResult("CIFAR-10, k-means, one layer (Coates & Ng 2011)", {"accuracy": 0.806}, f"{PAPER}, table 1"),
+    PublishedResult("CIFAR-10, k-means, three layers (Coates & Ng 2011)", {"accuracy": 0.820}, f"{PAPER}, table 1"),
+    PublishedResult("CIFAR-10, view-invariant k-means (Hui 2013)", {"accuracy": 0.819}, f"{PAPER}, table 1"),
+    PublishedResult("CIFAR-10, Exemplar CNN (Dosovitskiy et al. 2015)", {"accuracy": 0.843}, f"{PAPER}, table 1"),
     PublishedResult("SVHN, 1,000 labels, D trained on CIFAR-10", {"error": 0.2248}, f"{PAPER}, table 2"),
     PublishedResult("SVHN, 1,000 labels, supervised CNN", {"error": 0.2887}, f"{PAPER}, table 2, validation images"),
 )

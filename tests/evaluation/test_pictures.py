@@ -1,10 +1,16 @@
 """--samples and --data take pictures as people keep them, and say what was done to them."""
 
+import io
 import json
+import shutil
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from evaluation_cases import Outcome
 from picture_files import make_folder, make_picture
@@ -54,7 +60,7 @@ def test_a_folder_gives_the_images_of_a_build(tmp_path: Path) -> None:
 
 
 def test_what_is_no_set_of_pictures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere: no such folder; expected a data set, tars or pictures"):
+    with pytest.raises(DataError, match=r"nowhere: no such file or folder; expected a data set, tars or pictures"):
         inputs.reals(str(tmp_path / "nowhere"), None, (16, 16, 3))
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"no dataset.json, no tars and no pictures in it"):
@@ -77,3 +83,91 @@ def test_gray_samples_stay_gray_and_classes_are_labels(tmp_path: Path) -> None:
 def test_a_data_set_is_still_a_data_set(labeled: Path) -> None:
     assert inputs.data_set(str(labeled)) == open_dataset(labeled)
     assert inputs.reals(str(labeled), 9)[1]["preparation"] == "as the data set stores them"
+
+
+def encoded() -> list[bytes]:
+    return [encode(make_picture(index, 20, 16), "png") for index in range(5)]
+
+
+def a_zip(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        for index, data in enumerate(encoded()):
+            archive.writestr(f"all/{index}.png", data)
+    return folder / "a.zip"
+
+
+def a_compressed_tar(folder: Path) -> Path:
+    with tarfile.open(folder / "a.tar.gz", "w:gz") as archive:
+        for index, data in enumerate(encoded()):
+            info = tarfile.TarInfo(f"{index}.png")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return folder / "a.tar.gz"
+
+
+def arrays(folder: Path) -> Path:
+    np.savez(folder / "a.npz", images=np.stack([make_picture(index, 20, 16) for index in range(5)]))
+    return folder / "a.npz"
+
+
+def a_table(folder: Path) -> Path:
+    rows = [{"bytes": data, "path": None} for data in encoded()]
+    table = pa.table({"image": rows, "label": [index % 2 for index in range(5)]})
+    pa.parquet.write_table(table, folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+@pytest.mark.parametrize("make", [a_zip, a_compressed_tar, arrays, a_table])
+def test_archives_tables_and_arrays_hold_pictures_too(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    pictures = [make_picture(index, 20, 16) for index in range(5)]
+    file = make(tmp_path)
+    images, description = inputs.fakes(None, str(file), 10, 0)
+    assert images.shape == (16, 20, 3)
+    (block,) = (pixels for _, pixels in images.blocks())
+    assert sorted(image.tobytes() for image in block) == sorted(image.tobytes() for image in pictures)
+    assert description["preparation"].startswith("5 pictures of 20x16 pixels, as they are; read as a")
+    assert description["source"] == file.name
+    if make is a_table:
+        assert inputs.data_set(str(file)).labels == {"label": "int"}
+
+
+def test_one_form_stands_beside_another(tmp_path: Path, evaluate: Callable[..., Outcome]) -> None:
+    reals = make_folder(tmp_path / "reals", 18, size=40)
+    shutil.make_archive(str(tmp_path / "reals"), "zip", reals)
+    np.save(tmp_path / "theirs.npy", np.stack([make_picture(index, 32, 32) for index in range(20)]))
+    done = evaluate("ms-ssim", "--samples", tmp_path / "theirs.npy", "--data", tmp_path / "reals.zip", "--count", 16,
+                    "--out", tmp_path)  # fmt: skip
+    assert done.code == 0, done.err
+    written = json.loads((tmp_path / "ms_ssim.json").read_text())
+    protocol = written["protocol"]
+    assert protocol["samples"] == "16 pictures of 32x32 pixels, as they are; read as a file of arrays"
+    assert protocol["real_images"] == (
+        "16 of 16 pictures (sides of 40x40 pixels) cropped to their central square and resized to 32x32 by Pillow's "
+        "Lanczos filter, antialiased; read as a zip of pictures"
+    )
+    assert (written["data"]["location"], written["data"]["images"]) == ("reals.zip", 18)
+
+
+def test_files_that_hold_no_pictures_are_refused_in_one_line(tmp_path: Path, evaluate: Callable[..., Outcome]) -> None:
+    with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
+        archive.writestr("a.txt", "x")
+    (tmp_path / "cut.zip").write_bytes(a_zip(tmp_path).read_bytes()[:200])
+    np.savez(tmp_path / "numbers.npz", x=np.zeros(3))
+    pa.parquet.write_table(pa.table({"x": [1, 2]}), tmp_path / "numbers.parquet")
+    two = [{"bytes": data, "path": None} for data in encoded()]
+    pa.parquet.write_table(pa.table({"before": two, "after": two}), tmp_path / "two.parquet")
+    (tmp_path / "notes.txt").write_text("x")
+    for name, message in (
+        ("texts.zip", "no images here"),
+        ("cut.zip", "zip"),
+        ("numbers.npz", "numbers.npz"),
+        ("numbers.parquet", "numbers.parquet"),
+        ("two.parquet", f"with options: dcgan-data build parquet {tmp_path}/two.parquet OUT --size N, and name OUT"),
+        ("notes.txt", "notes.txt: not recognized: neither a folder, an archive, a table nor arrays"),
+        ("nosuch.zip", "nosuch.zip"),
+        ("some/name", "no such file or folder; expected a data set, tars or pictures"),
+    ):
+        done = evaluate("ms-ssim", "--samples", tmp_path / name, "--out", tmp_path / "out")
+        assert done.code in (2, 65), done.err
+        assert message in done.err
+        assert done.err.rstrip().count("\n") == 0, done.err

@@ -22,6 +22,8 @@ from pipeline.data.specification import is_dataset
 
 MEMBERS = 1000
 """Members of a tar that are looked at, to tell samples with labels from a packed folder."""
+TAR_MAGIC = slice(257, 262)
+"""Where a tar says that it is one."""
 _IDX = r"-images[-.]idx3-ubyte(\.gz)?"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.~/-]+)?")
 _LISTS = ("list_attr_celeba.txt", "list_attr_celeba.csv")
@@ -108,6 +110,24 @@ def recognize(location: str) -> Recognized:
     return found or _unknown(location, names)
 
 
+def is_packed(location: str) -> bool:
+    """Whether SRC is one file that holds many pictures, and neither a plain tar nor a list of tars (.json).
+
+    On a disk this is every other file, in a store a name tells. Raises UsageError for URLs that are refused.
+    """
+    location = location.removeprefix("file://")
+    name = location.partition("?")[0].rpartition("/")[2].lower()
+    if is_url(location):
+        return not name.endswith(".tar") and (is_archive(name) or _of_file(name) is not None)
+    if not os.path.isfile(location):
+        return False
+    with open(location, "rb") as file:
+        head = file.read(TAR_MAGIC.stop)
+    if head[:2] == b"PK" or compression_of(head[:4]) is not None:
+        return True
+    return not name.endswith((".tar", ".json")) and head[TAR_MAGIC] != b"ustar"
+
+
 def _unknown(location: str, names: list[str]) -> Recognized:
     raise UsageError(
         f"{location}: not recognized by its files ({', '.join(names[:6]) or 'none'}); name the source instead of auto"
@@ -126,7 +146,8 @@ def _of_archive(location: str, name: str) -> Recognized:
         folder = location.rpartition("/")[0] or "."
         if any(os.path.exists(f"{folder}/{entry}") for entry in _LISTS):
             return Recognized("celeba", "CelebA's pictures, with their lists beside them")
-    head = store.read_range(inside, 0, 4) if store.facts(inside).bytes else b""
+    size = store.facts(inside).bytes
+    head = store.read_range(inside, 0, min(4, size)) if size else b""
     if head[:2] == b"PK":
         return Recognized("folder", "a zip of pictures")
     if compression_of(head) is None and ".tar" not in name.lower():

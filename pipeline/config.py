@@ -118,6 +118,8 @@ class NetworkConfig(Section):
     """Add a bias in layers without BatchNorm (G's last, D's first and last), as some others' do. Only for dcgan."""
     first_batchnorm: Literal["channel", "unit"] = Field("channel", exclude_if=lambda kind: kind == "channel")
     """G's first BatchNorm: one for each channel, or for each unit, as in the authors' code. Only for dcgan."""
+    discriminator_norm: Literal["batch", "spectral"] = Field("batch", exclude_if=lambda kind: kind == "batch")
+    """What normalizes D: BatchNorm (the paper's), or in its place its weights' spectral norms. Only for dcgan."""
     latent_dim: int = Field(100, ge=1, le=4096)
     """Values in z."""
     latent_distribution: Literal["uniform", "normal"] = "uniform"

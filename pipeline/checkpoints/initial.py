@@ -148,7 +148,7 @@ def _is_hash(value: Any) -> bool:
 
 
 def _differences(theirs: NetworkConfig, ours: NetworkConfig) -> list[tuple[str, Any, Any]]:
-    layers = ("kernel_size", "upsampling", "head", "bias", "first_batchnorm")
+    layers = ("kernel_size", "upsampling", "head", "bias", "first_batchnorm", "discriminator_norm")
     names = ("architecture", "image_size", "channels", "width", *layers, "label")
     return [(n, getattr(theirs, n), getattr(ours, n)) for n in names if getattr(theirs, n) != getattr(ours, n)]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.common.errors import ConfigConflict
 from pipeline.model import dcgan, networks
+from pipeline.model.spectral import SpectralLinear
 
 if TYPE_CHECKING:
     from pipeline.config import NetworkConfig
@@ -117,7 +118,8 @@ class Discriminator(networks.Discriminator):
             self.layers = _appended(plain.layers, config.label_dim)
             self.head = _appended(head, config.label_dim)
         else:
-            self.embed = nn.Linear(config.label_dim, self._widths[-1], bias=False)
+            linear = SpectralLinear if config.discriminator_norm == "spectral" else nn.Linear
+            self.embed = linear(config.label_dim, self._widths[-1], bias=False)
 
     def forward(self, images: Tensor, label: Tensor) -> Tensor:
         if self.embed is None:

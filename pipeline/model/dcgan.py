@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pipeline.model import networks
 from pipeline.model.batchnorm import BatchNorm2d
+from pipeline.model.spectral import SpectralConv2d
 
 if TYPE_CHECKING:
     from pipeline.config import NetworkConfig
@@ -27,9 +28,10 @@ def stage_widths(config: "NetworkConfig") -> list[int]:
 
 def make_head(config: "NetworkConfig", inputs: int, *, bias: bool = False) -> nn.Module:
     """Return D's last layer, maps (N, inputs, h, w) -> (N, 1, 1, 1): one h x w convolution, or average pooling."""
+    convolution = SpectralConv2d if config.discriminator_norm == "spectral" else nn.Conv2d
     if config.head == "convolution":
-        return nn.Conv2d(inputs, 1, config.stages[1:], bias=bias)
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(inputs, 1, 1))
+        return convolution(inputs, 1, config.stages[1:], bias=bias)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), convolution(inputs, 1, 1))
 
 
 def _first_maps(config: "NetworkConfig", outputs: int) -> Iterator[nn.Module]:
@@ -89,13 +91,17 @@ class Discriminator(networks.Discriminator):
         super().__init__(config)
         widths = stage_widths(config)[::-1]
         kernel = config.kernel_size
+        spectral = config.discriminator_norm == "spectral"
 
-        def halve(inputs: int, outputs: int, *, bias: bool = False) -> nn.Conv2d:
-            return nn.Conv2d(inputs, outputs, kernel, 2, (kernel - 1) // 2, bias=bias)
+        def halve(inputs: int, outputs: int, *, bias: bool) -> nn.Conv2d:
+            convolution = SpectralConv2d if spectral else nn.Conv2d
+            return convolution(inputs, outputs, kernel, 2, (kernel - 1) // 2, bias=bias)
 
         layers: list[nn.Module] = [halve(config.channels, widths[0], bias=config.bias), nn.LeakyReLU(0.2, inplace=True)]
         for inputs, outputs in zip(widths, widths[1:], strict=False):
-            layers += [halve(inputs, outputs), BatchNorm2d(outputs), nn.LeakyReLU(0.2, inplace=True)]
+            # BatchNorm would scale each map by its own deviation, and undo the bound. What is left of it is its shift.
+            norm = [] if spectral else [BatchNorm2d(outputs)]
+            layers += [halve(inputs, outputs, bias=spectral), *norm, nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers)  # (N, widths[-1], h, w)
         self.head = make_head(config, widths[-1], bias=config.bias)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pipeline.config import NetworkConfig
 from pipeline.model.dcgan import stage_widths
 from pipeline.model.networks import build_discriminator, build_generator
+from pipeline.model.spectral import Spectral
 
 VALUE_BYTES = 4
 """Of a weight, and of a value of a feature map in float32."""
@@ -103,7 +104,9 @@ def _cost(network: nn.Module, example: Tensor) -> Cost:
         output = network(example)  # alive until the storages are counted
     assert isinstance(output, Tensor)
     parameters = sum(weight.numel() for weight in network.parameters())
-    return Cost(parameters, sum(operations), sum(storage.nbytes() for storage in kept.values()))
+    # A normalized weight is kept too, but once for all images.
+    once = sum(layer.weight.nbytes for layer in network.modules() if isinstance(layer, Spectral))
+    return Cost(parameters, sum(operations), sum(storage.nbytes() for storage in kept.values()) - once)
 
 
 def in_words(config: NetworkConfig, images: int, *, alternate: bool = False) -> list[str]:

@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from pipeline.common.errors import ConfigConflict
 from pipeline.common.randomness import Purpose, raw_bits
 from pipeline.config import CONDITIONAL, NETWORKS
+from pipeline.model.spectral import Spectral
 
 if TYPE_CHECKING:
     from pipeline.config import NetworkConfig
@@ -133,7 +134,7 @@ def build_discriminator(config: "NetworkConfig") -> Discriminator:
 def initialize(network: nn.Module, seed: int, *, lane: int) -> None:
     """Draw the paper's initial weights in place: convolutions and embeddings N(0, 0.02), BN scale N(1, 0.02), shifts 0.
 
-    A pure function of (seed, lane); give G and D different lanes.
+    Spectral normalization begins anew with them. A pure function of (seed, lane); give G and D different lanes.
     """
     word = int(raw_bits(seed, Purpose.INITIALIZE, 0, 1, lane=lane)[0] >> 1)
     generator = torch.Generator().manual_seed(word)
@@ -145,6 +146,8 @@ def initialize(network: nn.Module, seed: int, *, lane: int) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02, generator=generator)
             nn.init.zeros_(module.bias)
+        if isinstance(module, Spectral):
+            module.begin(generator)
 
 
 def _fold_sequence(layers: nn.Sequential) -> None:

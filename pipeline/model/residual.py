@@ -119,10 +119,10 @@ class Discriminator(networks.Discriminator):
 
 def _refuse_options_of_dcgan(config: "NetworkConfig") -> None:
     """Raise ConfigConflict for a setting that these networks would ignore."""
-    for name in ("kernel_size", "upsampling", "bias", "first_batchnorm"):
+    for name in ("kernel_size", "upsampling", "bias", "first_batchnorm", "discriminator_norm"):
         if getattr(config, name) != type(config).model_fields[name].default:
             raise ConfigConflict(
                 f"network.{name}={getattr(config, name)}: the residual networks have 3x3 kernels without biases, "
-                "repeat pixels, and share statistics over a channel; "
+                "repeat pixels, and have BatchNorm of each channel in both; "
                 f"leave network.{name} out, or set network.architecture=dcgan"
             )

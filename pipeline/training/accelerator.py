@@ -216,7 +216,10 @@ def average_batchnorm(network: nn.Module, accelerator: Accelerator) -> None:
     """Make the running BatchNorm statistics equal on all ranks: their mean."""
     if accelerator.num_processes == 1:
         return
-    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    buffers = [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
+    if not buffers:
+        return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     torch.distributed.all_reduce(flat)
     flat /= accelerator.num_processes

@@ -14,6 +14,7 @@ from pipeline.model.ema import EMA
 from pipeline.model.losses import load_loss, needs_real_logits
 from pipeline.model.networks import build_discriminator, build_generator, initialize
 from pipeline.model.sampling import to_float
+from pipeline.model.spectral import Spectral
 from pipeline.training.accelerator import reduce_gradients, set_kernels
 from pipeline.training.update.augment import VALUES, augment
 from pipeline.training.update.chances import Use, draw_chances, flip, values_of
@@ -103,6 +104,8 @@ class AdversarialStep:
         initialize(self.generator, recipe.seed, lane=0)
         initialize(self.discriminator, recipe.seed, lane=1)
         self.discriminator.freeze(recipe.freeze_d)  # before it is copied or wrapped
+        spectral = [layer for layer in self.discriminator.modules() if isinstance(layer, Spectral)]
+        self._spectral = [layer for layer in spectral if layer.weight.requires_grad]  # what is frozen stays as it is
         # The order matters: the average copies plain modules, compiling wraps nothing, DDP comes last.
         for network in (self.generator, self.discriminator):
             network.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
@@ -207,6 +210,8 @@ class AdversarialStep:
         fakes: list[Tensor] = []
         losses: list[Tensor] = []
         outputs: list[Tensor] = []  # D's probabilities of real and fake images, in turn
+        for layer in self._spectral:
+            layer.iterate()  # here alone: all passes up to D's next update have the same u
         for index, (real, z, *labels) in enumerate(parts):
             with self._reduce_only_last(self._ddp_d, index):
                 with self._autocast:  # left before the backward pass; inside it, each weight is cast once

@@ -66,11 +66,12 @@ def test_a_graph_equals_its_kernels(precision: str, override: str) -> None:
     assert graphed._run._graph is not None, "it was replayed"
 
 
+@pytest.mark.parametrize("norm", [[], ["discriminator_norm=spectral"]], ids=str)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_options_beyond_the_paper_are_graphs_too(precision: str) -> None:
+def test_options_beyond_the_paper_are_graphs_too(precision: str, norm: list[str]) -> None:
     """Updates with penalties are one, and those between them another."""
     penalties = ["r1=1", "r2=1", "penalty_interval=2"]
-    options = ["loss=relativistic", *penalties, "flips=true", "augment=color,translation,cutout"]
+    options = ["loss=relativistic", *penalties, "flips=true", "augment=color,translation,cutout", *norm]
     eager, graphed = (new_step(f"graph={graph}", *options, precision=precision) for graph in ("off", "on"))
     assert_same(train(graphed), train(eager), 1e-4 if precision == "no" else 2e-2)
     assert graphed._run._graph is not None, "it was replayed"

@@ -69,7 +69,9 @@ def test_maps_are_read_and_dropped_before_the_last_convolution() -> None:
     torch.testing.assert_close(generator.to_image(generator.normalize(generator.blocks[-1](second))), before)
 
 
-@pytest.mark.parametrize("setting", [{"kernel_size": 5}, {"upsampling": "bilinear"}])
+@pytest.mark.parametrize(
+    "setting", [{"kernel_size": 5}, {"upsampling": "bilinear"}, {"discriminator_norm": "spectral"}]
+)
 def test_a_setting_that_would_be_ignored_is_refused(setting: dict[str, Any]) -> None:
     (name,) = setting
     for build in (build_generator, build_discriminator):

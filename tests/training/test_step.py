@@ -26,6 +26,7 @@ from pipeline.training.step import deviation
 PENALIZED = ["loss=relativistic", "r1=2", "r2=3", "penalty_interval=2", "weight_decay=0.01"]
 BEYOND = [*PENALIZED, "flips=true", "augment=color,translation,cutout"]
 """Options beyond the paper, together."""
+SPECTRAL = "discriminator_norm=spectral"
 LABELED = ["label=digit", "classes=['0','1','2']", "class_images=[5,1,4]"]
 """A network that reads a label, by projection."""
 TINY = ["image_size=32", "width=4", "latent_dim=8", "batch=16", "streams=8"]
@@ -154,12 +155,16 @@ def test_two_processes_equal_one(tmp_path: Path, lever: str) -> None:
     labeled, labeled_own = case(*LABELED, batchnorm=False), case(*LABELED, "accumulate=2", in_ranks=True)
     in_turn, in_turn_accumulated = (case("alternate=true", *more, batchnorm=False) for more in ([], ["accumulate=2"]))
     concat = case(*LABELED, "conditioning=concat", batchnorm=False)
-    (one,) = updates(tmp_path, fixed, fixed, own, beyond, beyond, beyond_own, labeled, labeled_own, in_turn, concat)
+    spectral = [SPECTRAL, *PENALIZED, *LABELED]
+    of_spectral, spectral_accumulated = (case(*spectral, *more, batchnorm=False) for more in ([], ["accumulate=2"]))
+    cases = [fixed, fixed, own, beyond, beyond, beyond_own, labeled, labeled_own, in_turn, concat]
+    (one,) = updates(tmp_path, *cases, of_spectral, of_spectral)
     accumulated = case(lever, "accumulate=2", batchnorm=False)
     cases = [case(lever, batchnorm=False), accumulated, case(lever)]
     accumulated = case(*BEYOND, "accumulate=2", batchnorm=False)
     cases += [case(*BEYOND, batchnorm=False), accumulated, case(*PENALIZED)]
     cases += [case(*LABELED, "accumulate=2", batchnorm=False), case(*LABELED), in_turn_accumulated, concat]
+    cases += [of_spectral, spectral_accumulated]
     ranks = updates(tmp_path, *cases, processes=2)
     for number, state in enumerate(one):
         expected = {name: value for name, value in state.items() if "running" not in name}

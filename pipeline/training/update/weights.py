@@ -6,16 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.spectral import Spectral
+
 
 def lowered(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a network that shares all with `network` but the weights of its convolutions, which are of `dtype`.
 
-    Autocast would cast each of them in each pass, and each of their gradients.
+    Autocast would cast each of them in each pass, and each of their gradients. It still casts what spectral
+    normalization divides first, in float32.
     """
-    shared = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kinds = (nn.modules.batchnorm._BatchNorm, Spectral)
+    shared = [module for module in network.modules() if isinstance(module, kinds)]
     copied = copy.deepcopy(network, {id(module): module for module in shared})
     for module in copied.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not isinstance(module, Spectral):
             module.to(dtype)
     return copied
 

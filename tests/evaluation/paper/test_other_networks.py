@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from planted import NETWORK, planted
 from torch import Tensor, nn
 
-from pipeline.evaluation.paper.discriminator_features import features, measure_batchnorm
+from pipeline.evaluation.paper.discriminator_features import features, measure_batchnorm, random_discriminator
 from pipeline.evaluation.paper.features import ascend, guided_backpropagation, peak_responses
 from pipeline.evaluation.paper.forget import Box, object_maps, without_maps
 from pipeline.evaluation.paper.walks import draw
@@ -72,6 +72,16 @@ def test_features_of_any_discriminator() -> None:
         shown = guided_backpropagation(network, images, layer, unit).astype(int) - 128
         assert np.abs(shown).max() == pytest.approx(127, abs=1)
         assert ascend(network, layer, unit, images.shape[1:], seed=0).shape == (1, 32, 32, 3)
+
+
+def test_features_of_a_spectral_discriminator_are_its_own_and_change_nothing() -> None:
+    network = random_discriminator(NETWORK.model_copy(update={"discriminator_norm": "spectral"}), seed=0)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    images, _ = planted(65, seed=0)
+    found = features(measure_batchnorm(network, images), images)
+    assert found.shape == (65, 16 * sum(network.activation_widths))
+    np.testing.assert_array_equal(features(network, images), found)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_forgetting_with_any_generator() -> None:

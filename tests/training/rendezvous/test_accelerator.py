@@ -49,13 +49,15 @@ def fail(ranks, error):
 """
 
 AVERAGE = """
-network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(3))
+network = nn.Sequential(SpectralConv2d(1, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(3))
+average_batchnorm(network[0], accelerator)  # which has none
+network[0].u += rank
 network[1].running_mean += torch.tensor([1.0, 3.0]) * (rank + 1)
 network[2].running_var *= 1 + 2 * rank
 network[1].num_batches_tracked += 5 + rank
 average_batchnorm(network, accelerator)
 means, variances = network[1].running_mean.tolist(), network[2].running_var.tolist()
-say("average", f"{means} {variances} {int(network[1].num_batches_tracked)}")
+say("average", f"{means} {variances} {int(network[1].num_batches_tracked)} {bool((network[0].u > 1).all())}")
 """
 
 TALK = """
@@ -89,6 +91,7 @@ from accelerate import Accelerator
 from torch import nn
 from pipeline.checkpoints.store import Checkpoint
 from pipeline.common.errors import DataError
+from pipeline.model.spectral import SpectralConv2d
 from pipeline.training.accelerator import average_batchnorm, meet_peers, together, wait_for_all
 from pipeline.training.step import STATISTICS
 from pipeline.training.stop_requests import StopRequests
@@ -124,7 +127,7 @@ def test_all_raise_what_one_raises(said: dict[str, list[str]], case: str) -> Non
 
 
 def test_running_statistics_become_the_mean_over_ranks(said: dict[str, list[str]]) -> None:
-    assert said["average"] == [f"{rank} [1.5, 4.5] [2.0, 2.0, 2.0] {5 + rank}" for rank in (0, 1)]
+    assert said["average"] == [f"{rank} [1.5, 4.5] [2.0, 2.0, 2.0] {5 + rank} {rank == 1}" for rank in (0, 1)]
 
 
 def test_ranks_hear_what_each_has_told_last_and_once(said: dict[str, list[str]]) -> None:

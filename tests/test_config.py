@@ -15,10 +15,17 @@ def test_every_preset_is_valid(name: str) -> None:
 
 
 def test_the_presets_of_the_mission_are_there() -> None:
-    wanted = {"demo", "tutorial64", "paper64", "authors64", "lsun_bedroom", "faces", "cifar32", "imagenet32"}
-    assert wanted <= set(preset_names())
+    wanted = {"demo", "tutorial64", "paper64", "authors64", "lsun_bedroom", "faces", "best64"}
+    assert wanted | {"cifar32", "imagenet32"} <= set(preset_names())
     assert stage_widths(load_config("paper64").network) == [1024, 512, 256, 128]
     assert stage_widths(load_config("tutorial64").network) == [512, 256, 128, 64]
+
+
+def test_best64_is_the_papers_network_with_the_demos_steps_and_average() -> None:
+    best, demo = load_config("best64").recipe, load_config("demo").recipe
+    assert load_config("best64").network == load_config("lsun_bedroom").network
+    assert (best.learning_rate_g, best.learning_rate_d) == (demo.learning_rate_g, demo.learning_rate_d)
+    assert best.ema_half_life_images / best.batch == demo.ema_half_life_images / demo.batch
 
 
 def test_overrides_win_over_file_and_preset(tmp_path: Path) -> None:

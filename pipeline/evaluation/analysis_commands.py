@@ -74,7 +74,11 @@ def probe(
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
-    """Linear SVM on the discriminator's features, on raw pixels and on an untrained D (section 5)."""
+    """Linear SVM on the discriminator's features, on raw pixels and on an untrained D (section 5).
+
+    Protocol: all maps of D, max-pooled to 4x4, with BatchNorm statistics of real images. C is chosen on a fifth of
+    the training images; the result is the mean over --draws.
+    """
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.paper.probing.probe import Protocol, run_probe
 
@@ -97,7 +101,10 @@ def nearest_class(
     out: Out = None,
     seed: Seed = 0,
 ) -> None:
-    """Classify real images by the class of their nearest sample (the supplement's Table 3), and by real ones."""
+    """Classify real images by the class of their nearest sample (the supplement's Table 3), and by real ones.
+
+    Protocol: Euclidean distance of pixels. The paper's numbers are of MNIST, by 50,000 and 10 million samples.
+    """
     folder = output_folder(out, ckpt)
     from pipeline.evaluation.paper.nearest_class import run_nearest_class
 
@@ -276,7 +283,11 @@ def neighbors(
     extractor_sha256: ExtractorHash = None,
     resize: Resize = None,
 ) -> None:
-    """Show the nearest real images of samples, by pixels, by the discriminator's features and by an extractor's."""
+    """Show the nearest real images of samples, by pixels, by the discriminator's features and by an extractor's.
+
+    Protocol: root mean square difference of pixels, in gray levels; of an extractor's features the cosine distance.
+    Real images among themselves are the control, and copies that are planted say what each search sees.
+    """
     folder = output_folder(out, ckpt)
     network = open_extractor(extractor, extractor_sha256, resize)
     from pipeline.evaluation.paper.neighbors import run_neighbors
@@ -300,7 +311,11 @@ def memorization(
     extractor_sha256: ExtractorHash = None,
     resize: Resize = None,
 ) -> None:
-    """Learned or memorized: distances to held-out images, hash collisions, smooth walks (sections 3, 6.1)."""
+    """Learned or memorized: distances to held-out images, hash collisions, smooth walks (sections 3, 6.1).
+
+    Protocol: distances of up to 1,000 real images to --most samples, in gray levels; the 128-bit hashes of 4,096
+    samples; 64 walks. With --extractor, what is nearest to 1,000 samples by its features (cosine distance).
+    """
     folder = output_folder(out, ckpt)
     network = open_extractor(extractor, extractor_sha256, resize)
     from pipeline.evaluation.paper.memorization import run_memorization

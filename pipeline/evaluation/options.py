@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.common.errors import UsageError
+from pipeline.evaluation.results import how_measured
 
 if TYPE_CHECKING:
     from pipeline.evaluation.metrics.extractors import Extractor
@@ -89,8 +90,9 @@ def names_of(label: str) -> list[str]:
 
 
 def show(numbers: dict[str, Any], out: Path, name: str) -> None:
-    """Print the numbers of a command and the path that they were written to."""
+    """Print the numbers of a command, how they were measured, and the path that they were written to."""
     width = max(map(len, numbers), default=0)
     for key, value in numbers.items():
         typer.echo(f"{key:{width}}  {value:.4f}" if isinstance(value, float) else f"{key:{width}}  {value}")
+    typer.echo(f"measured with: {how_measured(out / f'{name}.json')}")
     typer.echo(f"written: {out / name}.json and the pictures beside it")

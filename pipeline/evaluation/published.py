@@ -64,6 +64,19 @@ def why_not_comparable(pyramid: str, patches: int, directions: int, size: tuple[
     return ""
 
 
+MS_SSIM_IMAGES = 10_000
+"""Images that the numbers in MS_SSIM are the mean of, in pairs."""
+
+
+def why_not_comparable_ms_ssim(size: tuple[int, int], images: int) -> str:
+    """Return why an MS-SSIM of so many samples may not stand beside those in `MS_SSIM`; '' if it may."""
+    if size != (64, 64):
+        return "published numbers are of 64x64 pixels"
+    if images < MS_SSIM_IMAGES:
+        return f"{images:,} images, where published numbers have {MS_SSIM_IMAGES:,}"
+    return ""
+
+
 MS_SSIM_NOTE = (
     "MS-SSIM of random pairs says how alike the samples are, not how good they are. Compare it with that of the real "
     "images: a value far above it means that the generator repeats itself."

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 
 FOLDER = "evaluation"
 """The folder of results in a run directory; the report reads them from there."""
+
+
+WORDS = {"comparable": "comparable with published numbers:", "why_not": "because"}
+"""How these entries of a protocol are named in words."""
 
 
 class _Picture(BaseModel):
@@ -118,6 +124,30 @@ class Result:
         path = self.out / f"{self.name}.json"
         Store(self.out).write_all({**self._files, path.name: (json.dumps(content, indent=1) + "\n").encode()})
         return path
+
+
+def in_words(told: Mapping[str, Any]) -> str:
+    """Return a protocol or settings as one line, such as `images 10,000; real images as the data set stores them`."""
+    names = {name: WORDS.get(name, name.replace("_", " ")) for name in told}
+    return "; ".join(f"{names[name]} {_word(value)}" for name, value in told.items() if value is not None)
+
+
+def _word(value: Any) -> str:
+    """Return a value as text: numbers with commas, a SHA-256 cut to its first 12 digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(map(_word, value))
+    text = str(value)
+    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
+
+
+def how_measured(path: Path) -> str:
+    """Return the protocol of a result that `Result.write` wrote, in words; of one without, its settings."""
+    content = parse_json(path.read_bytes(), str(path), nan=True)
+    return in_words(content["protocol"] or content["settings"])
 
 
 def output_folder(out: Path | None, ckpt: str | None) -> Path:

@@ -37,6 +37,19 @@ COMMANDS = {
     "features": "features --ckpt {run} --data {data} --units 2 --images-each 2",
     "forget": "forget --ckpt {legible} --attribute bright --region 8,8,24,24 --classifier {classifier} --samples 64",
 }
+MEASURES = (
+    "swd",
+    "ms-ssim",
+    "labels",
+    "fid",
+    "kid",
+    "is",
+    "precision-recall",
+    "nearest-class",
+    "neighbors",
+    "memorization",
+)
+"""Commands whose result has a protocol."""
 BY_ATTRIBUTE = "arithmetic --ckpt {legible} --classifier {classifier} --trials 2 --expression"
 FORGET = "forget --ckpt {legible} --attribute bright --classifier {classifier} --samples 64 --region"
 PROBE = "probe --ckpt {run} --data {data} --label"
@@ -104,9 +117,20 @@ def test_every_command_ends_with_its_numbers_and_pictures(
     assert done.code == 0, done.err
     file = tmp_path / f"{name.replace('ms-ssim', 'ms_ssim')}.json"
     assert f"written: {file}" in done.out
+    assert "measured with: " in done.out
     written = json.loads(file.read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
     assert name in ("classifier", "precision-recall") or written["pictures"]
+    if name in MEASURES:
+        assert written["protocol"]["samples"] in ("as the generator makes them", "as the data set stores them")
+        assert f"samples {written['protocol']['samples']}" in done.out
     assert all((tmp_path / picture["file"]).stat().st_size > 500 for picture in written["pictures"])
+
+
+@pytest.mark.parametrize("name", [*MEASURES, "probe"])
+def test_help_states_the_protocol(name: str, evaluate: Evaluate) -> None:
+    done = evaluate(name, "--help")
+    assert done.code == 0
+    assert "Protocol: " in done.out
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Samples with the class that each was made to show: of a conditional checkpoint, or as files with labels."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -109,6 +109,7 @@ def load_reals(
     if absent := [title for title, name in titles if name not in found]:
         raise DataError(f"{data}: has no images of class {absent[0]} (and of {len(absent) - 1} others)")
     reals = load_labeled(dataset, limit)
+    reals = replace(reals, description={**reals.description, "preparation": inputs.preparation(dataset)})
     inputs.check_same_shape(ArrayImages(np.empty((1, *samples.shape), np.uint8)), ArrayImages(reals.images[:1]))
     places = places_of(reals.columns, network)
     if len(known := np.flatnonzero(places >= 0)) < len(places):  # classes that the samples do not have

@@ -14,7 +14,7 @@ from pipeline.common.imaging import Pixels
 from pipeline.common.progress import Progress
 from pipeline.common.ranks import ALONE
 from pipeline.config import NetworkConfig
-from pipeline.evaluation import charts
+from pipeline.evaluation import charts, inputs
 from pipeline.evaluation.classifier import BATCH, AttributeNet
 from pipeline.evaluation.classifier_training import HELD_OUT, fit
 from pipeline.evaluation.confidence import wilson
@@ -78,6 +78,16 @@ def measure_labels(
                 measured[place] = _distances(pixels, reals.images[truth == place], seed, extractor)
             progress.advance(count)
     numbers = tally.numbers()
+    result.protocol = {
+        **inputs.preparations(subject.description, reals.description),
+        "samples_of_each_class": count,
+        "classifier": f"{epochs} passes over {len(learn.images):,} of the real images",
+        "held_out_real_images": held_out,
+        "swd": "pggan, 128 patches, 512 directions, of equally many images",
+        **({} if extractor is None else extractor.protocol()),
+        "comparable": False,
+        "why_not": "the classifier is of this command",
+    }
     result.picture(charts.sheet(rows, GRID_COLUMNS), "Samples of each class, and how many the classifier takes for it")
     places = sorted(shown)
     result.chart(

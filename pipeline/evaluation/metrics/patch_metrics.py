@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from pipeline.evaluation import charts, inputs, published
 from pipeline.evaluation.device import background, device
 from pipeline.evaluation.images import Images, Subset, WithProgress
-from pipeline.evaluation.metrics.ms_ssim import ms_ssim
+from pipeline.evaluation.metrics.ms_ssim import DEVIATION, WINDOW, ms_ssim, num_scales
 from pipeline.evaluation.metrics.swd import Projections, Sampling, distances, project
 from pipeline.evaluation.results import Result
 
@@ -31,6 +31,7 @@ def measure_swd(
         "images": fakes.count,
         "images_real": reals.count,
         "comparable": not obstacle,
+        "why_not": obstacle or None,
     }
     beside = size == (64, 64) and sampling.pyramid == published.SWD_PYRAMID
 
@@ -81,13 +82,24 @@ def measure_ms_ssim(
     if data is not None:
         reals, result.data = inputs.reals(data, count, fakes.shape)
         numbers["ms_ssim_real"] = ms_ssim(WithProgress(reals, "MS-SSIM, real images"), device=device())
-    result.protocol = inputs.preparations(subject, result.data)
+    size = (fakes.shape[0], fakes.shape[1])
+    obstacle = published.why_not_comparable_ms_ssim(size, fakes.count)
+    result.protocol = {
+        **inputs.preparations(subject, result.data),
+        "images": fakes.count,
+        "images_real": None if result.data is None else result.data["used"],
+        "pairs": "each image with the next one",
+        "scales": num_scales(*fakes.shape[:2]),
+        "window": f"{WINDOW} pixels, deviation {DEVIATION}",
+        "comparable": not obstacle,
+        "why_not": obstacle or None,
+    }
     _, first = next(iter(fakes.blocks()))
     result.picture(charts.sheet([("the first pairs of samples, side by side", first[:24])], 12), "The first pairs")
     result.write(
         dict(numbers),
         note=published.MS_SSIM_NOTE,
-        published=[asdict(entry) for entry in published.MS_SSIM] if fakes.shape[:2] == (64, 64) else [],
+        published=[asdict(entry) for entry in published.MS_SSIM] if size == (64, 64) else [],
     )
     return numbers
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipeline.common.imaging import Pixels
 from pipeline.common.progress import Progress
 from pipeline.data.labeled import Labeled
-from pipeline.evaluation import charts, published
+from pipeline.evaluation import charts, inputs, published
 from pipeline.evaluation.confidence import wilson
 from pipeline.evaluation.device import opaque
 from pipeline.evaluation.images import BLOCK
@@ -91,6 +91,13 @@ def run_nearest_class(
         "distance": "Euclidean, of pixels",
     }
     result = Result("nearest-class", out, subject.description, reals.description, settings)
+    result.protocol = {
+        **inputs.preparations(subject.description, reals.description),
+        "images": count,
+        "training_images": len(known),
+        "test_images": len(truth),
+        "distance": "Euclidean, of pixels",
+    }
     by_samples, by_reals = (NearestClass(test.images, truth) for _ in range(2))
     starts = range(0, len(known), BLOCK)
     blocks = ((learn.images[start : start + BLOCK], known[start : start + BLOCK]) for start in starts)

@@ -1,6 +1,5 @@
 """The content of the report, section by section, from the files of a run; any of them may be missing."""
 
-import re
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -13,6 +12,7 @@ from pipeline.common.errors import DataError
 from pipeline.common.svg import short
 from pipeline.config import RunConfig
 from pipeline.evaluation.report.curves import Entries
+from pipeline.evaluation.results import in_words
 from pipeline.model.networks import build_discriminator, build_generator
 from pipeline.model.sampling import GRID_CLASSES, GRID_COLUMNS
 
@@ -122,7 +122,6 @@ def quality_table(metrics: Entries, results: dict[str, dict[str, Any]]) -> list[
         if name not in results:
             continue
         result = results[name]
-        settings = result.get("settings", {})
         rows = [("these samples", flat_numbers(result["results"]))]
         for extra, label in (
             ("samples_against_half", "samples against half"),
@@ -141,8 +140,7 @@ def quality_table(metrics: Entries, results: dict[str, dict[str, Any]]) -> list[
                 "columns": [key.replace("_", " ") for key in columns],
                 "rows": [(label, [number(values.get(key)) for key in columns]) for label, values in rows],
                 "note": result.get("note", ""),
-                "measured": measured_on(settings),
-                "protocol": protocol(result.get("protocol", {})),
+                **measured(result),
             }
         )
     for earlier, later in reversed(list(pairwise(blocks))):
@@ -165,21 +163,11 @@ def quality_table(metrics: Entries, results: dict[str, dict[str, Any]]) -> list[
     return blocks
 
 
-def protocol(told: dict[str, Any]) -> str:
-    """Return what was done to the images, such as `samples as the generator makes them`, and whose protocol it is."""
-    names = {"samples": "samples", "real_images": "real images", "resize": "resize", "published": "the network is"}
-    return "; ".join(f"{name} {told[key]}" for key, name in names.items() if told.get(key))
-
-
-def measured_on(settings: dict[str, Any]) -> str:
-    """Return a line such as `images 10,000, seed 0`."""
-    told = {key: value for key, value in settings.items() if value is not None and (key, value) != ("processes", 1)}
-    return ", ".join(f"{key.replace('_', ' ')} {_shortened(number(value))}" for key, value in told.items())
-
-
-def _shortened(text: str) -> str:
-    """Return a SHA-256 cut to its first 12 digits, and other text as it is."""
-    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
+def measured(result: dict[str, Any]) -> dict[str, str]:
+    """Return a result's protocol in words, and its settings that are not in it."""
+    protocol = result.get("protocol", {})
+    settings = {k: v for k, v in result.get("settings", {}).items() if k not in protocol and (k, v) != ("processes", 1)}
+    return {"protocol": in_words(protocol), "measured": in_words(settings)}
 
 
 def flat_numbers(values: dict[str, Any]) -> dict[str, float]:
@@ -219,6 +207,11 @@ def analyses(results: dict[str, dict[str, Any]], folder: Path) -> list[dict[str,
                 "relation": relation,
                 "summary": result.get("summary", ""),
                 "note": result.get("note", ""),
+                **measured(result),
+                "published": [
+                    (f"{entry['what']} ({entry['source']})", in_words(entry["values"]))
+                    for entry in result.get("published", [])
+                ],
                 "pictures": pictures,
                 "table": table if isinstance(table, list) and len(table) > 1 else [],
             }

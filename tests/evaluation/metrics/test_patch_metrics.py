@@ -15,7 +15,7 @@ from pipeline.data.labeled import load_labeled
 from pipeline.evaluation.cli import app
 from pipeline.evaluation.images import ArrayImages
 from pipeline.evaluation.metrics.swd import Sampling, distances, project
-from pipeline.evaluation.published import why_not_comparable
+from pipeline.evaluation.published import why_not_comparable, why_not_comparable_ms_ssim
 
 FEW = ["--patches", "16", "--directions", "16"]
 
@@ -53,6 +53,12 @@ def test_published_numbers_stand_beside_their_own_pyramid_alone(tmp_path: Path) 
     assert why_not_comparable(**theirs) == ""
     others = {"pyramid": "pggan", "patches": 127, "directions": 511, "size": (32, 32), "images": 5_000}
     assert all(why_not_comparable(**theirs | {name: value}) for name, value in others.items())
+
+
+def test_ms_ssim_is_comparable_only_at_the_size_and_number_that_were_published() -> None:
+    assert why_not_comparable_ms_ssim((64, 64), 10_000) == ""
+    assert why_not_comparable_ms_ssim((64, 64), 200) == "200 images, where published numbers have 10,000"
+    assert why_not_comparable_ms_ssim((32, 32), 10_000) == "published numbers are of 64x64 pixels"
 
 
 def test_halves_are_compared_with_as_many_samples(labeled: Path, tmp_path: Path) -> None:

@@ -113,6 +113,30 @@ def test_a_run_that_has_only_begun_has_a_page_too(shown_run: Path, tmp_path: Pat
     assert "Curves" not in seen.values["text"]
 
 
+def test_every_number_has_its_protocol_beside_it(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:
+    make_run(tmp_path, pictures)
+    folder = tmp_path / "evaluation"
+    told = {"samples": "as they are", "extractor_sha256": "a" * 64, "comparable": False, "why_not": "it is small"}
+    fid = Result("fid", folder, {"source": "x"}, settings={"images": 2048, "seed": 3})
+    fid.protocol = {**told, "images": 2048}
+    fid.write({"fid": 25.0})
+    nearest = Result("neighbors", folder, {"source": "x"})
+    nearest.protocol = {"distance": "cosine, of features", "resize": None}
+    nearest.write({"distance": 0.5})
+    probe = Result("probe", folder, {"source": "x"}, settings={"label": "kind", "draws": 100, "labels": None})
+    values = {"what": "k-means", "values": {"accuracy": 0.806}, "source": "a paper"}
+    probe.write({"accuracy": 0.7}, published=[values])
+    page = write_report(tmp_path, tmp_path / "page.html").read_text()
+    assert (
+        "Protocol: samples as they are; extractor sha256 aaaaaaaaaaaa…; comparable with published numbers: no; "
+        "because it is small; images 2,048.</p>" in page
+    )
+    assert "Settings: seed 3.</p>" in page
+    assert "Protocol: distance cosine, of features.</p>" in page
+    assert "Settings: label kind; draws 100.</p>" in page
+    assert "<tr><td>k-means (a paper)</td><td>accuracy 0.806</td></tr>" in page
+
+
 def test_a_conditional_run_says_what_its_grid_shows(shown_run: Path, tmp_path: Path) -> None:
     plain = write_report(shown_run, tmp_path / "plain.html").read_text()
     assert "64,000 images into training: 64 samples, not selected." in plain

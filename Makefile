@@ -137,25 +137,19 @@ test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and 
 test-trackers: build/trackers/.installed ## runs that are killed and resumed, in MLflow on its own server and in W&B offline; installs them
 	$(BIN)/pytest -m slow -rs tests/training/trackers
 
-# An environment over .venv, because MLflow's server wants other versions of what is there.
-build/trackers/.installed: .venv/.installed
-	$(PYTHON) -m venv build/trackers
-	build/trackers/bin/python -c 'import site, sys; open(site.getsitepackages()[0] + "/base.pth", "w").write(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
+# Environments over .venv, because MLflow's server and Gradio want other versions of what is there.
+build/trackers/.installed: PACKAGES = wandb==0.31.0 mlflow==3.17.2
+build/explore/.installed: PACKAGES = gradio==6.31.0 av==18.1.0
+build/%/.installed: .venv/.installed
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/python -c 'import site, sys; open(site.getsitepackages()[0] + "/base.pth", "w").write(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
 		"$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
-	build/trackers/bin/python -m pip install --progress-bar off --quiet --no-warn-conflicts wandb==0.31.0 mlflow==3.17.2
+	build/$*/bin/python -m pip install --progress-bar off --quiet --no-warn-conflicts $(PACKAGES)
 	@touch $@
 
 test-explore: build/explore/.installed system-check ## the page of dcgan-export explore in a browser, and films; installs Gradio and PyAV
 	$(BIN)/pytest -m slow -rs tests/export/explore
 	build/explore/bin/python -m pytest -rs tests/evaluation/test_animation.py
-
-# An environment over .venv, because Gradio wants an older Pillow.
-build/explore/.installed: .venv/.installed
-	$(PYTHON) -m venv build/explore
-	build/explore/bin/python -c 'import site, sys; open(site.getsitepackages()[0] + "/base.pth", "w").write(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
-		"$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
-	build/explore/bin/python -m pip install --progress-bar off --quiet --no-warn-conflicts gradio==6.31.0 av==18.1.0
-	@touch $@
 
 metrics-demo: .venv/.installed ## Prometheus and the dashboards beside a running demo; Ctrl-C ends it
 	$(BIN)/python -m deploy.prometheus.demo

@@ -102,6 +102,7 @@ def test_the_command_compares_d_with_pixels_an_untrained_d_and_a_supervised_cnn(
     stored = json.loads((tmp_path / "probe.json").read_text())
     assert len(stored["results"]["trials"]) == 2
     assert stored["settings"]["control"] == 2
+    assert stored["protocol"]["control"] == "the best of 2 trials, chosen on 20% of the training images"
     numbers = run_probe(tmp_path, label="coin", protocol=Protocol(None), **options)  # type: ignore[arg-type]
     assert numbers["discriminator"] < 0.68
 

@@ -17,7 +17,12 @@ from pipeline.config import NetworkConfig
 from pipeline.data.labeled import Labeled, load_labeled
 from pipeline.evaluation import charts, inputs, published
 from pipeline.evaluation.confidence import interval_of_mean, wilson
-from pipeline.evaluation.paper.discriminator_features import features, measure_batchnorm, random_discriminator
+from pipeline.evaluation.paper.discriminator_features import (
+    POOLED,
+    features,
+    measure_batchnorm,
+    random_discriminator,
+)
 from pipeline.evaluation.paper.probing.linear_svm import balanced_draw, choose_c, fit
 from pipeline.evaluation.paper.probing.supervised import TRIALS_FILE, Split, Trial, best_of, search
 from pipeline.evaluation.results import Result
@@ -81,6 +86,12 @@ def run_probe(
         "images_without_label": without,
     }
     result = Result("probe", out, subject, whole.description, settings)
+    split = f"chosen on {VALIDATION:.0%} of the training images"
+    result.protocol = {
+        "features": f"all layers of D, max-pooled to {POOLED}x{POOLED}; BatchNorm measured anew, frozen",
+        "svm": f"L2, one against the rest; C {split}" + (f", over {TUNING_DRAWS} draws" if protocol.labels else ""),
+        "accuracy": f"mean of {protocol.draws} draws, 95 % interval of the mean" if protocol.labels else "of one fit",
+    } | ({"control": f"the best of {protocol.control} trials, {split}"} if protocol.control else {})
 
     trained = measure_batchnorm(loaded.discriminator, learn.images)
     untrained = measure_batchnorm(random_discriminator(loaded.config, protocol.seed), learn.images)

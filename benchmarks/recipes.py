@@ -73,7 +73,7 @@ AUGMENT = "recipe.augment=color,translation,cutout"
 GROUPS = {
     "options": Group(
         ("faces",),
-        (22_400, 44_800, 67_200, 89_600),
+        (22_400, 44_800),
         {
             "no option": (),
             "paper's step size": ("learning_rate_g=2e-4", "learning_rate_d=2e-4"),
@@ -83,6 +83,8 @@ GROUPS = {
             "relativistic": ("recipe.loss=relativistic",),
             "R1, gamma 1, every 4th": ("recipe.r1=1", "recipe.penalty_interval=4"),
             "relativistic, R1 and R2": ("recipe.loss=relativistic", "recipe.r1=1", "recipe.r2=1"),
+            "spectral norm": ("network.discriminator_norm=spectral",),
+            "spectral norm, hinge": ("network.discriminator_norm=spectral", "recipe.loss=hinge"),
             "residual": ("network.architecture=residual",),
             "weight decay 1e-5": ("recipe.weight_decay=1e-5",),
             "BatchNorm of each unit": ("network.first_batchnorm=unit",),
@@ -133,7 +135,8 @@ class Run:
         every = np.gcd.reduce(group.images)
         schedule = f"total_images={group.images[-1]} checkpoint_every_images={every} keep_checkpoints=99".split()
         schedule += f"evaluate_every_images={group.images[-1]} evaluate_samples=64 schedule.overhead_share=1".split()
-        schedule += [f"log_every_images={min(640, every)}", f"recipe.seed={self.seed}", f"image_size={SIZE}"]
+        log = 640 if every % 640 == 0 else every  # checkpoints come at log boundaries
+        schedule += [f"log_every_images={log}", f"recipe.seed={self.seed}", f"image_size={SIZE}"]
         arm = [word.format(work=work, seed=self.seed) for word in group.arms[self.arm]]
         command = [sys.executable, ROOT / "pipeline" / "train.py", "--data", work / "data" / self.data / "train"]
         command += ["--out", work / self.name, "--preset", "demo", *schedule, *arm]

@@ -1,7 +1,7 @@
 """TensorRT's builder: an ONNX graph becomes a serialized engine, by one path for 10.13 to 11.x and TensorRT-RTX.
 
 Engines are strongly typed: the precision is the graph's. The code uses only names that exist in all of these
-versions; tests/export/test_tensorrt_names.py checks them against lists of each version's names.
+versions; tests/export/engines/test_tensorrt_names.py checks them against lists of each version's names.
 """
 
 import hashlib

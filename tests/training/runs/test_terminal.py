@@ -11,7 +11,7 @@ import psutil
 import pytest
 from support import train_command
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SMALL = "network.width=4 recipe.batch=16 schedule.log_every_images=32 schedule.evaluate_samples=64"
 ENDLESS = "schedule.total_images=100000000 schedule.checkpoint_every_images=100000000"
 

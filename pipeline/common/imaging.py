@@ -15,6 +15,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from pipeline.common.pictures import color
 from pipeline.common.pictures.color import is_srgb, to_srgb
 from pipeline.common.pictures.dicom import INVERTED, STATED, BadDicom, open_dicom
 from pipeline.common.pictures.formats import HEAD_BYTES, USUAL, advice, enable, kind_of
@@ -34,6 +35,8 @@ Format = Literal["jpg", "webp", "png"]
 
 MAX_PIXELS = 1 << 27
 """Larger images are refused before they are decoded: a small file can unfold to terabytes."""
+PROFILE_MARKS, PROFILE_WITHIN = (b"ICC_PROFILE\0", b"iCCP", b"ICCP", b"acsp"), 1 << 16
+"""One of these is among the first bytes of a picture with a color profile: of JPEG, PNG, WebP, any other."""
 # 16-bit gray images scale to 8 bits; Pillow's own conversion would clip them.
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 
@@ -227,6 +230,13 @@ def size_of(picture: Picture) -> tuple[int, int]:
         else:
             return width, height
     return open_image(picture).size
+
+
+def keeps_other_colors(picture: Picture) -> bool:
+    """Whether a picture has a color profile that cannot be used: its colors are taken as sRGB. Raises BadImage."""
+    if not isinstance(picture, bytes) or not any(mark in picture[:PROFILE_WITHIN] for mark in PROFILE_MARKS):
+        return False
+    return color.keeps_other_colors(open_image(picture))
 
 
 def _plain_jpeg(data: bytes, frame: Frame) -> Image.Image | None:

@@ -13,6 +13,8 @@ class Progress:
 
     def __init__(self, what: str, total: int, unit: str = "images", *, done: int = 0) -> None:
         self._what, self._total, self._unit = what, total, unit
+        self.note = ""
+        """What is shown behind the numbers, for example what the time is spent on."""
         self._done = self._first = done
         self._began = self._last_line = time.monotonic()
         self._bar: Any = None
@@ -26,13 +28,15 @@ class Progress:
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(),
-                progress.TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]} {task.fields[rate]}"),
+                progress.TextColumn(
+                    "{task.completed:.0f}/{task.total:.0f} {task.fields[unit]} {task.fields[rate]} {task.fields[note]}"
+                ),
                 progress.TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self._bar.start()
             self._task = self._bar.add_task(
-                self._what, total=self._total, completed=self._done, unit=self._unit, rate=""
+                self._what, total=self._total, completed=self._done, unit=self._unit, rate="", note=""
             )
         return self
 
@@ -53,7 +57,7 @@ class Progress:
         """Note that `amount` more are done."""
         self._done += amount
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, rate=f"{self.rate:,.0f}/s")
+            self._bar.update(self._task, completed=self._done, rate=f"{self.rate:,.0f}/s", note=self.note)
         elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._line()
 
@@ -66,7 +70,8 @@ class Progress:
         self._last_line = time.monotonic()
         left = (self._total - self._done) / self.rate if self.rate > 0 else 0.0
         print(
-            f"{self._what}: {self._done:,}/{self._total:,} {self._unit}, {self.rate:,.0f}/s, {left:,.0f} s left",
+            f"{self._what}: {self._done:,}/{self._total:,} {self._unit}, {self.rate:,.0f}/s, {left:,.0f} s left"
+            + (f" ({self.note})" if self.note else ""),
             file=sys.stderr,
             flush=True,
         )

@@ -18,6 +18,7 @@ from pipeline.data.build.options import (
     DEFAULT_MARGIN,
     DEFAULT_MAX_BAD,
     DEFAULT_QUALITY,
+    FACE,
     LARGEST_SEED,
     WHOLE,
     BuildOptions,
@@ -71,16 +72,14 @@ def _fill(value: str) -> str:
 
 def _crop(value: str) -> str:
     """Return `--crop`, checked."""
-    if value in ("", CENTER, WHOLE):
+    if value in ("", CENTER, WHOLE, FACE):
         return value
-    if value == "face":
-        raise typer.BadParameter("face: dcgan-data build faces SRC OUT finds and crops them")
     from pipeline.common.shapes.crop import check_crop
 
     try:
         return check_crop(value)
     except ValueError as error:
-        raise typer.BadParameter(f"{value}: {error}, {CENTER} or {WHOLE}") from None
+        raise typer.BadParameter(f"{value}: {error}, {CENTER}, {WHOLE} or {FACE}") from None
 
 
 def _window(value: str) -> str:
@@ -218,11 +217,11 @@ def build(
     crop: Annotated[
         str,
         typer.Option(
-            metavar="center|none|X,Y,W,H|NAME",
+            metavar="center|none|face|X,Y,W,H|NAME",
             callback=_crop,
             help="Part of a picture that is taken first: a box in pixels from its upper left corner, or one of "
-            "CelebA's usual ones: celeba-108, celeba-128, celeba-148. none: all of it, with --fit pad or stretch.  "
-            "[default: center]",
+            "CelebA's usual ones: celeba-108, celeba-128, celeba-148. none: all of it, with --fit pad or stretch. "
+            "face: every face in it, with a margin.  [default: center]",
             show_default=False,
         ),
     ] = BuildOptions.crop,
@@ -271,16 +270,16 @@ def build(
         str | None, typer.Option(help="huggingface: the configuration, where the data set has several.")
     ] = BuildOptions.config,
     min_face: Annotated[
-        int | None, typer.Option(min=8, help="faces: skip faces with fewer pixels a side; default: --size.")
+        int | None, typer.Option(min=8, help="--crop face: skip faces with fewer pixels a side; default: --size.")
     ] = BuildOptions.min_face,
     margin: Annotated[
         float | None,
         typer.Option(
-            min=0, max=2, help=f"faces: margin on each side, as a share of the face; default {DEFAULT_MARGIN}."
+            min=0, max=2, help=f"--crop face: margin on each side, as a share of the face; default {DEFAULT_MARGIN}."
         ),
     ] = BuildOptions.margin,
     model: Annotated[
-        str | None, typer.Option(help="faces: YuNet's ONNX file; default: OpenCV's Haar cascade.")
+        str | None, typer.Option(help="--crop face: YuNet's ONNX file; default: OpenCV's Haar cascade.")
     ] = BuildOptions.model,
     where: Annotated[
         list[str] | None, typer.Option(help="Only pictures whose labels match: for example male=1, yaw<10; repeatable.")

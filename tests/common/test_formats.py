@@ -9,7 +9,7 @@ import pytest
 from picture_files import as_bytes, make_picture
 from PIL import Image, ImageCms
 
-from pipeline.common.imaging import BadImage, _plain_jpeg, is_ready, load_image, open_image
+from pipeline.common.imaging import BadImage, _plain_jpeg, is_ready, keeps_other_colors, load_image, open_image
 from pipeline.common.pictures import formats
 from pipeline.common.pictures.formats import EXTRAS, SUFFIXES, is_enabled, kind_of, picture_suffixes
 from pipeline.common.shapes.frame import Frame
@@ -52,6 +52,26 @@ def test_a_profile_of_other_colors_is_converted(kind: str) -> None:
     for size in (64, 16):
         assert np.abs(load_image(data, Frame(size, 3)).astype(int) - (0, 200, 41)).max() <= 1 + (kind == "JPEG")
     assert not is_ready(data, "png" if kind == "PNG" else "jpg", Frame(64, 3))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "profile", "lost"),
+    [
+        ("RGB", "JPEG", b"no profile at all", True),
+        ("RGB", "PNG", b"no profile at all", True),
+        ("RGB", "WEBP", b"no profile at all", True),
+        ("RGB", "TIFF", matrix_profile(ADOBE)[:150], True),
+        ("CMYK", "JPEG", matrix_profile(ADOBE), True),
+        ("P", "PNG", matrix_profile(ADOBE), True),
+        ("RGB", "JPEG", matrix_profile(ADOBE), False),
+        ("RGB", "PNG", None, False),
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_seen(mode: str, kind: str, profile: bytes | None, lost: bool) -> None:
+    picture = flat().quantize(4) if mode == "P" else flat().convert(mode)
+    options = {} if profile is None else {"icc_profile": profile}
+    assert keeps_other_colors(as_bytes(picture, kind, **options)) is lost
+    assert not keeps_other_colors(np.zeros((2, 2, 3), np.uint8))
 
 
 def test_srgb_profiles_of_any_maker_change_nothing() -> None:

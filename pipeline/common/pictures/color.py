@@ -20,7 +20,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     image whose profile is sRGB, broken, or of another color space.
     """
     profile, mode = image.info.get("icc_profile"), _MODES.get(image.mode)
-    if not isinstance(profile, bytes) or mode is None or (transform := _transform(profile, mode)) is None:
+    if not isinstance(profile, bytes) or mode is None or (transform := _transform(profile, mode)[1]) is None:
         return image
     from PIL import ImageCms
 
@@ -35,12 +35,22 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 def is_srgb(profile: bytes) -> bool:
     """Whether a profile leaves the colors of every image as they are."""
-    return all(_transform(profile, mode) is None for mode in ("RGB", "L", "CMYK"))
+    return all(_transform(profile, mode)[1] is None for mode in ("RGB", "L", "CMYK"))
+
+
+def keeps_other_colors(image: Image.Image) -> bool:
+    """Whether an image, opened or decoded, has a profile that `to_srgb` cannot use: its colors are taken as sRGB."""
+    profile = image.info.get("icc_profile")
+    if not isinstance(profile, bytes):
+        return False
+    mode = _MODES.get(image.mode)
+    readable, transform = _transform(profile, mode or "RGB")
+    return not readable or (mode is None and transform is not None)
 
 
 @functools.lru_cache(maxsize=64)  # a camera's or a program's pictures share one profile
-def _transform(profile: bytes, mode: str) -> Any:
-    """Return what turns an image of `mode` into sRGB, or None where nothing is to be done, or can be."""
+def _transform(profile: bytes, mode: str) -> tuple[bool, Any]:
+    """Return whether a profile can be read for `mode`, and what turns such an image into sRGB, or None for nothing."""
     from PIL import ImageCms
 
     try:
@@ -52,12 +62,12 @@ def _transform(profile: bytes, mode: str) -> Any:
             ImageCms.Intent.PERCEPTUAL,
         )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
+        return False, None
     if mode == "CMYK":
-        return transform
+        return True, transform
     levels = np.arange(0, 256, 1 if mode == "L" else _STEP, dtype=np.uint8)
     colors = levels[None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
     made = ImageCms.applyTransform(Image.fromarray(colors), transform)
     before = np.repeat(colors[..., None], 3, 2) if mode == "L" else colors
     near = np.abs(np.asarray(made, np.int16) - before).max() <= NEAR
-    return None if near else transform
+    return True, None if near else transform

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 
 from pipeline.common.errors import DataError, escaped
-from pipeline.common.imaging import BadImage, Picture, aspect_of, size_of
+from pipeline.common.imaging import BadImage, Picture, aspect_of, keeps_other_colors, size_of
 from pipeline.common.partition import Partition
 from pipeline.common.progress import Progress
 from pipeline.common.records import first_problem
@@ -75,6 +75,22 @@ class Built:
     pictures: int
     refused: int
     bytes: int
+    seconds: Counter[str]
+    """What it was spent on: reading, converting (decode, resize, encode), writing."""
+
+
+class Stopwatch:
+    """Adds up what time is spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._since = time.perf_counter()
+
+    def lap(self, what: str) -> None:
+        """Note that the time since the last lap was spent on this."""
+        now = time.perf_counter()
+        self.seconds[what] += now - self._since  # type: ignore[assignment]  # typeshed counts with integers only
+        self._since = now
 
 
 @dataclass(frozen=True)
@@ -96,7 +112,10 @@ class Builder:
         writer = self._writer(task.index, 0)
         aspects: list[float] = []
         sizes: Counter[str] = Counter()
+        other_colors = 0
+        watch = Stopwatch()
         for item, picture in self._pictures(task.items):
+            watch.lap("reading")
             try:
                 if isinstance(picture, BadImage):
                     raise picture
@@ -104,22 +123,34 @@ class Builder:
                 if self.recipe.fit == "stretch":
                     aspects.append(math.log(aspect_of(picture, self.recipe.frame)))
                 sizes[str(SIZE_STEPS[bisect_right(SIZE_STEPS, min(size_of(picture))) - 1])] += 1
+                other_colors += keeps_other_colors(picture)
             except BadImage as error:
                 log.add(item.key, str(error))
                 continue
             except Skipped as reason:
                 skipped.append((printable(item.key), str(reason)))
                 continue
+            finally:
+                watch.lap("converting")
             for key, image, labels in made:
                 if not writer.add(image, key, labels):
                     shards.append(write_shard(store, shard_name(task.index, len(shards)), writer))
                     writer = self._writer(task.index, len(shards))
                     writer.add(image, key, labels)
+            watch.lap("writing")
         if writer.images:
             shards.append(write_shard(store, shard_name(task.index, len(shards)), writer))
-        record = Group(shards=shards, refused=log.entries, skipped=skipped, stretched=aspects, sizes=sizes)
+        record = Group(
+            shards=shards,
+            refused=log.entries,
+            skipped=skipped,
+            stretched=aspects,
+            sizes=sizes,
+            other_colors=other_colors,
+        )
         store.write(group_name(task.index), record.model_dump_json().encode())
-        return Built(len(task.items), log.count, sum(shard.bytes for shard in shards))
+        watch.lap("writing")
+        return Built(len(task.items), log.count, sum(shard.bytes for shard in shards), watch.seconds)
 
     def _writer(self, group: int, number: int) -> ShardWriter:
         prefix = shard_name(group, number).removesuffix(".tar")
@@ -219,7 +250,10 @@ def _build_groups(
         Progress("building", total, "pictures", done=done) as progress,
         closing(run_tasks(replace(builder, source=near).build, tasks, workers)) as finished,
     ):
+        spent: Counter[str] = Counter()
         for built in finished:
+            spent.update(built.seconds)
+            progress.note = _shares(spent)
             progress.advance(built.pictures)
             metrics.add("dcgan_build_images_total", built.pictures - built.refused)
             metrics.add("dcgan_build_refused_images_total", built.refused)
@@ -228,6 +262,12 @@ def _build_groups(
             bad += built.refused
             if bad > accepted_share(max_bad) * (build.plan.pictures + listing.refused.count):
                 return  # the checks of the caller raise
+
+
+def _shares(seconds: Counter[str]) -> str:
+    """Return what the processes are busy with: "reading 12 %, converting 80 %, writing 8 %"."""
+    total = max(sum(seconds.values()), 1e-9)
+    return ", ".join(f"{what} {share / total:.0%}".replace("%", " %") for what, share in seconds.items())
 
 
 def merge(out: str, parts: Sequence[str], *, max_bad: float | None = None) -> Dataset:

@@ -15,7 +15,7 @@ from pipeline.common.shapes.size import parse_size, refusal
 from pipeline.common.storage import require_writable, sha256_file
 from pipeline.common.telemetry import Telemetry
 from pipeline.data.build import builder, state
-from pipeline.data.build.options import CENTER, DEFAULT_MARGIN, DEFAULT_QUALITY, WHOLE, BuildOptions
+from pipeline.data.build.options import CENTER, DEFAULT_MARGIN, DEFAULT_QUALITY, FACE, WHOLE, BuildOptions
 from pipeline.data.build.plan import PlannedBuild, Selection, plan_build
 from pipeline.data.build.transform import Recipe
 from pipeline.data.dataset import Dataset
@@ -174,15 +174,15 @@ def _recipe(options: BuildOptions) -> Recipe:
         raise UsageError("--encoding jpg with --channels 4: a JPEG has no transparency; use packed, png or webp")
     given = {"min_face": options.min_face, "margin": options.margin, "model": options.model}
     given = {name: value for name, value in given.items() if value is not None}
-    if options.kind != "faces":
+    if options.kind != "faces" and options.crop != FACE:
         if given:
-            raise UsageError(f"--{next(iter(given)).replace('_', '-')}: applies to the source faces only")
+            raise UsageError(f"--{next(iter(given)).replace('_', '-')}: applies to faces only; add --crop {FACE}")
         return Recipe(**values)
-    for name, value in (("fit", options.fit.replace("crop", "")), ("crop", options.crop)):
+    for name, value in (("fit", options.fit.replace("crop", "")), ("crop", values["crop"])):
         if value:
-            raise UsageError(f"--{name} {value}: a face is cropped; leave it out, or build from another source")
+            raise UsageError(f"--{name} {value}: a face is cropped; leave it out, or crop no faces")
     if options.all_frames:
-        raise UsageError("--all-frames: has no effect on the source faces, which looks at the first frame")
+        raise UsageError("--all-frames: has no effect on faces, which are looked for in the first frame")
     from pipeline.data.build.faces import FaceRecipe
 
     detector, model_sha256 = "haar", ""
@@ -205,12 +205,12 @@ def _crop(options: BuildOptions) -> str:
             f"--crop {WHOLE}: a picture of another proportion becomes {options.size} with margins (--fit pad), or out "
             "of proportion (--fit stretch); add one of them"
         )
-    return "" if options.crop in (CENTER, WHOLE) else options.crop
+    return "" if options.crop in (CENTER, WHOLE, FACE) else options.crop
 
 
 def report(dataset: Dataset) -> None:
     """Print what a finished data set holds; of faces, write a contact sheet as well."""
-    if dataset.source.get("kind") == "faces":
+    if "detector" in dataset.source:
         _write_sheet(dataset)
     print(
         f"{dataset.location}: {dataset.images:,} images of {dataset.in_words} in "
@@ -219,6 +219,8 @@ def report(dataset: Dataset) -> None:
     width, height = parse_size(dataset.image_size)
     if problem := refusal(width, height):
         print(f"note: {problem}")
+    if other := dataset.source.get("other_colors"):
+        print(f"note: pictures with a color profile that cannot be used, taken as sRGB: {other:,}")
     if dataset.refused.count:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in dataset.refused.reasons.items())
         names = dataset.store.path(state.REFUSED)

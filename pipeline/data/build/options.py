@@ -12,9 +12,9 @@ LARGEST_SEED = 2**64 - 1
 DEFAULT_QUALITY = {"packed": 100, "png": 100, "jpg": 95, "webp": 92}
 """`--quality` by encoding; packed and png are lossless."""
 DEFAULT_MARGIN = 0.25
-"""`--margin` of the source faces."""
-CENTER, WHOLE = "center", "none"
-"""`--crop`: the largest central part, and all of the picture."""
+"""`--margin` of faces."""
+CENTER, WHOLE, FACE = "center", "none", "face"
+"""`--crop`: the largest central part, all of the picture, and every face in it."""
 DEFAULT_MAX_BAD = 0.01
 """`--max-bad`. Without the option, a damaged source is an error whatever its share of pictures."""
 

@@ -37,17 +37,22 @@ class Records:
     """Of stretched pictures, the logarithms of width over height."""
     sizes: Counter[str] = field(default_factory=Counter)
     """Pictures by the step of SIZE_STEPS that their shorter side was in."""
+    other_colors: int = 0
+    """Pictures whose color profile could not be used."""
 
     def measured(self) -> dict[str, Any]:
         """Return what dataset.json says of the pictures as they were: `sizes`, their number by SIZE_STEPS.
 
-        Where they were stretched also `aspect`, the geometric mean of width over height.
+        Where they were stretched also `aspect`, the geometric mean of width over height; where color profiles could not
+        be used `other_colors`, the number of such pictures.
         """
         found: dict[str, Any] = {}
         if self.stretched:
             found["aspect"] = round(math.exp(math.fsum(self.stretched) / len(self.stretched)), 6)
         if self.sizes:
             found["sizes"] = {step: self.sizes[step] for step in sorted(self.sizes, key=int)}
+        if self.other_colors:
+            found["other_colors"] = self.other_colors
         return found
 
 
@@ -61,6 +66,7 @@ def read_records(origins: Mapping[int, Store]) -> Records:
             found.skipped += group.skipped
             found.stretched.extend(group.stretched)
             found.sizes.update(group.sizes)
+            found.other_colors += group.other_colors
             found.group_of.extend([index] * len(group.shards))
             yield from group.shards
 

@@ -56,6 +56,8 @@ class Group(Record):
     """Of pictures that were stretched: the logarithm of width over height of each."""
     sizes: dict[str, Annotated[int, Field(ge=0, le=LARGEST)]] = Field(default_factory=dict)
     """Pictures by the shorter side that they had: the lower end of its step in SIZE_STEPS."""
+    other_colors: int = Field(0, ge=0, le=LARGEST)
+    """Pictures with a color profile that could not be used."""
 
 
 def group_name(group: int) -> str:
@@ -180,7 +182,11 @@ def identity(plan: Plan) -> dict[str, Any]:
 
 def built_as(dataset: Dataset) -> dict[str, Any]:
     """Return the identity of the build that made a data set."""
-    return {key: value for key, value in dataset.source.items() if key not in ("location", "aspect", "sizes")}
+    return {
+        key: value
+        for key, value in dataset.source.items()
+        if key not in ("location", "aspect", "sizes", "other_colors")
+    }
 
 
 def compare(wanted: dict[str, Any], found: dict[str, Any], where: str, advice: str = REPLACE) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -216,6 +217,17 @@ def test_broken_pictures_are_counted_named_and_left_out(dcgan_data: Any, tmp_pat
     assert (dataset.images, dataset.refused.count) == (29, 1)
     assert dataset.refused.examples == ["0007.png: truncated"]
     assert (out / "refused.txt").read_text() == "0007.png\ttruncated\n"
+
+
+def test_profiles_that_cannot_be_used_are_counted_and_the_time_is_told(dcgan_data: Any, tmp_path: Path) -> None:
+    src, out = make_folder(tmp_path / "src", 6), tmp_path / "out"
+    with Image.open(src / "0003.png") as picture:
+        picture.save(src / "0003.png", icc_profile=b"no profile at all")
+    done = dcgan_data("build", "folder", src, out, "--size", 16)
+    assert "a color profile that cannot be used, taken as sRGB: 1\n" in done.out
+    assert re.search(r"\(reading \d+ %, converting \d+ %, writing \d+ %\)", done.err)
+    assert open_dataset(out).source["other_colors"] == 1
+    assert "already built" in dcgan_data("build", "folder", src, out, "--size", 16).out
 
 
 def test_the_awkward_zoo(dcgan_data: Any, tmp_path: Path) -> None:

@@ -57,6 +57,16 @@ def test_frontal_faces_are_found_wherever_they_are(dcgan_data: Any, tmp_path: Pa
     assert overlap(faces["large.jpg#0"][1], 3 * left, 3 * top, 3 * side) > 0.6
     for key in ("two.jpg#0", "large.jpg#0"):  # the same face, cut the same way
         assert np.abs(faces[key][0].astype(int) - faces["one.jpg#0"][0]).mean() < 40
+    assert (
+        dcgan_data(
+            "build", "folder", src, tmp_path / "same", *["--crop", "face", "--size", "64", "--max-bad", "0.2"]
+        ).code
+        == 0
+    )
+    assert (tmp_path / "same" / "faces.png").is_file()
+    for key, (pixels, row) in faces_of(tmp_path / "same").items():
+        assert np.array_equal(pixels, faces[key][0])
+        assert row == faces[key][1]
     skipped = dict(line.split("\t") for line in (tmp_path / "out" / "skipped.txt").read_text().splitlines())
     assert skipped["none.png"] == "no face"
     assert "small.jpg" in skipped
@@ -102,7 +112,7 @@ def test_options_of_the_detector(dcgan_data: Any, tmp_path: Path) -> None:
     bad = dcgan_data("build", "faces", tmp_path / "src", tmp_path / "b", "--model", tmp_path / "bad.onnx")
     assert (bad.code, "not a YuNet model" in bad.err) == (65, True)
     other = dcgan_data("build", "folder", tmp_path / "src", tmp_path / "c", "--margin", 0.1)
-    assert (other.code, "--margin: applies to the source faces only" in other.err) == (2, True)
+    assert (other.code, "--margin: applies to faces only; add --crop face" in other.err) == (2, True)
 
 
 def write_yunet(path: Path, outputs: tuple[str, ...] = ("cls", "obj", "bbox", "kps")) -> None:

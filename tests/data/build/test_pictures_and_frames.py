@@ -96,7 +96,7 @@ def test_what_a_crop_cannot_be_is_one_line(dcgan_data: Any, tmp_path: Path) -> N
     refusals: list[tuple[tuple[str, ...], int, str]] = [
         (("--crop", "9,9,0,4"), 2, "a height of at least 1"),
         (("--crop", "eyes"), 2, "expected X,Y,W,H in pixels, or celeba-108"),
-        (("--crop", "face"), 2, "dcgan-data build faces"),
+        (("--crop", "face", "--fit", "pad"), 2, "a face is cropped"),
         (("--crop", "none"), 2, "--fit pad"),
         (("--crop", "center", "--fit", "pad"), 2, "keeps the whole picture"),
         (("--crop", "30,0,11,11"), 65, "smaller than --crop 30,0,11,11"),

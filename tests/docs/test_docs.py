@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from rooms import ROOMS
 from support import ROOT
-from test_imports import ROOMS
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FOLDERS = "pipeline|export|deploy|k8s|benchmarks|tests|docs"

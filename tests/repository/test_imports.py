@@ -5,27 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rooms import ROOMS
 from support import ROOT
-
-ROOMS = (
-    "pipeline.common",
-    "pipeline.config",
-    "pipeline.model",
-    "pipeline.checkpoints",
-    "pipeline.data",
-    "pipeline.evaluation",
-    "pipeline.training",
-    "pipeline.train",
-    "export.format",
-    "export.samplers",
-    "export.builders",
-    "export.hub",
-    "export.explore",
-    "export.benchmark",
-    "export.cli",
-    "deploy",
-)
-"""From the ground up."""
 
 PACKAGES = ("pipeline", "export", "deploy")
 

@@ -39,6 +39,15 @@ def test_the_machine_is_liblinears(rows: int, columns: int, classes: int) -> Non
         assert machine.accuracy(x[rows:], y[rows:]) == pytest.approx(liblinear.score(x[rows:], y[rows:]), abs=0.02)
 
 
+def test_the_machine_takes_rows_of_fewer_dimensions_than_there_are_rows() -> None:
+    draw = np.random.default_rng(0)
+    x = draw.uniform(-1, 1, (60, 12)).astype(np.float32).repeat(64, 1)  # as the pixels of coarse pictures are
+    y = np.arange(60) % 2
+    (machine,) = fit(x, y, (1e-3,))
+    expected = LinearSVC(C=1e-3, tol=1e-9, dual=False, max_iter=10_000).fit(x, y).decision_function(x)
+    np.testing.assert_allclose(machine.decision(x)[:, 0], expected, atol=2e-3)
+
+
 def test_features_are_every_activation_pooled_to_four_by_four() -> None:
     network = random_discriminator(NETWORK, 0).eval()
     images, _ = planted(3, seed=1)

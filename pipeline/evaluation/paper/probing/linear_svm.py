@@ -12,6 +12,8 @@ from pipeline.common.errors import UsageError
 from pipeline.evaluation.device import device
 
 ITERATIONS = 400
+COLUMNS = 4_096
+"""Features that are float64 at a time."""
 
 
 class LinearSVM:
@@ -45,7 +47,10 @@ def fit(features: NDArray[np.float32], labels: NDArray[Any], cs: Sequence[float]
     if len(x) >= x.shape[1]:
         return [LinearSVM(classes, _minimize(x, y, c)) for c in cs]
     # The solution is a combination of the rows: with fewer rows than columns, solve in their coordinates.
-    gram = (x @ x.T).double()
+    # In float64: with rows of fewer dimensions than there are rows, what float32 rounds away makes it indefinite.
+    gram = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
+    for part in torch.split(x, COLUMNS, 1):
+        gram.addmm_(part.double(), part.double().T)
     rows = torch.linalg.cholesky(gram + 1e-7 * gram.diagonal().mean() * torch.eye(len(x)).to(gram))
     svms = []
     for c in cs:

@@ -49,13 +49,37 @@ def test_an_interrupted_search_goes_on_and_another_one_begins_anew(short: None, 
     whole = search(NETWORK, *parts, 2, 0, tmp_path / "whole.jsonl", "a")
     search(NETWORK, *parts, 1, 0, file, "a")
     with file.open("a") as lines:
-        lines.write('{"trial": 1, "learn')  # what a kill left
+        lines.write('{"trial": 1, "learn')  # a damaged line
     assert search(NETWORK, *parts, 2, 0, file, "a") == whole
     kept = file.read_bytes()
     assert search(NETWORK, *parts, 2, 0, file, "a") == whole
     assert file.read_bytes() == kept == (tmp_path / "whole.jsonl").read_bytes()
     assert search(NETWORK, *parts, 1, 1, file, "b")[0].learning_rate != whole[0].learning_rate
     assert len(file.read_text().splitlines()) == 2
+
+
+def test_fewer_trials_remove_none_and_a_damaged_file_counts_as_empty(short: None, tmp_path: Path) -> None:
+    parts = split(64, 1), split(32, 2), split(32, 3)
+    file = tmp_path / TRIALS_FILE
+    whole = search(NETWORK, *parts, 2, 0, file, "a")
+    kept = file.read_bytes()
+    assert search(NETWORK, *parts, 1, 0, file, "a") == whole[:1]
+    assert file.read_bytes() == kept
+    file.write_bytes(b"\xff\xfe\0")
+    assert search(NETWORK, *parts, 1, 0, file, "a") == whole[:1]
+
+
+def test_an_interrupted_first_trial_leaves_nothing(
+    short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervised, "_accuracy", interrupted)
+    parts = split(64, 1), split(32, 2), split(32, 3)
+    with pytest.raises(KeyboardInterrupt):
+        search(NETWORK, *parts, 2, 0, tmp_path / TRIALS_FILE, "a")
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_are_log_uniform_in_their_ranges() -> None:

@@ -79,15 +79,13 @@ def search(
 
     A trial is a function of (seed, its number); `key` says what else it depends on.
     """
-    done = _read(file, key)[:trials]
-    known = [key, *(trial.model_dump_json() for trial in done)]
-    write_atomic(file, "".join(f"{line}\n" for line in known).encode())  # without a line that was cut short
-    with Progress("training the control", trials * STEPS, "updates", done=len(done) * STEPS) as progress:
+    done = _read(file, key)  # all of them stay, also where fewer are asked for
+    with Progress("training the control", trials * STEPS, "updates", done=min(len(done), trials) * STEPS) as progress:
         for number in range(len(done), trials):
             done.append(_trial(config, learn, validation, test, number, seed, progress))
-            with file.open("a") as lines:
-                lines.write(done[-1].model_dump_json() + "\n")
-    return done
+            known = [key, *(trial.model_dump_json() for trial in done)]
+            write_atomic(file, "".join(f"{line}\n" for line in known).encode())
+    return done[:trials]
 
 
 def _trial(
@@ -140,14 +138,14 @@ def _accuracy(network: nn.Module, split: Split) -> float:
 
 def _read(file: Path, key: str) -> list[Trial]:
     """Return the trials in `file`, up to the first line that is not the next one; none if it is of another `key`."""
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
     done: list[Trial] = []
     if lines[:1] != [key]:
         return done
     for number, line in enumerate(lines[1:]):
         try:
             trial = Trial.model_validate_json(line)
-        except ValidationError:  # cut short while it was written
+        except ValidationError:  # damaged
             break
         if trial.trial != number:
             break

@@ -22,6 +22,7 @@ from urllib.parse import parse_qs
 Object = dict[str, Any]
 
 COMPONENT = "app.kubernetes.io/component"
+INDEX = "batch.kubernetes.io/job-completion-index"
 
 KINDS = {
     "v1": "pods Pod, events Event, configmaps ConfigMap, namespaces Namespace, services Service, secrets Secret, "
@@ -134,7 +135,9 @@ class Refused(Exception):
 class ApiServer(ThreadingHTTPServer):
     """Keeps what it is told to keep. It answers with all events, whatever is asked for.
 
-    A Job is done, or fails if it is in `fails`, when it is asked about for the `looks`-th time. A context manager.
+    A Job is done, or fails if it is in `fails`, when it is asked about for the `looks`-th time, but not while `holds`
+    is true of it. With `makes_pods`, a Job has a pod for each index, and one that is deleted is replaced. A context
+    manager.
     """
 
     def __init__(self) -> None:
@@ -143,6 +146,10 @@ class ApiServer(ThreadingHTTPServer):
         self.looks = 2
         self.fails: set[str] = set()
         self.suspended: set[str] = set()  # Jobs that a queue holds back until they are asked about for the last time
+        self.holds: Callable[[str], bool] = lambda job: False
+        self.makes_pods = False
+        self.lost: list[str] = []  # pods that were deleted before their Job had ended
+        self.version = {"major": "1", "minor": "36", "gitVersion": "v1.36.0"}
         self.lock = threading.Lock()
         self._clock = 0
         super().__init__(("127.0.0.1", 0), Handler)
@@ -178,7 +185,17 @@ class ApiServer(ThreadingHTTPServer):
         if what in ("jobs", "trainjobs"):
             thing["status"] = {"asked": 0}
         self.objects[what].append(thing)
+        if what == "jobs" and self.makes_pods:
+            for index in range(thing["spec"]["completions"]):
+                self.make_pod(thing["metadata"]["name"], index)
         return thing
+
+    def make_pod(self, job: str, index: int) -> None:
+        made = pod(f"{job}-{index}-{self.now()[11:16].replace(':', '')}", "Running")
+        labels = {COMPONENT: job, INDEX: str(index)}
+        made["metadata"] |= {"labels": labels, "namespace": self.job(job)["metadata"]["namespace"]}
+        made["spec"] = {"containers": [{"name": "x"}]}
+        self.objects["pods"].append(made)
 
     def ask_about(self, thing: Object) -> None:
         """Let a Job go on, up to its end; a Deployment and a Pod start at once."""
@@ -187,15 +204,18 @@ class ApiServer(ThreadingHTTPServer):
             status["asked"] += 1
             if name in self.suspended:
                 status["conditions"] = [{"type": "Suspended", "status": "True", "lastTransitionTime": self.now()}]
-            if status["asked"] > self.looks:
+            if status["asked"] > self.looks and not self.holds(name):
                 failed = {"type": "Failed", "reason": "BackoffLimitExceeded", "message": "too often"}
                 end = failed if name in self.fails else {"type": "Complete"}
                 status["conditions"] = [{"status": "True", "lastTransitionTime": self.now(), **end}]
+                for one in self.objects["pods"]:
+                    if self.makes_pods and one["metadata"]["labels"].get(COMPONENT) == name:
+                        one["status"]["phase"] = "Failed" if name in self.fails else "Succeeded"
         if kind == "Deployment" and name not in self.fails:
             replicas = dict.fromkeys(("replicas", "updatedReplicas", "availableReplicas", "readyReplicas"), 1)
             thing["metadata"]["generation"] = 1
             thing["status"] = {"observedGeneration": 1, **replicas}
-        if kind == "Pod" and "containers" in thing.get("spec", {}):
+        if kind == "Pod" and "containers" in thing.get("spec", {}) and INDEX not in thing["metadata"]["labels"]:
             thing["status"] = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
 
     def patch(self, thing: Object, patch: Object) -> Object:
@@ -218,6 +238,10 @@ class ApiServer(ThreadingHTTPServer):
         if what == "namespaces" and not all(map(ended, self.objects["jobs"])):
             return  # Terminating, for ever
         self.objects[what].remove(thing)
+        labels = thing["metadata"].get("labels", {})
+        if what == "pods" and INDEX in labels and not ended(self.job(labels[COMPONENT])):
+            self.lost.append(name)
+            self.make_pod(labels[COMPONENT], int(labels[INDEX]))
         if what == "jobs":
             self.objects["pods"] = [p for p in self.objects["pods"] if p["metadata"]["labels"][COMPONENT] != name]
 
@@ -246,7 +270,7 @@ class Handler(BaseHTTPRequestHandler):
         """Return what the path names: (resource, name or "")."""
         path = self.path.partition("?")[0]
         for version, resources in RESOURCES.items():
-            found = re.fullmatch(rf"{re.escape(root(version))}(?:/namespaces/dcgan)?/([a-z]+)(?:/([^/]+))?", path)
+            found = re.fullmatch(rf"{re.escape(root(version))}(?:/namespaces/[^/]+(?=/))?/([a-z]+)(?:/([^/]+))?", path)
             if found and found[1] in resources:
                 return found[1], found[2] or ""
         return "", ""
@@ -255,6 +279,10 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path in self.discovery:
             return self.answer(200, self.discovery[path])
+        if path == "/version":
+            return self.answer(200, self.server.version)
+        if path.endswith("/log"):
+            return self.answer(200, f"the last words of {path.split('/')[-2]}")
         what, name = self.place()
         with self.server.lock:
             if not what:
@@ -310,8 +338,8 @@ class Handler(BaseHTTPRequestHandler):
         status = {"status": "Failure", "reason": reason, "message": message, "details": details, "code": code}
         self.answer(code, {"kind": "Status", "apiVersion": "v1", **status})
 
-    def answer(self, code: int, content: Object) -> None:
-        data = json.dumps(content).encode()
+    def answer(self, code: int, content: Object | str) -> None:
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

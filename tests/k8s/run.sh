@@ -1,5 +1,6 @@
 #!/bin/sh
 # make test-k8s: installs the validators into build/k8s-tools, renders every overlay and checks it. No cluster needed.
+# Where KUBECONFIG names one, k8s/trial.py then tries it, with CONTEXT and IMAGE if they are set.
 set -eu
 cd "$(dirname "$0")/../.."
 tools=build/k8s-tools
@@ -19,4 +20,8 @@ if ! kubectl version --client 2>/dev/null | grep -q 'Kustomize Version: v5'; the
 fi
 
 # Its own configuration: the project's asks for plugins that are not in this environment.
-PATH="$PWD/$tools/bin:$PATH" exec "$tools/bin/python" -m pytest -c tests/k8s/pytest.ini --rootdir . tests/k8s "$@"
+PATH="$PWD/$tools/bin:$PATH"
+"$tools/bin/python" -m pytest -c tests/k8s/pytest.ini --rootdir . tests/k8s "$@"
+if [ $# -eq 0 ] && [ -n "${KUBECONFIG:-}" ]; then
+    exec "$tools/bin/python" k8s/trial.py ${CONTEXT:+"$CONTEXT"} ${IMAGE:+--image "$IMAGE"}
+fi

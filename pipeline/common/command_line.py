@@ -64,6 +64,9 @@ def command_group(help: str) -> typer.Typer:
     return app
 
 
+INTERRUPTED = "interrupted: run the same command again to resume"
+
+
 def run_command(command: Callable[[], object]) -> None:
     """Run a command line to its end and exit with our codes (docs/architecture.md, contract 6).
 
@@ -75,6 +78,8 @@ def run_command(command: Callable[[], object]) -> None:
         with _stop_by_exception():
             command()
     except SystemExit as end:  # typer's, after success as well
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):  # typer says nothing of it
+            print(INTERRUPTED, file=sys.stderr)
         exit_with(end.code if isinstance(end.code, int) else int(end.code is not None))
     except (UserError, OSError) as error:
         if os.environ.get("DCGAN_TRACEBACK"):
@@ -86,7 +91,7 @@ def run_command(command: Callable[[], object]) -> None:
         print("stopped: what is finished is kept; run the same command again to resume", file=sys.stderr)
         exit_with(128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to resume", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         exit_with(128 + signal.SIGINT)
 
 

@@ -326,6 +326,20 @@ def test_a_blow_in_any_write_leaves_nothing_half_written(
     assert paths(inputs) == before
 
 
+def test_ctrl_c_says_what_to_do(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def command() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as end:
+        run_command(app)
+    assert end.value.code == 130
+    assert capfd.readouterr().err == "interrupted: run the same command again to resume\n"
+
+
 def test_sigterm_is_never_taken_for_a_bad_picture(capfd: pytest.CaptureFixture[str]) -> None:
     def command() -> None:
         for _ in range(2):

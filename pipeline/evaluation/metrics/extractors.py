@@ -63,8 +63,11 @@ def load_extractor(reference: str, sha256: str | None = None, *, resize: int | N
     A URL needs its SHA-256. Raises UsageError, and DataError when the file has another SHA-256 or cannot be loaded.
     """
     if reference == FALLBACK:
-        return FallbackExtractor(resize)
+        fallback = FallbackExtractor(resize)
+        _check_sha256(reference, fallback.sha256, sha256)
+        return fallback
     if reference in NETWORKS:
+        _check_sha256(reference, NETWORKS[reference].sha256, sha256)
         data = fetch_network(reference)
         return TorchScriptExtractor(data, reference, NETWORKS[reference].sha256, resize)
     if is_url(reference) and sha256 is None:
@@ -77,15 +80,19 @@ def load_extractor(reference: str, sha256: str | None = None, *, resize: int | N
         )
     data = store.read(name)
     found = sha256_bytes(data)
-    if sha256 is not None and sha256.lower() != found:
-        raise DataError(
-            f"--extractor {reference}: its SHA-256 is {found}, expected {sha256.lower()}: it is another file"
-        )
+    _check_sha256(reference, found, sha256)
     if name.endswith(".onnx"):
         return OnnxExtractor(data, name, found, resize)
     if name.endswith(".safetensors"):
         return ClassifierExtractor(data, name, found)
     return TorchScriptExtractor(data, name, found, resize)
+
+
+def _check_sha256(reference: str, found: str, expected: str | None) -> None:
+    if expected is not None and expected.lower() != found:
+        raise DataError(
+            f"--extractor {reference}: its SHA-256 is {found}, expected {expected.lower()}: it is another file"
+        )
 
 
 class FallbackExtractor(Extractor):

@@ -224,8 +224,9 @@ def test_extractors_are_what_they_are_said_to_be(tmp_path: Path) -> None:
         load_extractor("https://example.org/inception.pt")
     file = tmp_path / "x.pt"
     file.write_bytes(b"no module")
-    with pytest.raises(DataError, match="another file"):
-        load_extractor(str(file), "0" * 64)
+    for name in (str(file), "fallback", "inception"):
+        with pytest.raises(DataError, match="another file"):
+            load_extractor(name, "0" * 64)
     with pytest.raises(DataError, match="not a TorchScript module"):
         load_extractor(str(file))
     (tmp_path / "x.onnx").write_bytes(b"no graph")

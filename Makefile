@@ -132,7 +132,7 @@ test-interop: .venv/.installed ## our shards in wids, Hugging Face datasets and 
 	test -d build/example || $(PYTHON) -m venv build/example
 	build/example/bin/python -m pip install --progress-bar off --quiet -c constraints.txt onnxruntime numpy pillow
 	$(BIN)/pytest -m slow tests/interop
-	$(BIN)/pytest tests/data/sources/test_tables.py tests/data/test_convert.py
+	$(BIN)/pytest tests/data/sources/test_tables.py tests/data/test_convert.py tests/evaluation/test_pictures.py
 
 test-trackers: build/trackers/.installed ## runs that are killed and resumed, in MLflow on its own server and in W&B offline; installs them
 	$(BIN)/pytest -m slow -rs tests/training/trackers

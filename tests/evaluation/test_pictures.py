@@ -7,10 +7,9 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 from evaluation_cases import Outcome
 from picture_files import make_folder, make_picture
@@ -20,6 +19,8 @@ from pipeline.common.imaging import encode, load_image
 from pipeline.common.shapes.frame import Frame
 from pipeline.data.dataset import open_dataset
 from pipeline.evaluation import inputs
+
+NO_PYARROW = "pyarrow, of the extra parquet, is not installed: make test-interop"
 
 
 def write(folder: Path, name: str, width: int, height: int, seed: int, channels: int = 3) -> bytes:
@@ -110,11 +111,17 @@ def arrays(folder: Path) -> Path:
     return folder / "a.npz"
 
 
+def write_table(path: Path, **columns: list[Any]) -> Path:
+    pa = pytest.importorskip("pyarrow", reason=NO_PYARROW)
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
 def a_table(folder: Path) -> Path:
     rows = [{"bytes": data, "path": None} for data in encoded()]
-    table = pa.table({"image": rows, "label": [index % 2 for index in range(5)]})
-    pa.parquet.write_table(table, folder / "a.parquet")
-    return folder / "a.parquet"
+    return write_table(folder / "a.parquet", image=rows, label=[index % 2 for index in range(5)])
 
 
 @pytest.mark.parametrize("make", [a_zip, a_compressed_tar, arrays, a_table])
@@ -153,21 +160,30 @@ def test_files_that_hold_no_pictures_are_refused_in_one_line(tmp_path: Path, eva
         archive.writestr("a.txt", "x")
     (tmp_path / "cut.zip").write_bytes(a_zip(tmp_path).read_bytes()[:200])
     np.savez(tmp_path / "numbers.npz", x=np.zeros(3))
-    pa.parquet.write_table(pa.table({"x": [1, 2]}), tmp_path / "numbers.parquet")
-    two = [{"bytes": data, "path": None} for data in encoded()]
-    pa.parquet.write_table(pa.table({"before": two, "after": two}), tmp_path / "two.parquet")
     (tmp_path / "notes.txt").write_text("x")
     for name, message in (
         ("texts.zip", "no images here"),
         ("cut.zip", "zip"),
         ("numbers.npz", "numbers.npz"),
-        ("numbers.parquet", "numbers.parquet"),
-        ("two.parquet", f"with options: dcgan-data build parquet {tmp_path}/two.parquet OUT --size N, and name OUT"),
         ("notes.txt", "notes.txt: not recognized: neither a folder, an archive, a table nor arrays"),
         ("nosuch.zip", "nosuch.zip"),
         ("some/name", "no such file or folder; expected a data set, tars or pictures"),
     ):
         done = evaluate("ms-ssim", "--samples", tmp_path / name, "--out", tmp_path / "out")
+        assert done.code in (2, 65), done.err
+        assert message in done.err
+        assert done.err.rstrip().count("\n") == 0, done.err
+
+
+def test_a_table_without_pictures_or_with_two_columns_of_them_is_refused(
+    tmp_path: Path, evaluate: Callable[..., Outcome]
+) -> None:
+    two = [{"bytes": data, "path": None} for data in encoded()]
+    for path, message in (
+        (write_table(tmp_path / "numbers.parquet", x=[1, 2]), "numbers.parquet"),
+        (write_table(tmp_path / "two.parquet", before=two, after=two), f"build parquet {tmp_path}/two.parquet OUT"),
+    ):
+        done = evaluate("ms-ssim", "--samples", path, "--out", tmp_path / "out")
         assert done.code in (2, 65), done.err
         assert message in done.err
         assert done.err.rstrip().count("\n") == 0, done.err

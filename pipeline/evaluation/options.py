@@ -94,5 +94,6 @@ def show(numbers: dict[str, Any], out: Path, name: str) -> None:
     width = max(map(len, numbers), default=0)
     for key, value in numbers.items():
         typer.echo(f"{key:{width}}  {value:.4f}" if isinstance(value, float) else f"{key:{width}}  {value}")
-    typer.echo(f"measured with: {how_measured(out / f'{name}.json')}")
+    if protocol := how_measured(out / f"{name}.json"):  # animations measure nothing
+        typer.echo(f"measured with: {protocol}")
     typer.echo(f"written: {out / name}.json and the pictures beside it")

@@ -135,6 +135,20 @@ def test_a_shape_goes_all_the_way(
         assert "does not say that its images were stretched" in said
 
 
+def on_the_cpu(*command: object) -> str:
+    """Run a command that trains, and return what it printed."""
+    done = subprocess.run(
+        [*map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("size", "channels"), [("28", 1), ("96x64", 3), ("64x96", 4), ("256", 3)])
@@ -156,15 +170,7 @@ def test_a_shape_is_killed_resumed_and_trained_by_two_processes(
 
     launch = [Path(sys.executable).with_name("dcgan-launch"), "--processes", 2, "train", "--data", data]
     overrides = [*TINY, *settings, "schedule.total_images=32"]
-    done = subprocess.run(
-        [*map(str, launch), "--out", str(tmp_path / "two"), *overrides],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    on_the_cpu(*launch, "--out", tmp_path / "two", *overrides)
     assert (tmp_path / "two" / f"checkpoints/{32:012d}/state.json").exists()
 
     card = export_onnx(str(run), tmp_path / "model", max_batch=8, parity_images=8)
@@ -199,16 +205,8 @@ def test_ten_updates_at_512_pixels_take_the_memory_that_the_table_says(tmp_path:
     data = write_dataset(tmp_path / "data", images=16, size=512)
     sizes = ["network.image_size=512", "network.width=16", "network.latent_dim=8", "recipe.batch=4", "recipe.streams=4"]
     schedule = ["schedule.total_images=40", "schedule.evaluate_samples=64", "schedule.grid_every_images=4000000"]
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(data), str(tmp_path / "run"), *sizes, *schedule],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    before, peak = map(int, done.stdout.split())
+    said = on_the_cpu(sys.executable, "-c", MEMORY, data, tmp_path / "run", *sizes, *schedule)
+    before, peak = map(int, said.split())
     expected = footprint(load_config(overrides=sizes).network).update_bytes(4)
     assert peak - before < 2 * expected, "the convolutions' own memory comes on top"
 

@@ -233,10 +233,13 @@ def size_of(picture: Picture) -> tuple[int, int]:
 
 
 def keeps_other_colors(picture: Picture) -> bool:
-    """Whether a picture has a color profile that cannot be used: its colors are taken as sRGB. Raises BadImage."""
+    """Whether a picture has a color profile that cannot be used: its colors are taken as sRGB."""
     if not isinstance(picture, bytes) or not any(mark in picture[:PROFILE_WITHIN] for mark in PROFILE_MARKS):
         return False
-    return color.keeps_other_colors(open_image(picture))
+    try:
+        return color.keeps_other_colors(open_image(picture))
+    except BadImage:  # libjpeg reads some that Pillow does not: a count is no reason to lose them
+        return False
 
 
 def _plain_jpeg(data: bytes, frame: Frame) -> Image.Image | None:

@@ -72,6 +72,7 @@ def test_a_profile_that_cannot_be_used_is_seen(mode: str, kind: str, profile: by
     options = {} if profile is None else {"icc_profile": profile}
     assert keeps_other_colors(as_bytes(picture, kind, **options)) is lost
     assert not keeps_other_colors(np.zeros((2, 2, 3), np.uint8))
+    assert not keeps_other_colors(b"\xff\xd8 broken ICC_PROFILE\0")
 
 
 def test_srgb_profiles_of_any_maker_change_nothing() -> None:

@@ -100,7 +100,8 @@ class Reader:
 class Watch:
     """Notes every path outside `root` that the interpreter touches, and every connection, while it has a root."""
 
-    QUIET = (*filter(None, sys.path), sys.prefix, sys.base_prefix, str(ROOT), "/usr", "/lib", "/proc", "/sys", "/dev")
+    OURS = (*filter(None, sys.path), sys.prefix, sys.base_prefix, str(ROOT))
+    QUIET = (*map(os.path.realpath, OURS), "/usr", "/lib", "/proc", "/sys", "/dev")
     ONE_PATH = "open os.remove os.mkdir os.rmdir os.truncate os.chmod os.utime os.listdir os.scandir shutil.rmtree"
     PATHS: ClassVar = dict.fromkeys(ONE_PATH.split(), 1) | {"os.rename": 2, "os.link": 2, "os.symlink": 2}
     NEVER = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")

@@ -75,10 +75,15 @@ def _copy(target: Path, place: tuple[str, int], rows: "array[int]", pictures: Pi
             for batch in read_piece(*place, pictures.leaves if is_parquet(place[0]) else [pictures.name]):
                 if stop.is_set() or done > last:
                     return
-                kept = pa.array([done + index in chosen for index in range(batch.num_rows)])
-                columns = []
-                for column, field in zip(picture_arrays(pa, batch, pictures), schema, strict=True):
-                    columns.append(pa.compute.if_else(kept, column.cast(field.type), pa.scalar(None, field.type)))
+                kept = [done + index in chosen for index in range(batch.num_rows)]
+                columns = [
+                    column.cast(field.type)
+                    for column, field in zip(picture_arrays(pa, batch, pictures), schema, strict=True)
+                ]
+                if not all(kept):
+                    columns = [
+                        pa.compute.if_else(pa.array(kept), column, pa.scalar(None, column.type)) for column in columns
+                    ]
                 writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
                 done += batch.num_rows
         except faults(pa) as error:

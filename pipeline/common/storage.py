@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
@@ -241,6 +242,29 @@ def locate(reference: str) -> tuple["Store", str]:
     return Store(folder or ("/" if slash else ".")), name
 
 
+def open_ranges(reference: str) -> Callable[[int, int], bytes]:
+    """Return `Store.ranges` of a path or URL: opened once, not once a picture, and again when its file was replaced."""
+    return _open_ranges(reference, None if is_url(reference) else os.stat(reference).st_ino)
+
+
+@lru_cache(maxsize=256)
+def _open_ranges(reference: str, inode: int | None) -> Callable[[int, int], bytes]:
+    store, name = locate(reference)
+    return store.ranges(name)
+
+
+class _OpenFile:
+    """A file of a disk, open to be read by several threads until nothing refers to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
 @dataclass(frozen=True)
 class FileFacts:
     """What a store says of a file."""
@@ -327,18 +351,27 @@ class Store:
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         """Return `size` bytes of `name` from `offset` on. Raises DataError when the file ends before."""
+        return self.ranges(name)(offset, size)
+
+    def ranges(self, name: str) -> Callable[[int, int], bytes]:
+        """Return what reads (offset, size) of `name`, as `read_range` does. On a disk it keeps the file open."""
         _refuse_path(name, self.location)
-        if self.remote:
-            end = offset + size
-            data: bytes = self._retry(name, lambda: self._fs.cat_file(f"{self._root}/{name}", start=offset, end=end))
-            if len(data) > size:  # a server without range requests sends the whole file
-                data = data[offset:end]
-        else:
-            with (Path(self.location) / name).open("rb") as file:
-                data = os.pread(file.fileno(), size, offset)
-        if len(data) != size:
-            raise DataError(f"{self.path(name)}: ends before offset {offset + size}")
-        return data
+        file = None if self.remote else _OpenFile(Path(self.location) / name)
+
+        def read(offset: int, size: int) -> bytes:
+            if file is not None:
+                data = os.pread(file.descriptor, size, offset)
+            else:
+                end = offset + size
+                path = f"{self._root}/{name}"
+                data = self._retry(name, lambda: self._fs.cat_file(path, start=offset, end=end))
+                if len(data) > size:  # a server without range requests sends the whole file
+                    data = data[offset:end]
+            if len(data) != size:
+                raise DataError(f"{self.path(name)}: ends before offset {offset + size}")
+            return data
+
+        return read
 
     def facts(self, name: str) -> "FileFacts":
         """Return what the store says of the file `name`. Raises DataError when it is not there."""

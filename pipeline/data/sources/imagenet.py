@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.common.errors import DataError, UsageError
 from pipeline.common.pictures.formats import picture_suffixes
-from pipeline.common.storage import Store, is_url, locate
+from pipeline.common.storage import Store, is_url, open_ranges
 from pipeline.data.sources.archives.files import Window
 from pipeline.data.sources.archives.members import Member
 from pipeline.data.sources.folder import Folder
@@ -36,8 +36,7 @@ class ImageNet:
         if isinstance(item.where, Member | int | str):
             return Folder(self.location).read(item)
         tar, offset, size = item.where
-        store, name = locate(tar)
-        return store.read_range(name, offset, size)
+        return open_ranges(tar)(offset, size)
 
     def _tars(self) -> list[str]:
         """Return the paths or URLs of the tars to read."""

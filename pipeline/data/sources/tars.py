@@ -8,7 +8,6 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import Picture
 from pipeline.common.pictures.formats import SUFFIXES
-from pipeline.common.storage import Store, is_url, locate
+from pipeline.common.storage import is_url, locate, open_ranges
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.shard_reader import read_shard, shard_columns
 from pipeline.data.shard_writer import RECORD
@@ -73,18 +72,10 @@ class Tars:
             raise DataError(f"{self.location}: its tars hold no images (.jpg, .png, .webp … or uint8 blocks .npy)")
         return listing
 
-    @cached_property
-    def _stores(self) -> dict[str, Store]:
-        """Where the tars lie; each is opened once, not once an image."""
-        return {}
-
     def read(self, item: Item) -> Picture:
         """Return the image's bytes, or its pixels when it lies in a block."""
         tar, offset, size, shape = item.where
-        folder = tar.rpartition("/")[0]
-        if folder not in self._stores:
-            self._stores[folder] = locate(tar)[0]
-        data = self._stores[folder].read_range(tar.rpartition("/")[2], offset, size)
+        data = open_ranges(tar)(offset, size)
         return data if shape is None else np.frombuffer(data, np.uint8).reshape(shape)
 
 

@@ -13,11 +13,11 @@ import pytest
 import webdataset
 from picture_files import make_picture, tree
 
+from pipeline.common import storage
 from pipeline.common.imaging import encode
 from pipeline.common.storage import Store, locate, public_name
 from pipeline.data.dataset import open_dataset
 from pipeline.data.shard_reader import iterate
-from pipeline.data.sources import tars as tars_module
 from pipeline.data.sources.tars import Tars
 
 WNID = "n01440764"
@@ -256,7 +256,7 @@ def test_a_tar_that_lies_about_sizes_is_refused_and_never_loops(dcgan_data: Any,
         assert said in done.err.replace(f"{WNID}_001", "0")
 
 
-def test_a_store_is_opened_once_for_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tar_is_opened_once_for_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.tar", "b.tar"):
         write_tar(tmp_path / name, pictures(4))
     source = Tars(str(tmp_path))
@@ -267,8 +267,18 @@ def test_a_store_is_opened_once_for_all_images(tmp_path: Path, monkeypatch: pyte
         opened.append(tar)
         return locate(tar)
 
-    monkeypatch.setattr(tars_module, "locate", counted)
+    monkeypatch.setattr(storage, "locate", counted)
     first = [source.read(item) for item in listing.items]
     assert len(first) == 8
-    assert len(opened) == 1
+    assert sorted(opened) == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
     assert [pickle.loads(pickle.dumps(source)).read(item) for item in listing.items] == first
+
+
+def test_a_tar_that_was_replaced_is_opened_again(tmp_path: Path) -> None:
+    expected = {f"a.tar/{name}": data for name, data in pictures(4).items()}
+    write_tar(tmp_path / "a.tar", pictures(4))
+    source = Tars(str(tmp_path))
+    assert {item.key: source.read(item) for item in source.listing().items} == expected
+    write_tar(tmp_path / "b", dict(reversed(pictures(4).items())))
+    (tmp_path / "b").replace(tmp_path / "a.tar")
+    assert {item.key: source.read(item) for item in source.listing().items} == expected

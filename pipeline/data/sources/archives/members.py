@@ -7,13 +7,12 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from pipeline.common.errors import DataError, UsageError, first_line
 from pipeline.common.imaging import BadImage
 from pipeline.common.pictures.formats import HEAD_BYTES, kind_of
-from pipeline.common.storage import Store, locate
+from pipeline.common.storage import open_ranges
 from pipeline.data.sources.archives.files import OpenArchive, Window, open_archive, plain, unpack
 from pipeline.data.sources.interface import Listing
 from pipeline.data.sources.tars import open_members
@@ -167,16 +166,16 @@ def _in_zip(opened: OpenArchive, shown: str, listing: Listing) -> Iterator[tuple
 
 def read_member(member: Member, limit: int | None = None) -> bytes:
     """Return a file, or its first `limit` bytes. Raises BadImage where it is damaged or compressed in a rare way."""
-    store, name = _place(member.archive)
+    read = open_ranges(member.archive)
     if member.method == PLAIN:
-        return store.read_range(name, member.offset, member.bytes if limit is None else min(limit, member.bytes))
-    data = store.read_range(name, member.offset, member.span if limit is None else min(member.span, 4096 + limit))
+        return read(member.offset, member.bytes if limit is None else min(limit, member.bytes))
+    data = read(member.offset, member.span if limit is None else min(member.span, 4096 + limit))
     if len(data) < LOCAL.size or data[:4] != b"PK\3\4":
         raise BadImage("damaged zip (no header)")
     fields = LOCAL.unpack(data[: LOCAL.size])
     start = LOCAL.size + fields[-2] + fields[-1]
     if limit is None and (short := start + member.packed - len(data)) > 0:
-        data += store.read_range(name, member.offset + len(data), short)
+        data += read(member.offset + len(data), short)
     packed = memoryview(data)[start : start + member.packed]
     content = _inflate(packed, member, member.bytes if limit is None else min(limit, member.bytes))
     if limit is None and (len(content) != member.bytes or zlib.crc32(content) != member.crc):
@@ -218,9 +217,3 @@ def _lzma_filter(properties: bytes) -> dict[str, Any]:
         "pb": first // 45,
         "dict_size": max(dictionary, 4096),
     }
-
-
-@lru_cache(maxsize=256)
-def _place(archive: str) -> tuple[Store, str]:
-    """Return the store and name of an archive: opened once, not once a picture."""
-    return locate(archive)

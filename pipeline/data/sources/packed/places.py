@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.common.errors import DataError
 from pipeline.common.imaging import BadImage, Picture
-from pipeline.common.storage import Store, locate
+from pipeline.common.storage import open_ranges
 from pipeline.data.sources.packed.arrays import as_picture
 from pipeline.data.sources.packed.columns import ARRAYS, read_array
 
@@ -33,12 +33,11 @@ class Span(NamedTuple):
 
 def read_span(span: Span) -> Picture:
     """Return a picture: its encoded bytes, or pixels (H, W, C). Raises BadImage where it is damaged."""
-    store, name = _place(span.file)
     if span.record is None:
-        data = _range(store, name, span.offset, span.bytes)
+        data = _range(span.file, span.offset, span.bytes)
     else:
         start, size = span.record
-        whole = _range(store, name, start, size + 4)
+        whole = _range(span.file, start, size + 4)
         if (crc := _crc32c()) is not None and masked(crc(whole[:size])) != int.from_bytes(whole[size:], "little"):
             raise BadImage("damaged record (checksum)")
         data = whole[span.offset - start : span.offset - start + span.bytes]
@@ -57,17 +56,11 @@ def read_span(span: Span) -> Picture:
     return as_picture(np.frombuffer(pixels, np.uint8).reshape(height, width, channels), "HWC")
 
 
-def _range(store: Store, name: str, offset: int, size: int) -> bytes:
+def _range(file: str, offset: int, size: int) -> bytes:
     try:
-        return store.read_range(name, offset, size)
+        return open_ranges(file)(offset, size)
     except DataError:
         raise BadImage("beyond the end of its file") from None
-
-
-@functools.lru_cache(maxsize=256)
-def _place(file: str) -> tuple[Store, str]:
-    """Return the store and name of a file: opened once, not once a picture."""
-    return locate(file)
 
 
 @functools.cache

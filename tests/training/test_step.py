@@ -277,6 +277,7 @@ def test_nonfinite_gradients_change_nothing_and_are_counted() -> None:
     poisoned[0, 0] = np.nan
     step.update(reals, poisoned, 0)
     assert step.statistics[STATISTICS.index("nonfinite")] == 1
+    assert [step.statistics[STATISTICS.index(name)].item() for name in ("loss_d", "loss_g")] == [0, 0]
     assert torch.isfinite(step.statistics).all(), "what is not finite counts as 0"
     assert all(torch.equal(before[name], value) for name, value in step.discriminator.named_parameters())
     assert all(torch.isfinite(weight).all() for weight in step.generator.parameters())

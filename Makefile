@@ -3,8 +3,8 @@ PYTHON ?= python3
 DEMO ?= demo
 TRAIN_OPTIONS ?=
 BIN := .venv/bin
-# With AMX, bf16 takes half the time, for pictures as good (docs/training.md); without it, bf16 is slow.
-PRECISION ?= $(shell grep -qs amx_bf16 /proc/cpuinfo && echo bf16 || echo no)
+# Where the processor multiplies bf16, it takes half the time, for pictures as good (docs/training.md); elsewhere it is slow.
+PRECISION ?= $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo bf16 || echo no)
 # accelerate gives a process one thread unless told otherwise.
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision $(PRECISION) \
 	--dynamo_backend no --num_cpu_threads_per_process $(shell nproc)

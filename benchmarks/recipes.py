@@ -7,7 +7,7 @@
 
 Hours on a CPU, one run a core; run it again to go on after an interruption. Images have 32 pixels, the network is the
 demo's. Every run is what a user would start: `pipeline/train.py --preset demo`, with the overrides of its arm, and in
-bf16 where the processor has AMX. Seeds are those of SEEDS, and those of OTHER_SEEDS again without options: the control.
+bf16 where the processor multiplies it. Seeds are those of SEEDS; without options those of OTHER_SEEDS too: the control.
 
 Samples are compared with pictures that no run has seen: SWD x 1000, the kernel distance (KID x 1000) of the features of
 the attribute classifier, which `dcgan-eval classifier` trains from the same faces, MS-SSIM of the samples, and for
@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.checkpoints.reference import load_generator
 from pipeline.common.imaging import Pixels
-from pipeline.common.machine import available_cores, has_amx
+from pipeline.common.machine import available_cores, multiplies_bf16
 from pipeline.common.storage import write_atomic
 from pipeline.data.dataset import open_dataset
 from pipeline.data.shard_reader import iterate
@@ -140,7 +140,7 @@ class Run:
         arm = [word.format(work=work, seed=self.seed) for word in group.arms[self.arm]]
         command = [sys.executable, ROOT / "pipeline" / "train.py", "--data", work / "data" / self.data / "train"]
         command += ["--out", work / self.name, "--preset", "demo", *schedule, *arm]
-        precision = {"ACCELERATE_MIXED_PRECISION": "bf16" if has_amx() else "no"}
+        precision = {"ACCELERATE_MIXED_PRECISION": "bf16" if multiplies_bf16() else "no"}
         environment = os.environ | precision | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         log = (work / f"{self.name}.log").open("ab")
         return subprocess.Popen([str(word) for word in command], env=environment, stdout=log, stderr=log)
@@ -308,7 +308,7 @@ def cost(rounds: int) -> dict[str, Any]:
     def update_of(words: tuple[str, ...]) -> Callable[[], None]:
         AcceleratorState._reset_state(reset_partial_state=True)
         config = load_config("demo", overrides=[f"image_size={SIZE}", *words])
-        step = AdversarialStep(config, Accelerator(cpu=True, mixed_precision="bf16" if has_amx() else "no"))
+        step = AdversarialStep(config, Accelerator(cpu=True, mixed_precision="bf16" if multiplies_bf16() else "no"))
         reals = np.random.default_rng(0).integers(0, 256, (config.recipe.batch, SIZE, SIZE, 3), np.uint8)
         latents = latent_batches(config, start=0)
         seen = iter(range(0, 1 << 62, config.recipe.batch))

@@ -3,7 +3,8 @@
 Two questions, each a ratio of interleaved rounds in one run (medians of 15, with an A/A control):
 
 1. `step`: our update against the loop of every DCGAN tutorial, same networks, batch 64, 64x64, width 64; in fp32, and
-   on CPUs with AMX in bf16, against the tutorial's fp32 and against its loop under autocast.
+   on CPUs with instructions for it (AMX, AVX512-BF16) in bf16, against the tutorial's fp32 and its loop under
+   autocast.
 2. `loop`: the whole trainer (loader, EMA, gradient norms, metrics, checkpoints) against a bare update on a tensor
    in memory, at the demo preset; and the share of /metrics alone.
 
@@ -29,7 +30,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.common.machine import has_amx
+from pipeline.common.machine import multiplies_bf16
 from pipeline.config import RunConfig, load_config
 from pipeline.model.latents import latent_batches
 from pipeline.model.losses.non_saturating import discriminator_loss, generator_loss
@@ -307,7 +308,7 @@ def main() -> None:
             "ours": ours(config),
             "ours, compiled": ours(levers),
         }
-        if has_amx():  # elsewhere bf16 is twenty times slower than fp32
+        if multiplies_bf16():  # elsewhere bf16 is twenty times slower than fp32
             arms["tutorial, bf16"] = tutorial(config, bf16=True)
             arms["ours, bf16"] = ours(config, "bf16")
             arms["ours, bf16, compiled"] = ours(levers, "bf16")

@@ -67,9 +67,12 @@ def cores_near(pci_address: str, system: Path = Path("/sys")) -> set[int]:
     return set()
 
 
-def has_amx() -> bool:
-    """Return whether the processor multiplies matrices of bfloat16 in tiles (AMX, on x86 servers since 2023)."""
-    return "amx_bf16" in _processor_fields().get("flags", "").split()
+def multiplies_bf16() -> bool:
+    """Return whether the processor has instructions for products of bfloat16.
+
+    AMX (Intel's servers since 2023), or AVX512-BF16 (AMD's since Zen 4).
+    """
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_processor_fields().get("flags", "").split())
 
 
 class SignalStack(ctypes.Structure):

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from pipeline.common.errors import ConfigConflict
-from pipeline.common.machine import available_cores, has_amx
+from pipeline.common.machine import available_cores, multiplies_bf16
 from pipeline.config import RunConfig
 from pipeline.data.dataset import Dataset
 from pipeline.data.loading.device_set import free_bytes
@@ -105,8 +105,8 @@ def warn(config: RunConfig, accelerator: Accelerator, *, from_noise: bool) -> No
         )
     _warn_about_batch(config, accelerator.num_processes)
     _warn_about_threads(accelerator, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no" and has_amx():
-        log.info("this processor has AMX: with --mixed_precision bf16 an update may take half the time")
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "no" and multiplies_bf16():
+        log.info("this processor multiplies bfloat16: with --mixed_precision bf16 an update may take half the time")
 
 
 def _warn_about_threads(accelerator: Accelerator, processes: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 from accelerate import Accelerator
 from ports import free_port
 
+from pipeline.common import machine
 from pipeline.common.errors import UsageError
 from pipeline.common.telemetry import Telemetry
 from pipeline.config import load_config
@@ -125,11 +126,12 @@ def test_time_for_other_tasks_does_not_slow_the_rate(tmp_path: Path) -> None:
     assert [line["images_per_second"] for line in windows] == [128.0, 64.0]
 
 
-@pytest.mark.parametrize(("amx", "lines"), [(True, 1), (False, 0)])
-def test_a_run_in_float32_on_a_processor_with_amx_is_told_of_bf16(
-    amx: bool, lines: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("flags", "lines"), [("avx2 amx_bf16", 1), ("avx2 avx512_bf16", 1), ("avx2 avx512f", 0)])
+def test_a_run_in_float32_on_a_processor_that_multiplies_bf16_is_told(
+    flags: str, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(preflight, "has_amx", lambda: amx)
+    (tmp_path / "cpuinfo").write_text(f"processor: 0\nflags: {flags}\n\nprocessor: 1\n")
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
     preflight.warn(load_config(), Accelerator(cpu=True), from_noise=True)
-    assert sum("AMX: with --mixed_precision bf16" in record.getMessage() for record in caplog.records) == lines
+    assert sum("with --mixed_precision bf16" in record.getMessage() for record in caplog.records) == lines

@@ -68,8 +68,10 @@ def is_folder(store: Store) -> bool:
 
 def begun(store: Store) -> Plan | None:
     """Return the plan of the generation in `store`, of shards or pictures, finished or not; None without one."""
+    if (plan := read_plan(store)) is not None:  # first: one of shards has its manifest before it is finished
+        return plan
     manifest = read_manifest(store) if store.exists(DATASET_FILE) else read_folder_manifest(store)
-    return read_plan(store) if manifest is None else manifest.plan
+    return None if manifest is None else manifest.plan
 
 
 def require_same_plan(store: Store, plan: Plan) -> None:
@@ -86,8 +88,9 @@ def require_same_plan(store: Store, plan: Plan) -> None:
 
 def begin_folder(store: Store, plan: Plan) -> bool:
     """Claim the folder for `plan` and return whether all its pictures are finished already. Raises ConfigConflict."""
+    holds_dataset, begun = store.exists(DATASET_FILE), read_plan(store)  # first, as in `manifest.begin`
     manifest = read_folder_manifest(store)
-    claim(store, plan, manifest.plan if manifest else None)
+    claim(store, plan, manifest.plan if manifest else begun, holds_dataset=holds_dataset)
     return manifest is not None
 
 
@@ -176,8 +179,9 @@ def merge_folder(store: Store, *, verify: bool = False, tidy: bool = False) -> F
     `verify` decodes every picture, and deletes those that it cannot. `tidy` removes the records. Raises TryAgainError
     while pictures are missing, DataError when some were damaged.
     """
+    plan = read_plan(store)
     manifest = read_folder_manifest(store)
-    plan = manifest.plan if manifest else read_plan(store)
+    plan = manifest.plan if manifest else plan
     if plan is None:
         raise DataError(f"{store.location}: holds no generation; expected the --out of dcgan-generate")
     sizes = store.sizes()

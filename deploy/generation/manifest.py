@@ -104,18 +104,18 @@ def begin(store: Store, plan: Plan) -> bool:
     Removes files that killed writers left half-written. Raises ConfigConflict when the folder holds another
     generation, with the difference, or another data set.
     """
-    # Looked for first, as a generation's is written last: another writer may finish it while we look.
+    # In this order, as another writer may finish the generation while we look: it writes the plan first and the data
+    # set last, and only then removes the plan.
     holds_dataset = store.exists(DATASET_FILE)
+    begun = read_plan(store)
     manifest = read_manifest(store)
-    claim(store, plan, manifest.plan if manifest else None, holds_dataset=holds_dataset)
+    claim(store, plan, manifest.plan if manifest else begun, holds_dataset=holds_dataset)
     return manifest is not None
 
 
-def claim(store: Store, plan: Plan, finished: Plan | None, *, holds_dataset: bool | None = None) -> None:
-    """Write `plan` into a folder without one; `finished` is that of its manifest. Else as `begin`."""
-    found = finished or read_plan(store)
+def claim(store: Store, plan: Plan, found: Plan | None, *, holds_dataset: bool) -> None:
+    """Write `plan` into a folder where none was found. Else as `begin`."""
     if found is None:
-        holds_dataset = store.exists(DATASET_FILE) if holds_dataset is None else holds_dataset
         if holds_dataset:
             raise ConfigConflict(f"{store.path(DATASET_FILE)}: --out already holds a data set; choose an empty folder")
         if store.exists(MANIFEST):
@@ -141,7 +141,14 @@ def _flat(plan: Plan) -> dict[str, Any]:
 
 def read_plan(store: Store) -> Plan | None:
     """Return the plan of an unfinished generation, or None if there is none."""
-    return _read(store, PLAN, Plan) if store.exists(PLAN) else None
+    if not store.exists(PLAN):
+        return None
+    try:
+        return _read(store, PLAN, Plan)
+    except DataError:
+        if store.exists(PLAN):
+            raise
+        return None  # removed meanwhile: it is finished
 
 
 def read_manifest(store: Store) -> Manifest | None:
@@ -216,7 +223,7 @@ def merge(store: Store, *, verify: bool = False, tidy: bool = False) -> Manifest
     require_recorded(
         store,
         dataset.shards,
-        forget=lambda names: _reopen(manifest, dataset, names),
+        forget=lambda names: reopen(manifest, dataset, names),
         spare=lambda name: start_of(name) in starts,  # what another writer of the same shard left
         advice=AGAIN,
     )
@@ -305,11 +312,11 @@ def _verify(manifest: Manifest, dataset: Dataset) -> None:
     with ThreadPoolExecutor(READERS) as pool:
         intact = list(pool.map(lambda shard: _intact(store, shard), manifest.shards))
     if damaged := [shard.name for shard, good in zip(manifest.shards, intact, strict=True) if not good]:
-        _reopen(manifest, dataset, set(damaged))
+        reopen(manifest, dataset, set(damaged))
         raise DataError(f"{store.path(damaged[0])}: missing or damaged, and {len(damaged) - 1} others; {AGAIN}")
 
 
-def _reopen(manifest: Manifest, dataset: Dataset, lost: set[str]) -> None:
+def reopen(manifest: Manifest, dataset: Dataset, lost: set[str]) -> None:
     """Make the generation unfinished, with the records of all shards but those that are `lost`."""
     store = dataset.store
     store.write(PLAN, _json(manifest.plan, 1))

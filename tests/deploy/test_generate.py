@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from deploy.generation.manifest import RECORDS, begin, merge, read_manifest
+from deploy.generation.folder import require_same_plan
+from deploy.generation.manifest import MANIFEST, RECORDS, begin, merge, reopen
 from pipeline.common.errors import DataError, TryAgainError
 from pipeline.common.imaging import decode, encode
 from pipeline.common.randomness import Purpose
@@ -286,20 +287,33 @@ def test_two_writers_of_the_same_part_do_no_harm(
     assert files(tmp_path) == files(whole)
 
 
-def test_a_generation_that_others_finish_while_one_begins_is_no_strange_data_set(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("state", ["unfinished", "manifest", "data set"])
+@pytest.mark.parametrize("look", range(6))
+def test_a_generation_that_others_finish_while_one_begins_is_no_other(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, state: str, look: int
 ) -> None:
+    """`merge` writes the manifest, the data set, and removes the plan: here all that is left, after any look."""
     exists, out = Store.exists, tmp_path / "out"
-    manifest = read_manifest(Store(whole))
-    assert manifest is not None
+    shutil.copytree(whole, out)
+    finished = merge(store := Store(out))
+    reopen(finished, open_dataset(store), set())
+    if state != "unfinished":
+        shutil.copy(whole / MANIFEST, out)
+    if state == "data set":
+        shutil.copy(whole / DATASET_FILE, out)
+    looks = 0
 
-    def finish_then_look(store: Store, name: str) -> bool:
-        if name == DATASET_FILE and not out.exists():
-            shutil.copytree(whole, out)
-        return exists(store, name)
+    def look_then_finish(store: Store, name: str) -> bool:
+        nonlocal looks
+        found, looks = exists(store, name), looks + 1
+        if looks == look + 1:
+            merge(Store(out), tidy=True)
+        return found
 
-    monkeypatch.setattr(Store, "exists", finish_then_look)
-    assert begin(Store(out), manifest.plan)
+    monkeypatch.setattr(Store, "exists", look_then_finish)
+    begin(store, finished.plan)
+    looks = 0
+    require_same_plan(store, finished.plan)
 
 
 def test_the_manifest_says_where_images_came_from(whole: Path, model: str) -> None:

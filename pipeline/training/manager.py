@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from pipeline.checkpoints.initial import InitialWeights, fill, read_initial, recorded, sentences
@@ -23,7 +22,7 @@ from pipeline.common.errors import ConfigConflict, DataError, first_line
 from pipeline.common.storage import Store
 from pipeline.config import NetworkConfig, RunConfig
 from pipeline.model.networks import Discriminator, Generator
-from pipeline.training.accelerator import average_batchnorm, together
+from pipeline.training.accelerator import average_batchnorm, from_main
 from pipeline.training.collapse.reverts import REVERTS, Revert, recorded_reverts
 from pipeline.training.identity import check_identity, describe_process
 from pipeline.training.run_directory import CONFIG, RunDirectory, begins_from_weights
@@ -82,12 +81,8 @@ class CheckpointManager:
         run it belongs to differs in more than `allow_change` names or began from noise in spite of `init_from`, or
         when there is one and `resume` is "never".
         """
-        main = self.accelerator.is_main_process
-        read = partial(self._start, resume, allow_change, init_from)
-        found = [together(self.accelerator, lambda: read() if main else (None, []))]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        checkpoint, self._initial = found[0]
+        start = partial(self._start, resume, allow_change, init_from)
+        checkpoint, self._initial = from_main(self.accelerator, start)
         if checkpoint is not None:
             if record := recorded(checkpoint.state, checkpoint.path):
                 self.description[INIT_FROM] = record
@@ -102,7 +97,7 @@ class CheckpointManager:
                 self.description[REVERTS] = reverts
             changes = check_identity(checkpoint.state, self.description, allow_change, str(self.out))
             before, now = checkpoint.state.get("threads"), self.process["threads"]
-            if main:
+            if self.accelerator.is_main_process:
                 for change in changes:
                     log.warning("resuming with a change: %s", change)
                 if before is not None and before != now:
@@ -175,14 +170,9 @@ class CheckpointManager:
 
     def best_before(self, images_seen: int) -> Checkpoint | None:
         """Return on every rank the best checkpoint from before a position; None if none was evaluated and kept."""
-        found = [together(self.accelerator, lambda: self._best_before(images_seen))]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        return found[0]
+        return from_main(self.accelerator, partial(self._best_before, images_seen))
 
     def _best_before(self, images_seen: int) -> Checkpoint | None:
-        if not self.accelerator.is_main_process:
-            return None
         self._saver.wait()  # it may be the one that is being written
         if self._mirror is not None:
             self._mirror.restore_best(images_seen)

@@ -3,12 +3,10 @@
 import logging
 from typing import TYPE_CHECKING
 
-from accelerate.utils import broadcast_object_list
-
 from pipeline.common.errors import Collapsed
 from pipeline.common.records import parse_json
 from pipeline.evaluation.metrics.collapse import IN_A_ROW, REVERTED, CollapseDetector, Evaluation
-from pipeline.training.accelerator import together
+from pipeline.training.accelerator import from_main
 from pipeline.training.collapse.reverts import Revert
 from pipeline.training.manager import CheckpointManager
 from pipeline.training.run_log import RunLog
@@ -44,10 +42,7 @@ class Guard:
         A bad one may not, unless the run only warns: its SWD may be small all the same. All ranks call it at the same
         position. At the end of a run there is nothing left to end or to mend, so it only says what it sees.
         """
-        found = [together(self.accelerator, self._judge)]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        bad, reverts = found[0], self.manager.reverts
+        bad, reverts = from_main(self.accelerator, self._judge), self.manager.reverts
         wanted, collapsed = self.manager.config.schedule.on_collapse, len(bad) >= IN_A_ROW
         self.run_log.collapse(collapsed, len(reverts))
         if not collapsed:
@@ -78,9 +73,8 @@ class Guard:
         raise error
 
     def _judge(self) -> list[Evaluation]:
-        """Return the bad evaluations in a row up to here on the main process, else []."""
-        if self.run_log.run is None:
-            return []
+        """Return the bad evaluations in a row up to here."""
+        assert self.run_log.run is not None  # as on every main process
         with self.run_log.run.metrics.open("rb") as file:
             file.seek(self._read_bytes)
             while line := file.readline():

@@ -36,7 +36,7 @@ def started(faces32: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[st
     process.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Compute as the other trainers do, in this process, and give back what a trainer takes."""
     threads, hook = torch.get_num_threads(), threading.excepthook

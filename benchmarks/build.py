@@ -1,15 +1,16 @@
 """How fast `dcgan-data build folder` is, beside a plain Pillow loop that writes the same images with webdataset.
 
     python benchmarks/build.py [--images 3000] [--rounds 15]
-    python benchmarks/build.py --forms [--rounds 7]   # instead: a zip, a parquet, and two parts, beside one folder
+    python benchmarks/build.py --forms [--rounds 7]   # instead: a zip and a parquet, beside their folder
+    python benchmarks/build.py --parts [--rounds 5]   # instead: two parts beside the whole
 
 Both read the same folder of JPEGs (256 pixels on the short side, as LSUN's are), crop and resize to 64×64 with
 antialiasing, and write tars of JPEGs (quality 95) with a .json beside each. The loop is one process, as such
 loops are; an A/A control runs it twice a round. Also measures peak memory over builds of growing size.
 
 With --forms, builds of the same JPEGs take turns: from their folder, from a zip of it (deflated, as downloads are) and
-from a parquet as the Hub has it, with two workers each; and from a folder of four times as many names, once as a whole
-with one worker, and as two parts side by side with one worker each, without and with the merge.
+from a parquet as the Hub has it, with two workers each. With --parts, builds of a folder of four times as many names:
+as a whole with one worker, and as two parts side by side with one worker each, without and with the merge.
 """
 
 import argparse
@@ -150,8 +151,8 @@ def run_side_by_side(root: Path, *commands: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def measure_forms(root: Path, rounds: int) -> None:
-    """Measure zip, parquet and parts in interleaved rounds, and write the record."""
+def measure_forms(root: Path, rounds: int, *, of_parts: bool) -> None:
+    """Measure zip and parquet, or parts, in interleaved rounds, and write the record."""
     make_forms(root)
     options = ["--encoding", "jpg", "--workers"]
     out = str(root / "out")
@@ -172,25 +173,27 @@ def measure_forms(root: Path, rounds: int) -> None:
         )
         return took + time.perf_counter() - began
 
-    actions: dict[str, Callable[[], float]] = {
-        "folder": lambda: run_side_by_side(root, build("folder", "src", "2")),
-        "folder, again": lambda: run_side_by_side(root, build("folder", "src", "2")),
-        "zip": lambda: run_side_by_side(root, build("folder", "src.zip", "2")),
-        "parquet": lambda: run_side_by_side(root, build("parquet", "src.parquet", "2")),
+    whole_and_parts: dict[str, Callable[[], float]] = {
         "whole": lambda: run_side_by_side(root, build("folder", "many", "1")),
         "two parts": lambda: parts(merge=False),
         "two parts, merged": lambda: parts(merge=True),
     }
-    compared = {"folder, again": "folder", "zip": "folder", "parquet": "folder"}
-    compared |= {"two parts": "whole", "two parts, merged": "whole"}
+    forms: dict[str, Callable[[], float]] = {
+        "folder": lambda: run_side_by_side(root, build("folder", "src", "2")),
+        "folder, again": lambda: run_side_by_side(root, build("folder", "src", "2")),
+        "zip": lambda: run_side_by_side(root, build("folder", "src.zip", "2")),
+        "parquet": lambda: run_side_by_side(root, build("parquet", "src.parquet", "2")),
+    }
+    actions, first = (whole_and_parts, "whole") if of_parts else (forms, "folder")
     took: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds):
         for name in list(actions)[:: 1 if number % 2 else -1]:
             took[name].append(actions[name]())
         print(number, {name: round(values[-1], 2) for name, values in took.items()}, flush=True)
     speeds = {
-        name: [base / value for base, value in zip(took[against], took[name], strict=True)]
-        for name, against in compared.items()
+        name: [base / value for base, value in zip(took[first], values, strict=True)]
+        for name, values in took.items()
+        if name != first
     }
     result = {
         **describe("pillow", "pyarrow", "simplejpeg"),
@@ -198,11 +201,12 @@ def measure_forms(root: Path, rounds: int) -> None:
         "rounds": rounds,
         "seconds": {name: round(statistics.median(values), 2) for name, values in took.items()},
         "times_as_fast": {name: round(statistics.median(values), 2) for name, values in speeds.items()},
-        "beside": compared,
+        "beside": first,
         "spread": {name: [round(min(values), 2), round(max(values), 2)] for name, values in speeds.items()},
-        "bars": {"zip": 0.9, "parquet": 0.9, "two parts": 1.8},
+        "bars": {"two parts": 1.8} if of_parts else {"zip": 0.9, "parquet": 0.9},
     }
-    Path(__file__).with_name("results").joinpath("build_forms.json").write_text(json.dumps(result, indent=1) + "\n")
+    name = "build_parts.json" if of_parts else "build_forms.json"
+    Path(__file__).with_name("results").joinpath(name).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["times_as_fast"]))
 
 
@@ -212,13 +216,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--forms", action="store_true", help="measure these, and nothing else")
+    parser.add_argument("--parts", action="store_true", help="measure these, and nothing else")
     parser.add_argument("--memory", type=int, nargs="*", default=[5_000, 100_000])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         make_folder(root / "src", arguments.images)
-        if arguments.forms:
-            measure_forms(root, arguments.rounds)
+        if arguments.forms or arguments.parts:
+            measure_forms(root, arguments.rounds, of_parts=arguments.parts)
             return
         ratios: dict[str, list[float]] = {"2 workers": [], "1 worker": [], "A/A control": []}
         base = []

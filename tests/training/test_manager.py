@@ -1,15 +1,21 @@
 """What a checkpoint brings back: the same state, whatever of the runtime has changed since."""
 
+import logging
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from accelerate import Accelerator
 from test_step import TINY, batch_of
 
-from pipeline.checkpoints.store import Checkpoint
+from pipeline.checkpoints.store import Checkpoint, CheckpointStore
 from pipeline.checkpoints.weights import FILE_OF_KIND, Kind
-from pipeline.common.errors import DataError
+from pipeline.common.errors import ConfigConflict, DataError
+from pipeline.common.storage import Store
 from pipeline.config import load_config
-from pipeline.training.manager import OPTIMIZERS, checkpoint_files, restore, state_of
+from pipeline.training.identity import check_identity
+from pipeline.training.manager import OPTIMIZERS, CheckpointManager, checkpoint_files, restore, state_of
 from pipeline.training.step import AdversarialStep
 
 
@@ -46,3 +52,34 @@ def test_moments_stay_with_their_weights_when_the_memory_order_changes() -> None
             restore(after, Checkpoint("here", {}, {**files, file: files[FILE_OF_KIND[other]]}))
     with pytest.raises(DataError, match=f"here/{OPTIMIZERS}: cannot be restored"):
         restore(after, Checkpoint("here", {}, {**files, OPTIMIZERS: b"moments"}))
+
+
+def description(*overrides: str) -> dict[str, Any]:
+    """Return what a checkpoint says of its run."""
+    return {"config": load_config(overrides=list(overrides)).model_dump(), "dataset": {"fingerprint": "0" * 64}}
+
+
+@pytest.mark.parametrize(("threads", "lines"), [(torch.get_num_threads(), 0), (99, 1), (None, 0)])
+def test_other_threads_are_said_when_a_checkpoint_is_found(
+    tmp_path: Path, threads: int | None, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    manager = CheckpointManager(load_config(), description(), Accelerator(cpu=True), tmp_path, None)
+    manager.process["threads"] = torch.get_num_threads()
+    state = description() | ({} if threads is None else {"threads": threads})
+    CheckpointStore(Store(tmp_path)).save(16, {"weights": b"some"}, state)
+    found = manager.find("auto", [])
+    assert found is not None
+    assert found.images_seen == 16
+    assert sum("99 before: results may differ in the last bits" in line for line in caplog.messages) == lines
+    assert sum("before: results" in line for line in caplog.messages) == lines
+    assert manager.mirror_state == (0, 0.0), "there is none"
+
+
+def test_a_change_may_be_allowed_that_was_not_made() -> None:
+    """A command that a scheduler repeats makes it once."""
+    both = ["recipe.r1", "recipe.batch"]
+    assert check_identity(description(), description("r1=1"), both, "run") == ["recipe.r1 0.0 -> 1.0"]
+    assert check_identity(description(), description(), both, "run") == []
+    with pytest.raises(ConfigConflict, match=r"recipe\.r1 0\.0 -> 1\.0\. Restore"):
+        check_identity(description(), description("r1=1", "recipe.batch=64"), both[1:], "run")

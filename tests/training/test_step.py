@@ -281,7 +281,8 @@ def test_nonfinite_gradients_change_nothing_and_are_counted() -> None:
     assert torch.isfinite(step.statistics).all(), "what is not finite counts as 0"
     assert all(torch.equal(before[name], value) for name, value in step.discriminator.named_parameters())
     assert all(torch.isfinite(weight).all() for weight in step.generator.parameters())
-    assert step.examine() == 1
+    assert step.examine(images=True) == 1
+    assert step.statistics[STATISTICS.index("deviation_fake")] == 0, "of images that are not finite"
 
 
 def test_nonfinite_gradients_are_counted_whatever_the_optimizer() -> None:

@@ -32,11 +32,11 @@ def add(window: Window, statistics: torch.Tensor, images: int = 16, seconds: flo
     window.add(images, seconds)
 
 
-def report(*, finite: bool = True, end: bool = True, **shares: float) -> Report:
+def report(*, finite: bool = True, end: bool = True, steps: int = STEPS, **shares: float) -> Report:
     """Return the report of a window in which a statistic had so large a share of the steps."""
     window = new_window()
-    for step in range(STEPS):
-        values = {name: float(step < shares.get(name, 0) * STEPS) for name in STATISTICS}
+    for step in range(steps):
+        values = {name: float(step < shares.get(name, 0) * steps) for name in STATISTICS}
         values["loss_d"] = 0.0 if values["nonfinite"] else 2.0
         add(window, torch.tensor([*values.values()]), 8, 0.0)
     found = window.reduce(0.0, False, torch.tensor(float(finite)), end=end)
@@ -100,9 +100,12 @@ def test_a_scale_that_is_found_is_no_reason_to_stop_and_one_that_is_not_is() -> 
     assert (lost.nonfinite_steps, lost.hopeless_steps, diverged(lost)) == (0, STEPS, True)
 
 
-@pytest.mark.parametrize(("lost", "stops"), [(0, False), (1, False), (2, True), (8, True)])
-def test_one_lost_update_is_outlasted_and_many_are_not(lost: int, stops: bool) -> None:
-    found = report(nonfinite=lost / STEPS)
+@pytest.mark.parametrize(
+    ("lost", "steps", "stops"),
+    [(0, 8, False), (1, 8, False), (2, 8, True), (8, 8, True), (5, 100, False), (6, 100, True)],
+)
+def test_one_lost_update_or_a_twentieth_is_outlasted_and_more_are_not(lost: int, steps: int, stops: bool) -> None:
+    found = report(nonfinite=lost / steps, steps=steps)
     assert found.nonfinite_steps == lost
     assert diverged(found) is stops
     assert all(math.isfinite(value) for value in found.values.values())
@@ -145,11 +148,22 @@ def test_another_number_of_ranks_goes_on_with_the_same_means() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"begin": 32}, {"begin": None}, {"steps": 0}, {"totals": [[1.0]]}, {"totals": []}, {"totals": "x"}]
+    "change",
+    [
+        {"begin": 32},
+        {"begin": None},
+        {"steps": 0},
+        {"steps_of": [-1, 2]},
+        {"steps_of": [0, 3]},
+        {"totals": [[1.0]]},
+        {"totals": []},
+        {"totals": "x"},
+    ],
 )
 def test_a_damaged_window_is_named(change: dict[str, Any]) -> None:
     good = {"begin": 0, "steps": 2, "totals": [[1.0] * len(STATISTICS)]}
     new_window(32, {"window": good})
+    new_window(32, {"window": good | {"steps_of": [2, 0]}})  # updates in turn, before the first of G
     with pytest.raises(DataError, match=r"^RUN/checkpoints/1/state.json: its entry `window` is damaged"):
         new_window(32, {"window": good | change})
     with pytest.raises(DataError):

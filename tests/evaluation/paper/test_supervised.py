@@ -10,13 +10,13 @@ from planted import NETWORK, planted
 from pipeline.evaluation.paper.probing import supervised
 from pipeline.evaluation.paper.probing.supervised import (
     LEARNING_RATES,
-    TRIALS_FILE,
     WEIGHT_DECAYS,
     Split,
     SupervisedNet,
     best_of,
     search,
     settings,
+    trials_file,
 )
 from pipeline.model.networks import build_discriminator
 
@@ -45,7 +45,7 @@ def test_it_learns_what_is_planted_and_nothing_of_labels_that_mean_nothing(short
 
 def test_an_interrupted_search_goes_on_and_another_one_begins_anew(short: None, tmp_path: Path) -> None:
     parts = split(64, 1), split(32, 2), split(32, 3)
-    file = tmp_path / TRIALS_FILE
+    file = tmp_path / trials_file("a")
     whole = search(NETWORK, *parts, 2, 0, tmp_path / "whole.jsonl", "a")
     search(NETWORK, *parts, 1, 0, file, "a")
     with file.open("a") as lines:
@@ -56,11 +56,12 @@ def test_an_interrupted_search_goes_on_and_another_one_begins_anew(short: None, 
     assert file.read_bytes() == kept == (tmp_path / "whole.jsonl").read_bytes()
     assert search(NETWORK, *parts, 1, 1, file, "b")[0].learning_rate != whole[0].learning_rate
     assert len(file.read_text().splitlines()) == 2
+    assert trials_file("b") != file.name, "another protocol beside it leaves these trials alone"
 
 
 def test_fewer_trials_remove_none_and_a_damaged_file_counts_as_empty(short: None, tmp_path: Path) -> None:
     parts = split(64, 1), split(32, 2), split(32, 3)
-    file = tmp_path / TRIALS_FILE
+    file = tmp_path / trials_file("a")
     whole = search(NETWORK, *parts, 2, 0, file, "a")
     kept = file.read_bytes()
     assert search(NETWORK, *parts, 1, 0, file, "a") == whole[:1]
@@ -78,7 +79,7 @@ def test_an_interrupted_first_trial_leaves_nothing(
     monkeypatch.setattr(supervised, "_accuracy", interrupted)
     parts = split(64, 1), split(32, 2), split(32, 3)
     with pytest.raises(KeyboardInterrupt):
-        search(NETWORK, *parts, 2, 0, tmp_path / TRIALS_FILE, "a")
+        search(NETWORK, *parts, 2, 0, tmp_path / trials_file("a"), "a")
     assert not list(tmp_path.iterdir())
 
 

@@ -24,7 +24,7 @@ from pipeline.evaluation.paper.discriminator_features import (
     random_discriminator,
 )
 from pipeline.evaluation.paper.probing.linear_svm import balanced_draw, choose_c, fit
-from pipeline.evaluation.paper.probing.supervised import TRIALS_FILE, Split, Trial, best_of, search
+from pipeline.evaluation.paper.probing.supervised import Split, Trial, best_of, search, trials_file
 from pipeline.evaluation.results import Result
 
 CS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -194,7 +194,7 @@ def _control(
         Split(test.images, classes_test),
         protocol.control,
         protocol.seed,
-        out / TRIALS_FILE,
+        out / trials_file(key),
         key,
     )
 

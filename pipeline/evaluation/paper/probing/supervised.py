@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.common.imaging import Pixels
 from pipeline.common.progress import Progress
 from pipeline.common.randomness import Purpose, permutation, raw_bits
-from pipeline.common.storage import write_atomic
+from pipeline.common.storage import sha256_bytes, write_atomic
 from pipeline.config import NetworkConfig
 from pipeline.evaluation.device import device, to_network
 from pipeline.model.networks import build_discriminator, initialize
@@ -31,7 +31,6 @@ WEIGHT_DECAYS = (1e-6, 1e-1)
 LANE = 4 << 32
 """The first of Purpose.ANALYSIS that are of trials: settings from here on, orders from ORDERS on."""
 ORDERS = 5 << 32
-TRIALS_FILE = "probe-control.jsonl"
 
 
 class Trial(BaseModel):
@@ -70,6 +69,11 @@ class SupervisedNet(nn.Module):
         *_, maps = self.trunk.activations(images)
         logits: Tensor = self.head(maps.flatten(1))
         return logits
+
+
+def trials_file(key: str) -> str:
+    """Return the name of the file of trials that depend on `key`: each protocol keeps its own."""
+    return f"probe-control-{sha256_bytes(key.encode())[:8]}.jsonl"
 
 
 def search(

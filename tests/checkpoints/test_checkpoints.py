@@ -84,6 +84,16 @@ def test_retention_keeps_the_newest_and_the_best(store: CheckpointStore) -> None
     assert store.choose("3") is None
 
 
+def test_where_none_was_evaluated_no_words_mean_the_last_and_best_means_none(store: CheckpointStore) -> None:
+    assert store.choose() is store.choose("best") is store.choose("last") is None
+    for images in (0, 1):
+        save(store, images, None)
+    assert store.choose() == store.choose("last") == store.names()[-1]
+    assert store.choose("best") is None
+    assert store.load_latest() is not None
+    assert store.load(store.names()[0]).images_seen == 0, "a position like others"
+
+
 def test_two_that_clear_at_once_do_not_trip_over_each_other(store: CheckpointStore) -> None:
     """Two trainers may share a mirror for a while, such as a pod and the one that takes its place."""
     with ThreadPoolExecutor(2) as pool:

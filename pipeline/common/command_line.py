@@ -6,8 +6,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Annotated, NoReturn
+from types import CoroutineType, FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -132,4 +132,21 @@ def exit_with(code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    _say_nothing_of_transfers()
     sys.exit(code)
+
+
+def _say_nothing_of_transfers() -> None:
+    """Print no traceback of what the end of this program cuts off, such as uploads of other threads.
+
+    fsspec's coroutines are closed when the interpreter ends, without their loop, which they may not be able to bear.
+    """
+    report = sys.unraisablehook
+
+    def report_others(  # by then modules may be empty: nothing is looked up in them
+        unraisable: Any, report: Callable[[Any], object] = report, kind: type = CoroutineType
+    ) -> None:
+        if not isinstance(unraisable.object, kind):
+            report(unraisable)
+
+    sys.unraisablehook = report_others

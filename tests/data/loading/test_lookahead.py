@@ -16,7 +16,7 @@ from pipeline.common.errors import TryAgainError
 from pipeline.config import load_config
 from pipeline.data.dataset import Dataset
 from pipeline.data.loading.loader import Loader, lookahead_bytes
-from pipeline.data.loading.lookahead import MOST_AHEAD, slots_for
+from pipeline.data.loading.lookahead import MOST_AHEAD, Lookahead, slots_for
 from pipeline.data.loading.shard_cache import ShardCache
 from pipeline.data.loading.shuffle import Shuffle, image_ids
 
@@ -181,3 +181,17 @@ def test_the_cache_is_not_listed_for_every_download(
 def test_the_last_epoch_is_the_one_that_does_not_come_back() -> None:
     order = Shuffle([10] * 4, seed=0, streams=4)  # an epoch has ten offsets
     assert [order.comes_back(offset, 25) for offset in (0, 9, 10, 19, 20)] == [True, True, True, True, False]
+
+
+def test_the_shards_that_follow_are_the_next_ones_in_order() -> None:
+    order = Shuffle([10] * 12, seed=0, streams=2)
+    coming = sorted(visit for stream in range(2) for visit, _ in zip(order.visits(stream, 0), range(6), strict=False))
+    in_turn = list(dict.fromkeys(shard for visit in coming for shard in visit.shards))
+    assert len(in_turn) == 12
+    for limit in range(2, 12):
+        assert Lookahead(order, range(2), 0).wanted(in_turn[:2], 0, limit) == in_turn[:limit]
+    ahead = Lookahead(order, range(2), 0)
+    assert ahead.wanted(in_turn[:2], 0, 5) == in_turn[:5]
+    assert ahead.wanted(in_turn[:2], 9, 5) is None, "no stream has entered another shard"
+    assert ahead.wanted(in_turn[2:4], 10, 5) == in_turn[2:7]
+    assert ahead.entered == set(in_turn[2:4])

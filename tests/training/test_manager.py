@@ -14,6 +14,7 @@ from pipeline.checkpoints.weights import FILE_OF_KIND, Kind
 from pipeline.common.errors import ConfigConflict, DataError
 from pipeline.common.storage import Store
 from pipeline.config import load_config
+from pipeline.training.collapse.reverts import Revert
 from pipeline.training.identity import check_identity
 from pipeline.training.manager import OPTIMIZERS, CheckpointManager, checkpoint_files, restore, state_of
 from pipeline.training.step import AdversarialStep
@@ -83,3 +84,15 @@ def test_a_change_may_be_allowed_that_was_not_made() -> None:
     assert check_identity(description(), description(), both, "run") == []
     with pytest.raises(ConfigConflict, match=r"recipe\.r1 0\.0 -> 1\.0\. Restore"):
         check_identity(description(), description("r1=1", "recipe.batch=64"), both[1:], "run")
+
+
+def test_each_return_halves_the_learning_rates_of_the_recipe(tmp_path: Path) -> None:
+    config, accelerator = load_config(overrides=[*TINY, "learning_rate_d=4e-4"]), Accelerator(cpu=True)
+    step = AdversarialStep(config, accelerator)
+    checkpoint = Checkpoint("here", {"images_seen": 16}, checkpoint_files(state_of(step), config.network, 16, b""))
+    manager = CheckpointManager(config, description(), accelerator, tmp_path, None)
+    for images, share in ((64, 0.5), (96, 0.25), (128, 0.125)):
+        manager.go_back(step, checkpoint, Revert(images=images, to=16, reasons=["samples vary little"]))
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in (step.optimizer_g, step.optimizer_d)]
+        assert rates == [share * 2e-4, share * 4e-4]
+    assert [record["images"] for record in manager.reverts] == [64, 96, 128]

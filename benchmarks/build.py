@@ -118,7 +118,7 @@ def memory(root: Path, counts: list[int]) -> list[dict[str, int]]:
 
 
 def make_forms(root: Path) -> None:
-    """Write the folder `src` as a zip and as a parquet, and as `many`, four links to each of its pictures."""
+    """Write the folder `src` as a zip and as a parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -129,6 +129,11 @@ def make_forms(root: Path) -> None:
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     column = pa.array([{"bytes": path.read_bytes(), "path": path.name} for path in pictures], image)
     pq.write_table(pa.table({"image": column}), root / "src.parquet", row_group_size=256)
+
+
+def make_many(root: Path) -> None:
+    """Write the folder `many`: four links to each picture of `src`."""
+    pictures = sorted((root / "src").iterdir())
     for copy in range(4):
         folder = root / "many" / f"{copy}"
         folder.mkdir(parents=True)
@@ -153,7 +158,7 @@ def run_side_by_side(root: Path, *commands: list[str]) -> float:
 
 def measure_forms(root: Path, rounds: int, *, of_parts: bool) -> None:
     """Measure zip and parquet, or parts, in interleaved rounds, and write the record."""
-    make_forms(root)
+    (make_many if of_parts else make_forms)(root)
     options = ["--encoding", "jpg", "--workers"]
     out = str(root / "out")
 

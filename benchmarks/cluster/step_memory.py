@@ -61,7 +61,7 @@ def peak(command: str, work: Path) -> int:
 
 
 def make_pictures(work: Path) -> None:
-    """Write small pictures, photographs of 24 megapixels, and two as large as any that is read."""
+    """Write small pictures, photographs of 24 megapixels, and four as large as any that is read."""
     rng = np.random.default_rng(0)
     for name, count, width, height, suffix in (
         ("small", 4096, 96, 96, "jpg"),

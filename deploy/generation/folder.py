@@ -88,10 +88,7 @@ def require_same_plan(store: Store, plan: Plan) -> None:
 
 def begin_folder(store: Store, plan: Plan) -> bool:
     """Claim the folder for `plan` and return whether all its pictures are finished already. Raises ConfigConflict."""
-    holds_dataset, begun = store.exists(DATASET_FILE), read_plan(store)  # first, as in `manifest.begin`
-    manifest = read_folder_manifest(store)
-    claim(store, plan, manifest.plan if manifest else begun, holds_dataset=holds_dataset)
-    return manifest is not None
+    return claim(store, plan, read_folder_manifest)
 
 
 def read_folder_manifest(store: Store) -> FolderManifest | None:

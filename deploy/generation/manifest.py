@@ -10,7 +10,7 @@ their bytes are equal, or their names differ and the record decides which of the
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
@@ -99,22 +99,22 @@ def start_of(name: str) -> int | None:
 
 
 def begin(store: Store, plan: Plan) -> bool:
-    """Claim the folder for `plan` and return whether the generation is finished already.
+    """Claim the folder for `plan`, of shards, and return whether the generation is finished already. As `claim`."""
+    return claim(store, plan, read_manifest)
 
-    Removes files that killed writers left half-written. Raises ConfigConflict when the folder holds another
-    generation, with the difference, or another data set.
+
+def claim(store: Store, plan: Plan, read: Callable[[Store], Any]) -> bool:
+    """Write `plan` into a folder without one, and return whether the generation is finished already.
+
+    `read` returns the manifest of a finished one, or None. Removes files that killed writers left half-written. Raises
+    ConfigConflict when the folder holds another generation, with the difference, or another data set.
     """
     # In this order, as another writer may finish the generation while we look: it writes the plan first and the data
     # set last, and only then removes the plan.
     holds_dataset = store.exists(DATASET_FILE)
     begun = read_plan(store)
-    manifest = read_manifest(store)
-    claim(store, plan, manifest.plan if manifest else begun, holds_dataset=holds_dataset)
-    return manifest is not None
-
-
-def claim(store: Store, plan: Plan, found: Plan | None, *, holds_dataset: bool) -> None:
-    """Write `plan` into a folder where none was found. Else as `begin`."""
+    finished = read(store)
+    found = begun if finished is None else finished.plan
     if found is None:
         if holds_dataset:
             raise ConfigConflict(f"{store.path(DATASET_FILE)}: --out already holds a data set; choose an empty folder")
@@ -130,6 +130,7 @@ def claim(store: Store, plan: Plan, found: Plan | None, *, holds_dataset: bool) 
         )
     for folder in ("", RECORDS):
         store.remove_abandoned(folder)
+    return finished is not None
 
 
 def _flat(plan: Plan) -> dict[str, Any]:

@@ -244,7 +244,8 @@ def locate(reference: str) -> tuple["Store", str]:
 
 def open_ranges(reference: str) -> Callable[[int, int], bytes]:
     """Return `Store.ranges` of a path or URL: opened once, not once a picture, and again when its file was replaced."""
-    return _open_ranges(reference, None if is_url(reference) else os.stat(reference).st_ino)
+    path = reference.removeprefix("file://")
+    return _open_ranges(path, None if is_url(path) else os.stat(path).st_ino)
 
 
 @lru_cache(maxsize=256)
